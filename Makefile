@@ -1,0 +1,40 @@
+# Every target first makes the environment in .venv; `make run` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+PROFILE ?= smoke
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run lab test lint bench train clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+setup: .venv/ready  ## Make the environment in .venv
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+run: setup  ## Run all notebooks and write the report (PROFILE=smoke|full|imagenet)
+	$(BIN)/kclib batch --profile $(PROFILE)
+
+lab: setup  ## Open JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+test: setup  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## Check style, import order, and that notebooks carry no outputs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+	$(BIN)/lint-imports
+
+bench: setup  ## Measure the README's tables
+	$(BIN)/python -m benchmarks.evaluation
+
+train: setup  ## Train the shipped model again (START=features.safetensors; resumable, about an hour)
+	$(BIN)/kclib train --out data/vgg16_fashion.fp16.safetensors $(if $(START),--start $(START))
+
+clean:  ## Remove the environment, caches and reports
+	rm -rf .venv data/cache reports

@@ -1,0 +1,1 @@
+"""Measurements of the README's tables, run by ``make bench``."""

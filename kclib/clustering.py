@@ -1,0 +1,209 @@
+"""Cluster the kernels of a bank: per layer, globally, or in any grouping of layers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from kclib import kmeans
+from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.kernels import KernelBank, Layer
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share one codebook.
+
+    Attributes
+    ----------
+    name : str
+    layers : tuple of Layer
+    codebook : numpy.ndarray
+        float32 ``(K, kh, kw)``: the representatives, all distinct.
+    indices : numpy.ndarray
+        int32 ``(n,)``: the representative of each kernel, in order of `layers`; none goes unused.
+    inertia : float
+        Sum of squared distances of the kernels to their representatives.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    codebook: np.ndarray
+    indices: np.ndarray
+    inertia: float
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of representatives."""
+        return len(self.codebook)
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """A codebook per group of layers and an index per kernel.
+
+    Attributes
+    ----------
+    groups : tuple of Group
+    scope : str
+        ``layer``, ``global`` or ``mapping``.
+    seed : int
+    notes : tuple of str
+        One sentence for each group that has fewer clusters than asked for, and why.
+    """
+
+    groups: tuple[Group, ...]
+    scope: str
+    seed: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of representatives over all groups."""
+        return sum(group.n_clusters for group in self.groups)
+
+    @property
+    def n_kernels(self) -> int:
+        """Number of kernels they stand for."""
+        return sum(len(group.indices) for group in self.groups)
+
+    @property
+    def kernels_removed(self) -> float:
+        """Share of the kernels that need not be stored, 1 - K/N, in [0, 1)."""
+        return 1 - self.n_clusters / self.n_kernels
+
+    @property
+    def inertia(self) -> float:
+        """Sum of squared distances of all kernels to their representatives."""
+        return sum(group.inertia for group in self.groups)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All clustered layers in the order of the bank."""
+        return tuple(sorted((x for g in self.groups for x in g.layers), key=lambda x: x.start))
+
+
+def cluster(
+    bank: KernelBank,
+    n_clusters: int | Mapping[str, int],
+    *,
+    scope: str | Mapping[str, str] = "layer",
+    seed: int = 0,
+    progress: bool = True,
+) -> Clustering:
+    """Cluster the kernels of `bank` by squared Euclidean distance.
+
+    Parameters
+    ----------
+    bank : KernelBank
+    n_clusters : int or mapping of str to int
+        Clusters a group. One number serves every group, and groups with fewer kernels keep all of
+        theirs (said in `Clustering.notes`); a mapping names each group.
+    scope : {"layer", "global"} or mapping of str to str
+        A codebook for each layer, one for all, or from each layer's name to its group's name.
+    seed : int
+    progress : bool
+        Whether to show a progress bar when it takes longer than two seconds.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        K below 1 or above the number of kernels; a layer or group that is missing or unknown.
+    """
+    members = grouping(bank, scope)
+    wanted = _wanted(members, n_clusters)
+    groups, notes = [], []
+    with tqdm(
+        total=len(bank), desc="clustering", unit="kernel", unit_scale=True,
+        delay=2, leave=False, disable=not progress,
+    ) as bar:  # fmt: skip
+        for name, layers in members.items():
+            points = np.concatenate([bank.points[layer.rows] for layer in layers])
+            n = len(points)
+            found = kmeans.kmeans(
+                points, min(wanted[name], n), seed=seed, progress=lambda share, n=n: bar.update(share * n)
+            )
+            codebook = found.centres.reshape(-1, *bank.size)
+            groups.append(Group(name, layers, codebook, found.labels, found.inertia))
+            if len(codebook) < wanted[name]:
+                notes.append(
+                    f"{name}: {len(codebook)} clusters in place of {wanted[name]}, "
+                    f"for its {n} kernels have no more distinct ones."
+                )
+    label = scope if isinstance(scope, str) else "mapping"
+    return Clustering(tuple(groups), label, seed, tuple(notes))
+
+
+def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tuple[Layer, ...]]:
+    """Return the layers of each group, in bank order."""
+    names = [layer.name for layer in bank.layers]
+    if scope == "layer":
+        scope = {name: name for name in names}
+    elif scope == "global":
+        scope = dict.fromkeys(names, "global")
+    elif isinstance(scope, str):
+        raise UnknownNameError("scope", scope, ("layer", "global"))
+    if wrong := set(scope) ^ set(names):
+        raise InvalidValueError(
+            f"scope must give every layer of the bank a group; not matching: {', '.join(sorted(wrong))}."
+        )
+    groups: dict[str, tuple[Layer, ...]] = {}
+    for layer in bank.layers:
+        groups[scope[layer.name]] = (*groups.get(scope[layer.name], ()), layer)
+    return groups
+
+
+def quantized(clustering: Clustering) -> np.ndarray:
+    """Return each kernel's representative, float32 ``(n, kh, kw)``, in the rows of the bank."""
+    rows = np.empty((clustering.n_kernels, *clustering.groups[0].codebook.shape[1:]), np.float32)
+    for group in clustering.groups:
+        start = 0
+        for layer in group.layers:
+            rows[layer.rows] = group.codebook[group.indices[start : start + layer.n_kernels]]
+            start += layer.n_kernels
+    return rows
+
+
+def by_use(group: Group) -> tuple[np.ndarray, np.ndarray]:
+    """Return a group's representatives from most to least used.
+
+    Returns
+    -------
+    codebook : numpy.ndarray
+        float32 ``(K, kh, kw)``.
+    counts : numpy.ndarray
+        int64 ``(K,)``, the kernels that each stands for, descending.
+    """
+    counts = np.bincount(group.indices, minlength=group.n_clusters)
+    order = np.argsort(-counts, kind="stable")
+    return group.codebook[order], counts[order]
+
+
+def error_share(bank: KernelBank, clustering: Clustering) -> list[float]:
+    """Return each layer's squared error over its squared weight, 0 to 1, in the order of the bank."""
+    error = np.square(bank.weights - quantized(clustering)).sum(axis=(1, 2), dtype=np.float64)
+    weight = np.square(bank.weights).sum(axis=(1, 2), dtype=np.float64)
+    return [float(error[x.rows].sum() / (weight[x.rows].sum() or 1)) for x in bank.layers]
+
+
+def _wanted(members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[str, int]) -> dict[str, int]:
+    """Check K and return it by group."""
+    counts = {name: sum(x.n_kernels for x in layers) for name, layers in members.items()}
+    if isinstance(n_clusters, Mapping):
+        if wrong := set(n_clusters) ^ set(counts):
+            raise InvalidValueError(
+                f"n_clusters must name every group; not matching: {', '.join(sorted(wrong))}."
+            )
+        for name, k in n_clusters.items():
+            _check(k, counts[name], f"group {name}")
+        return dict(n_clusters)
+    _check(n_clusters, max(counts.values()), "the largest group")
+    return dict.fromkeys(counts, int(n_clusters))
+
+
+def _check(k: int, n: int, what: str) -> None:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
+        raise InvalidValueError(
+            f"n_clusters is {k!r}; it must be a whole number from 1 to {n}, the kernels of {what}."
+        )

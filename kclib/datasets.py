@@ -1,0 +1,240 @@
+"""Labelled images to evaluate on, by name: the shipped Fashion-MNIST or what the user brings."""
+
+import gzip
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torchvision.datasets as tv
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from kclib import files
+from kclib.errors import InvalidValueError, MissingFileError, UnknownNameError
+
+FASHION_FILES = {
+    "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+    "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+    "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+    "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images of one split.
+
+    Attributes
+    ----------
+    name : str
+        Name and split, for tables and store keys.
+    images : torch.Tensor or torch.utils.data.Dataset
+        Either uint8 ``(n, c, h, w)`` held in memory, or a map-style data set of ``(PIL image, label)``.
+    labels : torch.Tensor
+        int64 ``(n,)``, an index into `classes`.
+    classes : tuple of str
+        Class names in label order.
+    fingerprint : str
+        SHA-256 over what identifies the content (file checksums, or names and byte counts).
+    """
+
+    name: str
+    images: torch.Tensor | Dataset
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load(name: str = "fashion-mnist", split: str = "test", *, limit: int | None = None) -> ImageSet:
+    """Load one split of a data set.
+
+    Parameters
+    ----------
+    name : str
+        One of `names()`, or ``folder:PATH`` for a folder that holds one sub-folder of images a class.
+        The others are read from `files.data_dir()` in torchvision's own layout; nothing is downloaded.
+    split : {"test", "train"}
+        ``test`` is the validation split where a data set has no public test labels (ImageNet, Imagenette).
+    limit : int, optional
+        Keep so many images, drawn once without replacement (the same for every call; a smaller
+        limit is a subset of a larger one), in their original order.
+
+    Raises
+    ------
+    UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
+    """
+    if split not in ("test", "train"):
+        raise UnknownNameError("split", split, ("test", "train"))
+    kind, _, path = name.partition(":")
+    if kind == "folder" and path:
+        loaded = _folder(Path(path), split)
+    elif name in _LOADERS:
+        loaded = _LOADERS[name](split)
+    else:
+        raise UnknownNameError("data set", name, names())
+    return loaded if limit is None else _limited(loaded, limit)
+
+
+def names() -> tuple[str, ...]:
+    """Return the data set names that `load` knows."""
+    return (*_LOADERS, "folder:PATH")
+
+
+def select(data: ImageSet, indices: torch.Tensor) -> ImageSet:
+    """Return the images at `indices` (int64 ``(m,)``) as a data set of their own."""
+    images = data.images
+    chosen = images[indices] if torch.is_tensor(images) else Subset(images, indices.tolist())
+    digest = hashlib.sha256(data.fingerprint.encode() + indices.numpy().tobytes()).hexdigest()
+    return replace(data, images=chosen, labels=data.labels[indices], fingerprint=digest)
+
+
+def aligned(data: ImageSet, classes: Sequence[str]) -> ImageSet:
+    """Return `data` with its labels in a model's class order.
+
+    A data set whose class names are all among the model's (Imagenette for an ImageNet model, a folder
+    in alphabetical order) is relabelled by name; otherwise an equal count is taken in order.
+
+    Raises
+    ------
+    InvalidValueError
+        If the model answers other classes than the data set has.
+    """
+    position = {label: i for i, label in enumerate(classes)}
+    if tuple(classes) != data.classes and all(label in position for label in data.classes):
+        order = torch.tensor([position[label] for label in data.classes])
+        return replace(data, labels=order[data.labels], classes=tuple(classes))
+    if len(classes) != len(data.classes):
+        raise InvalidValueError(
+            f"the model answers {len(classes)} classes, but {data.name} has {len(data.classes)}; "
+            "choose a data set with the classes the model was trained on."
+        )
+    return data
+
+
+def batches(
+    data: ImageSet, preprocess: Callable, batch_size: int, *, workers: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield ``(float inputs (b, 3, h, w), int64 labels (b,))`` in order.
+
+    Images held in memory are preprocessed a batch at a time; others one by one as they are read,
+    by `workers` processes.
+    """
+    if torch.is_tensor(data.images):
+        for start in range(0, len(data), batch_size):
+            part = slice(start, start + batch_size)
+            yield preprocess(data.images[part]), data.labels[part]
+        return
+    loader = DataLoader(
+        _Preprocessed(data.images, preprocess), batch_size, num_workers=workers, shuffle=False
+    )
+    start = 0
+    for inputs in loader:  # labels come from the set, which may have been relabelled
+        yield inputs, data.labels[start : start + len(inputs)]
+        start += len(inputs)
+
+
+class _Preprocessed(Dataset):
+    """The images of a map-style data set after preprocessing, without their labels."""
+
+    def __init__(self, images: Dataset, preprocess: Callable):
+        self.images, self.preprocess = images, preprocess
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.preprocess(self.images[index][0])
+
+
+def _limited(data: ImageSet, limit: int) -> ImageSet:
+    if not 1 <= limit <= len(data):
+        raise InvalidValueError(f"limit is {limit}; {data.name} has 1 to {len(data)} images.")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return select(data, order[:limit].sort().values)
+
+
+def _fashion_mnist(split: str) -> ImageSet:
+    raw = files.data_dir() / "FashionMNIST" / "raw"
+    cache = files.data_dir() / "cache"
+    for name, expected in FASHION_FILES.items():
+        source = files.shipped(raw / name, expected)
+        _unpack(source, cache / "FashionMNIST" / "raw" / source.stem)
+    found = tv.FashionMNIST(cache, train=split == "train", download=False)
+    digest = hashlib.sha256("".join(FASHION_FILES.values()).encode() + split.encode()).hexdigest()
+    return ImageSet(
+        f"fashion-mnist/{split}", found.data[:, None], found.targets, tuple(found.classes), digest
+    )
+
+
+def _unpack(source: Path, target: Path) -> None:
+    """Unpack a gzip file into the cache, once."""
+    if target.exists():
+        return
+    with (
+        gzip.open(source) as packed,
+        files.replacing(target) as temporary,
+        open(temporary, "wb") as out,
+    ):
+        shutil.copyfileobj(packed, out)
+
+
+def _cifar(maker: type, name: str) -> Callable[[str], ImageSet]:
+    def read(split: str) -> ImageSet:
+        found = _found(lambda: maker(files.data_dir(), train=split == "train"), name)
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        labels = torch.tensor(found.targets)
+        digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+        return ImageSet(f"{name}/{split}", images, labels, tuple(found.classes), digest)
+
+    return read
+
+
+def _imagenette(split: str) -> ImageSet:
+    part = "train" if split == "train" else "val"
+    found = _found(lambda: tv.Imagenette(files.data_dir(), split=part), "imagenette")
+    paths, labels = zip(*found._samples, strict=True)  # Imagenette has no public list of samples
+    return _from_paths(f"imagenette/{split}", found, paths, labels)
+
+
+def _imagenet(split: str) -> ImageSet:
+    part = "train" if split == "train" else "val"
+    found = _found(lambda: tv.ImageNet(files.data_dir() / "imagenet", split=part), "imagenet")
+    paths, labels = zip(*found.samples, strict=True)
+    return _from_paths(f"imagenet/{split}", found, paths, labels)
+
+
+def _folder(path: Path, split: str) -> ImageSet:
+    root = path / split if (path / split).is_dir() else path
+    found = _found(lambda: tv.ImageFolder(root), f"folder:{path}", root)
+    paths, labels = zip(*found.samples, strict=True)
+    return _from_paths(f"folder:{path}/{split}", found, paths, labels)
+
+
+def _from_paths(name: str, found: Dataset, paths: Sequence, labels: Sequence[int]) -> ImageSet:
+    classes = tuple(c if isinstance(c, str) else c[0] for c in found.classes)
+    listing = "\n".join(f"{Path(p).name} {Path(p).stat().st_size}" for p in paths)
+    digest = hashlib.sha256(f"{classes}\n{listing}".encode()).hexdigest()
+    return ImageSet(name, found, torch.tensor(labels), classes, digest)
+
+
+def _found(read: Callable[[], Dataset], name: str, where: Path | None = None) -> Dataset:
+    """Read a torchvision data set; say in one sentence where it was looked for."""
+    try:
+        return read()
+    except (RuntimeError, FileNotFoundError) as error:
+        layout = f"{where}" if where else f"{files.data_dir()} in torchvision's layout"
+        raise MissingFileError(f"data set {name!r} was not found in {layout}: {error}") from error
+
+
+_LOADERS: dict[str, Callable[[str], ImageSet]] = {
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": _cifar(tv.CIFAR10, "cifar10"),
+    "cifar100": _cifar(tv.CIFAR100, "cifar100"),
+    "imagenette": _imagenette,
+    "imagenet": _imagenet,
+}

@@ -1,0 +1,192 @@
+"""Recognition accuracy with its uncertainty: one network's, and the drop between two."""
+
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from tqdm.auto import tqdm
+
+from kclib import datasets, kernels
+from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.models import Model
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the ends of its 95 % confidence interval, in percent or points."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Accuracy points lost between two networks on the same images.
+
+    Attributes
+    ----------
+    points : Interval
+        Positive if the second is worse.
+    p_value : float
+        Exact McNemar test that images are lost as often as won.
+    lost, won : int
+        Images right only before, right only after.
+    """
+
+    points: Interval
+    p_value: float
+    lost: int
+    won: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network answered on a data set.
+
+    Attributes
+    ----------
+    predictions : numpy.ndarray
+        int64 ``(n,)``, the class of the largest logit of each image.
+    labels : numpy.ndarray
+        int64 ``(n,)``, the true class.
+    in_top5 : numpy.ndarray
+        bool ``(n,)``, whether the true class is among the five largest logits.
+    classes : tuple of str
+    seconds : float
+        Wall time.
+    """
+
+    predictions: np.ndarray
+    labels: np.ndarray
+    in_top5: np.ndarray
+    classes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Bool ``(n,)``: whether each image's top answer is right."""
+        return self.predictions == self.labels
+
+    @property
+    def top1(self) -> Interval:
+        """Top-1 accuracy in percent, with the Wilson score interval."""
+        return _proportion(self.correct)
+
+    @property
+    def top5(self) -> Interval:
+        """Top-5 accuracy in percent, with the Wilson score interval."""
+        return _proportion(self.in_top5)
+
+    @property
+    def per_class(self) -> dict[str, float]:
+        """Accuracy in percent of each class that has images."""
+        return {
+            name: 100 * float(self.correct[self.labels == i].mean())
+            for i, name in enumerate(self.classes)
+            if (self.labels == i).any()
+        }
+
+
+def evaluate(
+    model: Model,
+    data: datasets.ImageSet,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    progress: bool = True,
+) -> Evaluation:
+    """Run `model` over all images of `data`.
+
+    Parameters
+    ----------
+    model : Model
+        Unchanged; a copy runs, in channels_last layout.
+    data : ImageSet
+    batch_size : int
+    device : str or torch.device
+    precision : {"fp32", "bf16", "fp16"}
+        Autocast precision of the convolutions.
+    progress : bool
+        Whether to show a progress bar.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        A model that answers other classes than the data set has; an unknown precision.
+    """
+    if precision not in _AUTOCAST:
+        raise UnknownNameError("precision", precision, _AUTOCAST)
+    if batch_size < 1:
+        raise InvalidValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    if model.classes:
+        data = datasets.aligned(data, model.classes)
+    network = kernels.copied(model.network).eval().to(device, memory_format=torch.channels_last)
+    start = time.perf_counter()
+    predictions, in_top5 = [], []
+    with (
+        torch.inference_mode(),
+        torch.autocast(torch.device(device).type, _AUTOCAST[precision], enabled=precision != "fp32"),
+        tqdm(total=len(data), desc=model.name, unit="image", delay=2, disable=not progress) as bar,
+    ):
+        for inputs, labels in datasets.batches(
+            data, model.preprocess, batch_size, workers=min(4, os.cpu_count() or 1)
+        ):
+            logits = network(inputs.to(device, memory_format=torch.channels_last)).float().cpu()
+            _check_classes(logits, data)
+            top = logits.topk(min(5, logits.shape[1])).indices
+            predictions.append(top[:, 0])
+            in_top5.append((top == labels[:, None]).any(1))
+            bar.update(len(labels))
+    return Evaluation(
+        torch.cat(predictions).numpy(),
+        data.labels.numpy(),
+        torch.cat(in_top5).numpy(),
+        data.classes,
+        time.perf_counter() - start,
+    )
+
+
+def drop(before: Evaluation, after: Evaluation) -> Drop:
+    """Return the accuracy points lost from `before` to `after`.
+
+    The interval is that of the paired t statistic over the per-image differences (-1, 0, 1), which
+    uses that both saw the same images; the p-value is McNemar's (1947) in its exact binomial form.
+
+    Raises
+    ------
+    InvalidValueError
+        If the two were not evaluated on the same images.
+    """
+    if not np.array_equal(before.labels, after.labels):
+        raise InvalidValueError("the two evaluations are of different images; use one data set.")
+    difference = before.correct.astype(float) - after.correct.astype(float)
+    lost, won = int((difference > 0).sum()), int((difference < 0).sum())
+    mean = float(100 * difference.mean())
+    low = high = mean
+    if difference.std() > 0:
+        low, high = stats.ttest_1samp(100 * difference, 0).confidence_interval(0.95)
+    p_value = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
+    return Drop(Interval(mean, float(low), float(high)), float(p_value), lost, won)
+
+
+def _proportion(hits: np.ndarray) -> Interval:
+    ends = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
+    return Interval(100 * float(hits.mean()), 100 * float(ends.low), 100 * float(ends.high))
+
+
+def _check_classes(logits: torch.Tensor, data: datasets.ImageSet) -> None:
+    if logits.ndim != 2 or logits.shape[1] < len(data.classes):
+        raise InvalidValueError(
+            f"the model answers shape {tuple(logits.shape)}; {data.name} needs one logit for each of "
+            f"its {len(data.classes)} classes."
+        )

@@ -1,0 +1,87 @@
+"""Widgets: a controller that can be tested without a browser, under a thin ipywidgets view."""
+
+from functools import lru_cache
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from kclib import clustering, figures
+from kclib.clustering import Clustering
+from kclib.kernels import KernelBank
+
+ALL_LAYERS = "all layers, one codebook"
+
+
+class ClusterExplorer:
+    """The state behind the cluster-count slider: one layer or all of them, clustered at any K.
+
+    Parameters
+    ----------
+    bank : KernelBank
+    seed : int
+    shown : int
+        Representatives drawn on the codebook sheet, the most used first.
+    """
+
+    def __init__(self, bank: KernelBank, *, seed: int = 0, shown: int = 64):
+        self.bank, self.seed, self.shown = bank, seed, shown
+        self.cluster = lru_cache(maxsize=64)(self._cluster)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What can be clustered: all layers at once, or each by name."""
+        return (ALL_LAYERS, *(layer.name for layer in self.bank.layers))
+
+    def largest(self, choice: str) -> int:
+        """Return the number of kernels of a choice, its largest K."""
+        return len(self.bank) if choice == ALL_LAYERS else self.bank.layer(choice).n_kernels
+
+    def figure(self, choice: str, n_clusters: int) -> Figure:
+        """Return the codebook by use, and the cluster sizes, as a new figure."""
+        result = self.cluster(choice, min(n_clusters, self.largest(choice)))
+        codebook, counts = clustering.by_use(result.groups[0])
+        fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+        shown = min(self.shown, len(codebook))
+        figures.kernel_sheet(codebook[:shown], counts=counts[:shown], columns=8, ax=left)
+        left.set_title(f"the {shown} most used of {len(codebook):,} representatives", fontsize=10)
+        figures.cluster_sizes(counts, ax=right)
+        fig.suptitle(
+            f"{choice}: {result.n_kernels:,} kernels, K = {result.n_clusters:,}, "
+            f"{100 * result.kernels_removed:.3f} % removed, inertia {result.inertia:.4g}",
+            fontsize=11,
+        )
+        return fig
+
+    def _cluster(self, choice: str, n_clusters: int) -> Clustering:
+        if choice == ALL_LAYERS:
+            return clustering.cluster(self.bank, n_clusters, scope="global", seed=self.seed)
+        return clustering.cluster(self.bank.only(choice), n_clusters, seed=self.seed)
+
+
+def cluster_explorer(explorer: ClusterExplorer, *, n_clusters: int = 64) -> widgets.VBox:
+    """Return the view: a choice of layer and a slider for K, and the picture they lead to."""
+    choice = widgets.Dropdown(
+        options=explorer.choices, description="layer", value=explorer.choices[len(explorer.choices) // 2]
+    )
+    counts = sorted({n_clusters, *(2**power for power in range(1, 17))})
+    count = widgets.SelectionSlider(
+        options=[(f"{k:,}", k) for k in counts],
+        value=n_clusters,
+        description="clusters K",
+        continuous_update=False,
+    )
+    picture = widgets.Output()
+
+    def show(_=None) -> None:
+        fig = explorer.figure(choice.value, count.value)
+        picture.clear_output(wait=True)
+        with picture:
+            display(fig)
+        plt.close(fig)
+
+    choice.observe(show, "value")
+    count.observe(show, "value")
+    show()
+    return widgets.VBox([widgets.HBox([choice, count]), picture])

@@ -1,0 +1,177 @@
+"""Pictures: each function draws given values on an axes and returns it; none computes, saves or shows."""
+
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+# Matsui et al., IPSJ SIG Technical Report 2018-SLDM-183 no. 32: VGG-16 on ImageNet.
+REPORT_POINT = {"kernels_removed": 85.6, "bytes_removed": 79.35, "drop": 9.0}
+
+
+def kernel_sheet(
+    weights: np.ndarray, *, counts: np.ndarray | None = None, columns: int = 16, ax: Axes | None = None
+) -> Axes:
+    """Draw kernels as small images, row by row, each scaled to its own largest absolute weight.
+
+    Parameters
+    ----------
+    weights : numpy.ndarray
+        ``(m, kh, kw)``. Blue is negative, white zero, red positive.
+    counts : numpy.ndarray, optional
+        int ``(m,)``, written under each kernel.
+    columns : int
+        Kernels a row.
+    """
+    ax = ax or plt.gca()
+    m, height, width = weights.shape
+    rows = -(-m // columns)
+    gap = 1 if counts is None else 2
+    sheet = np.full((rows * (height + gap), columns * (width + 1) - 1), np.nan)
+    scale = np.abs(weights).max(axis=(1, 2), keepdims=True)
+    scaled = weights / np.where(scale > 0, scale, 1)
+    for i, kernel in enumerate(scaled):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + 1)
+        sheet[top : top + height, left : left + width] = kernel
+        if counts is not None:
+            ax.text(left + width / 2 - 0.5, top + height, _short(counts[i]), ha="center", va="center",
+                    fontsize=7)  # fmt: skip
+    ax.imshow(sheet, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    ax.set_axis_off()
+    return ax
+
+
+def cluster_sizes(counts: np.ndarray, *, ax: Axes | None = None, label: str | None = None) -> Axes:
+    """Draw how many kernels each representative stands for, most used first, on log axes."""
+    ax = ax or plt.gca()
+    ax.plot(np.arange(1, len(counts) + 1), counts, drawstyle="steps-mid", label=label)
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="rank of the representative, most used first",
+        ylabel="kernels it stands for",
+    )
+    return ax
+
+
+def norm_histogram(norms: dict[str, np.ndarray], *, ax: Axes | None = None) -> Axes:
+    """Draw kernel norms ``(n,)`` of each layer as boxes with whiskers from the 1st to the 99th percentile."""
+    ax = ax or plt.gca()
+    ax.boxplot(list(norms.values()), tick_labels=list(norms), whis=(1, 99), showfliers=False)
+    ax.set(yscale="log", ylabel="kernel norm (weight units)", xlabel="layer")
+    ax.tick_params(axis="x", rotation=45)
+    return ax
+
+
+def distance_histograms(
+    counts: dict[str, np.ndarray],
+    edges: np.ndarray,
+    *,
+    xlabel: str,
+    reference: np.ndarray | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the share of pairs by distance, one curve a name, coloured in order.
+
+    Parameters
+    ----------
+    counts : dict of str to numpy.ndarray
+        Pairs ``(b,)`` in each bin.
+    edges : numpy.ndarray
+        ``(b + 1,)`` bin edges, of equal width on the axis they are drawn on.
+    reference : numpy.ndarray, optional
+        ``(b,)`` shares of pairs that unrelated kernels would show, drawn dashed.
+    """
+    ax = ax or plt.gca()
+    colours = sns.color_palette("viridis", len(counts))
+    for (name, pairs), colour in zip(counts.items(), colours, strict=True):
+        ax.stairs(100 * pairs / max(pairs.sum(), 1), edges, color=colour, label=name, linewidth=1.3)
+    if reference is not None:
+        ax.stairs(100 * reference, edges, color="k", linestyle="--", label="unrelated shapes")
+    ax.set(xlabel=xlabel, ylabel="pairs in each bin (%)", xlim=(edges[0], edges[-1]), ylim=(0, None))
+    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def embedding(
+    layout: np.ndarray, colour: np.ndarray | pd.Categorical, *, label: str, ax: Axes | None = None
+) -> Axes:
+    """Draw a map ``(n, 2)`` coloured by category (in the categories' order) or by value."""
+    ax = ax or plt.gca()
+    if isinstance(colour, pd.Categorical):
+        names = list(colour.categories)
+        palette = sns.color_palette("viridis" if len(names) > 10 else "tab10", len(names))
+        sns.scatterplot(
+            x=layout[:, 0], y=layout[:, 1], hue=colour, hue_order=names, palette=palette,
+            s=5, linewidth=0, ax=ax, rasterized=True,
+        )  # fmt: skip
+        outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        ax.legend(title=label, fontsize=8, markerscale=3, frameon=False, **outside)
+    else:
+        x, y = layout.T
+        dots = ax.scatter(x, y, c=colour, s=5, linewidths=0, cmap="magma", rasterized=True)
+        ax.figure.colorbar(dots, ax=ax, label=label, shrink=0.6)
+    ax.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2", aspect="equal")
+    return ax
+
+
+def accuracy_curve(table: pd.DataFrame, *, x: str = "kernels_removed", ax: Axes | None = None) -> Axes:
+    """Draw accuracy against what was removed, a curve a scope, beside the dense model and the report's point.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        As `sweep.run` returns; error bars are its 95 % intervals.
+    x : {"kernels_removed", "bytes_removed"}
+        Percent of kernels, or of the convolutions' bytes.
+    """
+    ax = ax or plt.gca()
+    dense = table.loc[table.scope == "dense", "top1"].iloc[0]
+    for (scope, rows), marker in zip(
+        table[table.scope != "dense"].groupby("scope"), itertools.cycle("os^Dv"), strict=False
+    ):
+        name = {"layer": "one codebook a layer", "global": "one codebook for all"}.get(scope, scope)
+        bars = [rows.top1 - rows.top1_low, rows.top1_high - rows.top1]
+        ax.errorbar(100 - rows[x], rows.top1, bars, marker=marker, markersize=4, capsize=2, label=name)
+    ax.axhline(dense, color="0.4", linestyle="--", linewidth=1, label=f"dense model, {dense:.2f} %")
+    ax.plot(100 - REPORT_POINT[x], dense - REPORT_POINT["drop"], "k*", markersize=11,
+            label=f"IPSJ report: {REPORT_POINT[x]:g} % for 9 points")  # fmt: skip
+    ax.set(xscale="log", ylabel="top-1 accuracy (%)", ylim=(0, 100))
+    ax.set_xlabel(
+        {"kernels_removed": "kernels removed (%)", "bytes_removed": "convolution bytes removed (%)"}[x]
+    )
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if x == "bytes_removed" else (1,)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda kept, _: f"{100 - kept:.6g}"))
+    ax.xaxis.set_minor_formatter("")
+    ax.invert_xaxis()
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    return ax
+
+
+def byte_bars(ledger: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw a footprint ledger as stacked bars in megabytes, one bar for each way to keep the codebook."""
+    ax = ax or plt.gca()
+    names = {"codebook_fp32": "clustered,\nfp32 codebook", "codebook_fp16": "clustered,\nfp16 codebook"}
+    parts = ledger.drop(index=["convolutions", "model"]).rename(columns=names)
+    (parts[(parts > 0).any(axis=1)].T / 1e6).plot.barh(stacked=True, ax=ax, width=0.6)
+    for position, total in enumerate(ledger.loc["model"] / 1e6):
+        ax.text(total, position, f" {total:.2f} MB", va="center", fontsize=9)
+    ax.set(
+        xlabel="bytes of the whole model (MB)", ylabel="", xlim=(0, 1.12 * ledger.loc["model"].max() / 1e6)
+    )
+    ax.invert_yaxis()
+    ax.legend(fontsize=8, frameon=False, loc="lower right")
+    return ax
+
+
+def _short(count: int) -> str:
+    """Write a count in at most four characters."""
+    for unit, name in ((1_000_000, "M"), (1_000, "k")):
+        if count >= 0.9995 * unit:
+            return f"{count / unit:.{1 if count < 9.95 * unit else 0}f}{name}"
+    return str(count)

@@ -1,0 +1,224 @@
+"""Networks by name: the shipped VGG-16, torchvision's classifiers, or the user's own factory."""
+
+import hashlib
+import importlib
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
+from torchvision.transforms import v2
+
+from kclib import files
+from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, UnknownNameError
+
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+FASHION_FILE = "vgg16_fashion.fp16.safetensors"
+FASHION_SHA256 = "5e0e2765a902909e06d690168e9fcf03d15c67960481355aa29a78193700029b"
+# Builders whose published weights need other arguments than the builder's defaults.
+_BUILDER_ARGUMENTS = {
+    "googlenet": {"transform_input": True, "init_weights": False},
+    "inception_v3": {"transform_input": True, "init_weights": False},
+    "vit_h_14": {"image_size": 518},
+}
+# Published densenets carry names that the modules no longer have.
+_OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network and what it needs to be used.
+
+    Attributes
+    ----------
+    name : str
+        How it was asked for.
+    network : torch.nn.Module
+        In eval mode; answers logits ``(b, n_classes)`` for inputs ``(b, 3, h, w)``.
+    preprocess : callable
+        From a PIL image, or uint8 images ``(..., c, h, w)``, to the network's float input.
+    classes : tuple of str
+        Class names in the order of the logits; empty if unknown.
+    """
+
+    name: str
+    network: nn.Module
+    preprocess: Callable
+    classes: tuple[str, ...] = ()
+
+
+def load(
+    name: str = "vgg16-fashion",
+    *,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> Model:
+    """Load a trained network, in eval mode.
+
+    Parameters
+    ----------
+    name : str
+        ``vgg16-fashion`` (shipped), a torchvision classifier (its default published weights, with
+        their own transforms), or ``package.module:factory`` for a function without arguments that
+        returns a `torch.nn.Module` or a `Model`.
+    weights : path, optional
+        A safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` accepts, to load
+        in place of the default weights.
+    device : str or torch.device
+
+    Raises
+    ------
+    UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
+    """
+    if ":" in name:
+        model = _from_factory(name)
+    elif name == "vgg16-fashion":
+        model = Model(name, vgg16_fashion(), fashion_preprocess(), FASHION_CLASSES)
+        weights = weights or files.shipped(files.data_dir() / FASHION_FILE, FASHION_SHA256)
+    elif name in torchvision_names():
+        model = _from_torchvision(name, pretrained=weights is None)
+    else:
+        raise UnknownNameError("model", name, names())
+    if weights is not None:
+        _fill(model.network, read_weights(weights), str(weights))
+    model.network.to(device).eval()
+    return model
+
+
+def names() -> tuple[str, ...]:
+    """Return every name that `load` knows, with the form of a user's own."""
+    return ("vgg16-fashion", "package.module:factory", *torchvision_names())
+
+
+def torchvision_names() -> tuple[str, ...]:
+    """Return the names of torchvision's image classifiers."""
+    return tuple(torchvision.models.list_models(module=torchvision.models))
+
+
+def vgg16_fashion(n_classes: int = 10) -> nn.Module:
+    """Return an untrained VGG-16 for 32×32 inputs.
+
+    torchvision's convolution stack (configuration D of Simonyan and Zisserman 2014, 13 layers at
+    full width), global average pooling and one linear layer.
+    """
+    return nn.Sequential(
+        OrderedDict(
+            features=make_layers(cfgs["D"], batch_norm=False),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            dropout=nn.Dropout(0.3),
+            classifier=nn.Linear(512, n_classes),
+        )
+    )
+
+
+def fashion_preprocess() -> Callable:
+    """Return the transform of `vgg16_fashion`: uint8 ``(..., 1|3, 28, 28)`` to float ``(..., 3, 32, 32)``.
+
+    Mean and scale are those of the ImageNet weights it was trained from
+    (``VGG16_Weights.IMAGENET1K_FEATURES``: values 0..255 minus the mean colour).
+    """
+    mean = (123.68 / 255, 116.779 / 255, 103.939 / 255)
+    return v2.Compose(
+        [
+            v2.ToImage(),
+            v2.Pad(2),
+            v2.RGB(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean, (1 / 255,) * 3),
+            v2.ToPureTensor(),
+        ]
+    )
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a state dict from a safetensors file or a ``weights_only`` torch checkpoint.
+
+    Raises
+    ------
+    MissingFileError, DamagedFileError
+        The file is absent; or truncated, not a state dict, or would need unpickling of code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"weights file {path} does not exist.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make its reader raise almost anything
+        raise DamagedFileError(
+            f"{path} is not a whole safetensors file or weights-only checkpoint: {error}"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise DamagedFileError(f"{path} holds no state dict (a mapping of names to tensors).")
+    return state
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of a network's state."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _fill(network: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise InvalidValueError(f"{source} does not fit the network: {error}") from error
+
+
+def _from_torchvision(name: str, *, pretrained: bool) -> Model:
+    published = torchvision.models.get_model_weights(name).DEFAULT
+    network = torchvision.models.get_model(name, weights=None, **_BUILDER_ARGUMENTS.get(name, {}))
+    if pretrained:
+        target = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
+        try:  # torchvision's own builders would unpickle; the same files load weights-only
+            state = published.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
+        except OSError as error:
+            raise MissingFileError(
+                f"the published weights of {name} could not be downloaded; place {target.name} at {target}."
+            ) from error
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise DamagedFileError(
+                f"{target} is not the published file ({error}); remove it or place the right one."
+            ) from error
+        state = {_OLD_DENSENET_NAME.sub(r"\1\2", name): value for name, value in state.items()}
+        _fill(network, state, Path(published.url).name)
+    preprocess = v2.Compose([v2.RGB(), published.transforms()])
+    return Model(name, network, preprocess, tuple(published.meta["categories"]))
+
+
+def _from_factory(name: str) -> Model:
+    module_name, _, factory_name = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidValueError(
+            f"model {name!r} could not be imported ({error}); "
+            "it must be package.module:factory, importable from where you run."
+        ) from error
+    made = factory()
+    if isinstance(made, Model):
+        return made
+    if not isinstance(made, nn.Module):
+        raise InvalidValueError(f"{name!r} returned {type(made).__name__}, not a torch.nn.Module.")
+    preprocess = v2.Compose(
+        [v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
+    )
+    return Model(name, made, preprocess)

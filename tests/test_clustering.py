@@ -1,0 +1,152 @@
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from scipy.spatial.distance import cdist
+
+from kclib import clustering
+from kclib.clustering import cluster
+from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.kernels import KernelBank, Layer
+
+A, B, C = (np.full((2, 2), value, np.float32) for value in (1, 5, 20))
+
+
+def bank_of(**layers):
+    """Return a bank of named layers, each given as its kernels, one input channel."""
+    start, made = 0, []
+    for name, kernels in layers.items():
+        made.append(Layer(name, (len(kernels), 1, *kernels[0].shape), start))
+        start += len(kernels)
+    weights = np.concatenate([np.stack(kernels) for kernels in layers.values()])
+    return KernelBank(weights, tuple(made), {})
+
+
+def random_bank(*sizes, seed=0):
+    draw = np.random.default_rng(seed)
+    return bank_of(**{f"conv{i}": draw.normal(size=(n, 3, 3)).astype("f") for i, n in enumerate(sizes)})
+
+
+SCOPES = st.sampled_from(["layer", "global", {"conv0": "ends", "conv1": "middle", "conv2": "ends"}])
+
+
+@given(SCOPES, st.integers(1, 30), st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_each_kernel_gets_the_nearest_representative_of_its_own_group(scope, n_clusters, seed):
+    bank = random_bank(12, 30, 7, seed=seed)
+    result = cluster(bank, n_clusters, scope=scope, seed=seed)
+    rows = clustering.quantized(result)
+    assert rows.shape == bank.weights.shape
+    for group in result.groups:
+        assert (np.bincount(group.indices, minlength=group.n_clusters) > 0).all()
+        assert len(group.indices) == sum(layer.n_kernels for layer in group.layers)
+        codebook = group.codebook.reshape(group.n_clusters, -1)
+        for layer in group.layers:
+            best = cdist(bank.points[layer.rows], codebook, "sqeuclidean").min(1)
+            mine = np.square(bank.weights[layer.rows] - rows[layer.rows]).sum(axis=(1, 2))
+            np.testing.assert_allclose(mine, best, rtol=1e-4, atol=1e-6)
+            assert {x.tobytes() for x in rows[layer.rows]} <= {x.tobytes() for x in group.codebook}
+    assert result.inertia == pytest.approx(np.square(bank.weights - rows).sum(dtype="d"), rel=1e-4, abs=1e-6)
+
+
+@given(SCOPES, st.integers(0, 99))
+@settings(deadline=None, max_examples=25)
+def test_quantized_rows_are_codebook_lookups_in_the_rows_of_the_bank(scope, seed):
+    bank = random_bank(5, 4, 6, seed=seed)
+    result = cluster(bank, 3, scope=scope, seed=seed)
+    lookups = {}
+    for group in result.groups:
+        rows = np.concatenate([np.arange(x.rows.start, x.rows.stop) for x in group.layers])
+        lookups |= {row: group.codebook[index] for row, index in zip(rows, group.indices, strict=True)}
+    np.testing.assert_array_equal(clustering.quantized(result), [lookups[row] for row in range(len(bank))])
+
+
+def test_one_codebook_for_all_layers_shares_what_each_layer_repeats():
+    bank = bank_of(one=[A, B], two=[B, A])
+    shared = cluster(bank, 2, scope="global")
+    alone = cluster(bank, 1)
+    assert (shared.inertia, shared.n_clusters, shared.kernels_removed) == (0, 2, 0.5)
+    assert (alone.inertia, alone.n_clusters) == (2 * 2 * 4 * 2.0**2, 2)
+    np.testing.assert_array_equal([g.codebook[0] for g in alone.groups], [(A + B) / 2] * 2)
+    np.testing.assert_array_equal(clustering.quantized(shared), bank.weights)
+
+
+def test_codebooks_of_layers_that_differ_split_like_one_for_all():
+    bank = bank_of(low=[A, A, A], high=[C, C])
+    for scope, n_clusters in (("layer", 1), ("global", 2)):
+        result = cluster(bank, n_clusters, scope=scope)
+        assert (result.n_clusters, result.inertia) == (2, 0)
+        np.testing.assert_array_equal(clustering.quantized(result), bank.weights)
+
+
+def test_groups_of_a_mapping_keep_the_order_of_the_bank():
+    bank = bank_of(one=[A, B], two=[C], three=[B])
+    result = cluster(bank, 1, scope={"three": "ends", "two": "middle", "one": "ends"})
+    assert [(g.name, [x.name for x in g.layers]) for g in result.groups] == [
+        ("ends", ["one", "three"]),
+        ("middle", ["two"]),
+    ]
+    assert (result.scope, result.layers) == ("mapping", bank.layers)
+    np.testing.assert_allclose(result.groups[0].codebook[0], (A + B + B) / 3)
+
+
+def test_each_group_may_have_its_own_k():
+    result = cluster(random_bank(12, 30), {"conv0": 2, "conv1": 7})
+    assert [group.n_clusters for group in result.groups] == [2, 7]
+    assert result.kernels_removed == pytest.approx(1 - 9 / 42)
+
+
+def test_groups_that_fall_short_of_k_are_noted_and_no_others():
+    bank = bank_of(small=[A, B], doubled=[A, A, B, B, C], large=list(random_bank(5).weights[:, :2, :2]))
+    result = cluster(bank, 5)
+    assert [group.n_clusters for group in result.groups] == [2, 3, 5]
+    assert len(result.notes) == 2
+    assert result.notes[0].startswith("small: 2 clusters in place of 5, for its 2 kernels")
+    assert result.notes[1].startswith("doubled: 3 clusters in place of 5, for its 5 kernels")
+    assert cluster(bank, 2).notes == ()
+
+
+def test_same_seed_gives_the_same_clustering_and_another_does_not():
+    bank = random_bank(60, 60)
+    first, again, other = (cluster(bank, 9, seed=seed) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(clustering.quantized(first), clustering.quantized(again))
+    assert (first.seed, other.seed) == (3, 4)
+    assert first.inertia == again.inertia != other.inertia
+
+
+def test_representatives_by_use_come_most_used_first():
+    result = cluster(bank_of(one=[B, A, C, A, C, A]), 3)
+    codebook, counts = clustering.by_use(result.groups[0])
+    np.testing.assert_array_equal(codebook, [A, C, B])
+    assert counts.tolist() == [3, 2, 1]
+
+
+def test_error_share_is_none_where_all_is_kept_and_all_where_kernels_cancel_out():
+    zero = np.zeros_like(A)
+    bank = bank_of(kept=[B], cancels=[A, -A], half=[A, zero], empty=[zero, zero])
+    assert clustering.error_share(bank, cluster(bank, 1)) == [0, 1, 0.5, 0]
+
+
+@pytest.mark.parametrize(
+    ("n_clusters", "scope", "sentence"),
+    [
+        (0, "layer", "n_clusters is 0; it must be a whole number from 1 to 3"),
+        (4, "layer", "n_clusters is 4; .* 1 to 3, the kernels of the largest group"),
+        (6, "global", "n_clusters is 6; .* 1 to 5"),
+        (True, "layer", "n_clusters is True"),
+        (2.0, "layer", r"n_clusters is 2\.0"),
+        ({"one": 2, "two": 3}, "layer", "n_clusters is 3; .* 1 to 2, the kernels of group two"),
+        ({"one": 2}, "layer", "n_clusters must name every group; not matching: two"),
+        ({"global": 2, "one": 2}, "global", "n_clusters must name every group; not matching: one"),
+        (1, {"one": "all"}, "scope must give every layer of the bank a group; not matching: two"),
+        (1, {"one": "all", "two": "all", "six": "all"}, "not matching: six"),
+    ],
+)
+def test_k_or_scope_that_does_not_fit_the_bank_is_refused(n_clusters, scope, sentence):
+    with pytest.raises(InvalidValueError, match=sentence):
+        cluster(bank_of(one=[A, B, C], two=[A, B]), n_clusters, scope=scope)
+
+
+def test_unknown_scope_is_refused_with_the_nearest_known_one():
+    with pytest.raises(UnknownNameError, match=r"unknown scope 'layers'; known: layer, global.*'layer'\?"):
+        cluster(bank_of(one=[A, B]), 1, scope="layers")

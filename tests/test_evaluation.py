@@ -1,0 +1,179 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+from torch import nn
+
+from kclib import evaluation, models
+from kclib.datasets import ImageSet
+from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.evaluation import Evaluation
+from kclib.models import Model
+
+# A picture of one row whose pixels are the logits, so that nn.Flatten() is a network of known answers.
+LOGITS = ([9, 0, 1, 2, 3, 4], [9, 8, 7, 6, 5, 4], [1, 2, 3, 4, 5, 6], [0, 0, 9, 0, 0, 1])
+LABELS = (0, 5, 1, 2)  # right; wrong and sixth; wrong but fifth; right
+READER = Model("reader", nn.Flatten(), torch.Tensor.float)
+
+
+def pictures(logits=LOGITS, labels=LABELS) -> ImageSet:
+    images = torch.tensor(logits, dtype=torch.uint8)[:, None, None, :]
+    return ImageSet(
+        "pictures/test", images, torch.tensor(labels), tuple("abcdef")[: len(logits[0])], "f" * 64
+    )
+
+
+def convolution() -> Model:
+    """A network of every kind of state, in training mode, with answers exact in any summation order."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, (1, 3)), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    with torch.no_grad():
+        network[0].weight.copy_(torch.randint(-3, 4, network[0].weight.shape))
+        network[0].bias.zero_()
+    return Model("convolution", network.train(), torch.Tensor.float)
+
+
+def answers(correct) -> Evaluation:
+    right = np.asarray(correct, dtype=bool)
+    return Evaluation((~right).astype(int), np.zeros(len(right), int), right, ("yes", "no"), 0.0)
+
+
+def test_accuracies_of_known_answers_are_as_counted_by_hand():
+    result = evaluation.evaluate(READER, pictures(), progress=False)
+    assert result.predictions.tolist() == [0, 0, 5, 2]
+    assert result.correct.tolist() == [True, False, False, True]
+    assert result.in_top5.tolist() == [True, False, True, True]
+    assert (result.top1.estimate, result.top5.estimate) == (50, 75)
+    assert result.per_class == {"a": 100, "b": 0, "c": 100, "f": 0}
+
+
+def test_with_fewer_than_five_classes_every_answer_is_in_the_top_five():
+    result = evaluation.evaluate(READER, pictures([[1, 2, 3], [3, 2, 1]], [0, 0]), progress=False)
+    assert (result.top1.estimate, result.top5.estimate) == (50, 100)
+
+
+def test_labels_follow_the_models_class_order():
+    model = dataclasses.replace(READER, classes=tuple("abcdef"))
+    data = dataclasses.replace(pictures([[5, 0, 0], [0, 5, 0]], [1, 0]), classes=("b", "a"))
+    padded = dataclasses.replace(data, images=nn.functional.pad(data.images, (0, 3)))
+    result = evaluation.evaluate(model, padded, progress=False)
+    assert result.per_class == {"a": 100, "b": 100}
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.booleans(), min_size=1, max_size=200))
+def test_the_interval_is_wilsons(hits):
+    n, p, z = len(hits), sum(hits) / len(hits), stats.norm.ppf(0.975)
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    top1 = answers(hits).top1
+    assert top1.estimate == pytest.approx(100 * p)
+    assert (top1.low, top1.high) == pytest.approx((100 * (middle - half), 100 * (middle + half)), abs=1e-9)
+
+
+def test_the_drop_counts_discordant_images():
+    before, after = answers([1, 1, 1, 1, 0, 0, 0, 1, 1, 1]), answers([1, 0, 0, 0, 1, 0, 0, 1, 1, 1])
+    lost = evaluation.drop(before, after)
+    assert (lost.lost, lost.won) == (3, 1)
+    assert lost.points.estimate == pytest.approx(20)
+    assert lost.p_value == pytest.approx(2 * (4 + 1) / 16)  # 2 P(at least 3 heads of 4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60))
+def test_the_drop_agrees_with_the_paired_t_test_and_the_binomial(pairs):
+    before, after = (np.array(side) for side in zip(*pairs, strict=True))
+    assume(np.ptp(before.astype(int) - after) > 0)
+    lost = evaluation.drop(answers(before), answers(after))
+    interval = stats.ttest_rel(100.0 * before, 100.0 * after).confidence_interval(0.95)
+    assert (lost.points.low, lost.points.high) == pytest.approx(tuple(interval))
+    tail = stats.binom.cdf(min(lost.lost, lost.won), lost.lost + lost.won, 0.5)
+    assert lost.p_value == pytest.approx(min(1, 2 * tail))
+
+
+def test_the_drops_interval_agrees_with_a_bootstrap():
+    rng = np.random.default_rng(0)
+    before = rng.random(600) < 0.9
+    after = np.where(rng.random(600) < 0.12, rng.random(600) < 0.3, before)
+    points = evaluation.drop(answers(before), answers(after)).points
+    drawn = rng.integers(0, 600, (4000, 600))
+    means = 100 * (before.astype(float) - after)[drawn].mean(1)
+    assert (points.low, points.high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=0.5)
+
+
+def test_there_is_no_drop_between_equal_answers():
+    lost = evaluation.drop(answers([1, 0, 1]), answers([1, 0, 1]))
+    assert (lost.points.low, lost.points.high, lost.p_value) == (0, 0, 1)
+
+
+def test_losing_every_image_is_significant():
+    lost = evaluation.drop(answers([1] * 10), answers([0] * 10))
+    assert (lost.lost, lost.points.estimate) == (10, 100)
+    assert lost.p_value == pytest.approx(2 * 0.5**10)
+
+
+def test_a_drop_between_different_images_is_refused():
+    with pytest.raises(InvalidValueError, match="different images"):
+        evaluation.drop(answers([1, 0]), answers([1, 0, 1]))
+
+
+def test_the_callers_network_is_untouched():
+    model = convolution()
+    before = models.fingerprint(model.network)
+    evaluation.evaluate(model, pictures(labels=(0, 1, 2, 3), logits=np.eye(4, dtype=int) * 9), progress=False)
+    assert models.fingerprint(model.network) == before
+    assert all(module.training for module in model.network.modules())
+    assert model.network[0].weight.is_contiguous()
+    assert all(p.requires_grad and not p.is_inference() for p in model.network.parameters())
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 30, 64])
+def test_the_batch_size_changes_no_answer(batch_size):
+    logits = torch.randint(0, 256, (30, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    data = pictures(logits, [i % 4 for i in range(30)])
+    network = convolution().network.eval()
+    expected = network(data.images.float()).argmax(1)
+    result = evaluation.evaluate(convolution(), data, batch_size=batch_size, progress=False)
+    assert result.predictions.tolist() == expected.tolist()
+
+
+def test_pictures_read_one_by_one_are_answered_like_those_in_memory():
+    data = pictures()
+    listed = [(Image.fromarray(image[0].numpy()), 0) for image in data.images]
+    model = dataclasses.replace(READER, preprocess=lambda image: torch.tensor(np.array(image))[None].float())
+    result = evaluation.evaluate(model, dataclasses.replace(data, images=listed), progress=False)
+    expected = evaluation.evaluate(READER, data, progress=False)
+    assert np.array_equal(result.predictions, expected.predictions)
+    assert np.array_equal(result.in_top5, expected.in_top5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_convolutions_run_in_the_precision_asked_for(precision, dtype):
+    model, seen = convolution(), []
+    model.network[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    data = pictures(np.eye(4, dtype=int) * 9, (0, 1, 2, 3))
+    evaluation.evaluate(model, data, precision=precision, progress=False)
+    assert seen == [dtype]
+
+
+def test_a_model_of_other_classes_is_refused():
+    with pytest.raises(InvalidValueError, match="answers 2 classes"):
+        evaluation.evaluate(dataclasses.replace(READER, classes=("x", "y")), pictures(), progress=False)
+    with pytest.raises(InvalidValueError, match=r"answers shape \(4, 4\).*its 6 classes"):
+        evaluation.evaluate(convolution(), pictures(), progress=False)
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(UnknownNameError, match="mean 'bf16'"):
+        evaluation.evaluate(READER, pictures(), precision="bf61", progress=False)
+    with pytest.raises(InvalidValueError, match="batch_size is 0"):
+        evaluation.evaluate(READER, pictures(), batch_size=0, progress=False)

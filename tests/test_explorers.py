@@ -1,0 +1,128 @@
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kclib import clustering, explorers
+from kclib.errors import InvalidValueError
+from kclib.explorers import ALL_LAYERS, ClusterExplorer
+from kclib.kernels import extract
+
+
+@pytest.fixture
+def bank():
+    torch.manual_seed(0)
+    return extract(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3)))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The K of each clustering made."""
+    made, cluster = [], clustering.cluster
+
+    def counted(bank, n_clusters, **options):
+        made.append(n_clusters)
+        return cluster(bank, n_clusters, **options)
+
+    monkeypatch.setattr(clustering, "cluster", counted)
+    return made
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The titles of the figures displayed, and "cleared" for each time the picture was emptied."""
+    events = []
+    monkeypatch.setattr(explorers, "display", lambda fig: events.append(fig.get_suptitle()))
+    monkeypatch.setattr(widgets.Output, "clear_output", lambda *_, **__: events.append("cleared"))
+    return events
+
+
+def controls(view):
+    choice, count = view.children[0].children
+    return choice, count, view.children[1]
+
+
+def test_choices_are_all_layers_and_each_with_its_own_largest_k(bank):
+    explorer = ClusterExplorer(bank)
+    assert {choice: explorer.largest(choice) for choice in explorer.choices} == {
+        ALL_LAYERS: 152,
+        "0": 24,
+        "1": 128,
+    }
+    with pytest.raises(InvalidValueError, match="no layer 'conv9'"):
+        explorer.largest("conv9")
+
+
+@pytest.mark.parametrize("choice", ["1", ALL_LAYERS])
+def test_figure_shows_the_clustering_of_the_choice(bank, choice):
+    if choice == ALL_LAYERS:
+        expected = clustering.cluster(bank, 20, scope="global", seed=5)
+    else:
+        expected = clustering.cluster(bank.only(choice), 20, seed=5)
+    fig = ClusterExplorer(bank, seed=5, shown=12).figure(choice, 20)
+    n = expected.n_kernels
+    title = f"{choice}: {n} kernels, K = 20, {100 - 2000 / n:.3f} % removed, inertia {expected.inertia:.4g}"
+    assert fig.get_suptitle() == title
+    left, right = fig.axes
+    assert left.get_title() == "the 12 most used of 20 representatives"
+    codebook, counts = clustering.by_use(expected.groups[0])
+    assert [int(text.get_text()) for text in left.texts] == counts[:12].tolist()
+    first = np.ma.filled(left.images[0].get_array(), np.nan)[:3, :3]
+    np.testing.assert_allclose(first, codebook[0] / np.abs(codebook[0]).max())
+    assert right.lines[0].get_ydata().tolist() == counts.tolist()
+
+
+def test_k_above_the_largest_keeps_every_kernel(bank, calls):
+    fig = ClusterExplorer(bank).figure("0", 4096)
+    assert calls == [24]
+    assert "K = 24, 0.000 % removed, inertia 0" in fig.get_suptitle()
+    assert fig.axes[0].get_title() == "the 24 most used of 24 representatives"
+
+
+def test_what_was_clustered_once_is_not_clustered_again(bank, calls):
+    explorer = ClusterExplorer(bank)
+    first, again = (explorer.figure("1", 8) for _ in range(2))
+    assert calls == [8]
+    assert first is not again
+    assert first.get_suptitle() == again.get_suptitle()
+    explorer.figure("1", 16)
+    explorer.figure("0", 8)
+    explorer.figure("0", 100)
+    explorer.figure("0", 200)
+    assert calls == [8, 16, 8, 24]
+
+
+def test_view_opens_on_the_first_layer_with_a_picture(bank, shown):
+    choice, count, picture = controls(explorers.cluster_explorer(ClusterExplorer(bank), n_clusters=8))
+    assert (choice.value, choice.options, count.value) == ("0", (ALL_LAYERS, "0", "1"), 8)
+    assert isinstance(picture, widgets.Output)
+    assert len(shown) == 2
+    assert shown[1].startswith("0: 24 kernels, K = 8, ")
+
+
+def test_moving_the_slider_or_choosing_a_layer_redraws(bank, shown):
+    choice, count, _ = controls(explorers.cluster_explorer(ClusterExplorer(bank), n_clusters=8))
+    shown.clear()
+    count.value = 16
+    choice.value = "1"
+    choice.value = ALL_LAYERS
+    assert shown[::2] == ["cleared"] * 3
+    assert [title.split(",")[:2] for title in (shown[1], shown[3])] == [
+        ["0: 24 kernels", " K = 16"],
+        ["1: 128 kernels", " K = 16"],
+    ]
+    assert shown[5].startswith(f"{ALL_LAYERS}: 152 kernels, K = 16, ")
+
+
+def test_view_asks_for_k_when_the_slider_is_released_and_leaves_no_figure_open(bank, shown):
+    _, count, _ = controls(explorers.cluster_explorer(ClusterExplorer(bank)))
+    assert not count.continuous_update
+    count.value = 2
+    assert plt.get_fignums() == []
+
+
+def test_slider_labels_say_their_values(bank, shown):
+    _, count, _ = controls(explorers.cluster_explorer(ClusterExplorer(bank)))
+    assert [int(label.replace(",", "")) for label, _ in count.options] == [k for _, k in count.options]

@@ -1,0 +1,199 @@
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import get_model, get_model_weights
+
+from kclib import files, models
+from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, UnknownNameError
+
+SHIPPED = files.data_dir() / "vgg16_fashion.fp16.safetensors"
+
+
+@pytest.fixture
+def ownnets(tmp_path, monkeypatch):
+    """A user's importable module of factories."""
+    (tmp_path / "ownnets.py").write_text(
+        "from torch import nn\n"
+        "from kclib.models import Model\n"
+        "def network():\n    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.Dropout(0.5))\n"
+        "def model():\n    return Model('mine', network(), str, ('cat', 'dog'))\n"
+        "def number():\n    return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ownnets", raising=False)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """From a torchvision name to its place in a torch hub cache that is empty, with no network."""
+    monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=URLError("no network")))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return lambda name: folder / Path(get_model_weights(name).DEFAULT.url).name
+
+
+def test_an_unknown_name_lists_the_known_ones_and_suggests_the_nearest():
+    with pytest.raises(UnknownNameError, match=r"known: vgg16-fashion, .*resnet18.*mean 'vgg16-fashion'\?"):
+        models.load("vgg16-fashon")
+
+
+def test_vgg16_fashion_has_the_layers_and_kernels_of_configuration_d():
+    convolutions = [m for m in models.vgg16_fashion().modules() if isinstance(m, nn.Conv2d)]
+    assert [c.out_channels for c in convolutions] == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+    assert {c.kernel_size for c in convolutions} == {(3, 3)}
+    assert sum(c.in_channels * c.out_channels for c in convolutions) == 1_634_496
+
+
+def test_the_shipped_model_is_its_file_in_eval_mode_and_loads_the_same_twice():
+    first, second, stored = models.load(), models.load("vgg16-fashion"), models.read_weights(SHIPPED)
+    assert all(torch.equal(value, stored[name].float()) for name, value in first.network.state_dict().items())
+    assert not any(module.training for module in first.network.modules())
+    assert models.fingerprint(first.network) == models.fingerprint(second.network)
+
+
+def test_the_fingerprint_changes_with_one_bit_or_the_shape_and_not_with_memory_layout():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = models.fingerprint(network)
+    assert models.fingerprint(network.to(memory_format=torch.channels_last)) == before
+    with torch.no_grad():
+        network[0].bias.view(torch.int32)[1] ^= 1
+    assert models.fingerprint(network) != before
+    flat, square = (nn.ParameterList([torch.zeros(shape)]) for shape in ((4,), (2, 2)))
+    assert models.fingerprint(flat) != models.fingerprint(square)
+
+
+@pytest.mark.parametrize(("factory", "classes"), [("network", ()), ("model", ("cat", "dog"))])
+def test_a_factory_may_return_a_network_or_a_model(ownnets, factory, classes):
+    model = models.load(f"ownnets:{factory}")
+    assert (model.network[0].out_channels, model.network.training, model.classes) == (2, False, classes)
+    if factory == "network":  # its preprocessing is RGB from 0 to 1
+        assert torch.allclose(model.preprocess(Image.new("L", (4, 4), 51)), torch.full((3, 4, 4), 0.2))
+
+
+@pytest.mark.parametrize("name", ["nowhere_at_all:network", "ownnets:absent", ":network"])
+def test_a_factory_that_is_not_there_is_an_invalid_value(ownnets, name):
+    with pytest.raises(InvalidValueError, match=f"'{name}' could not be imported"):
+        models.load(name)
+
+
+def test_a_factory_that_returns_no_network_is_an_invalid_value(ownnets):
+    with pytest.raises(InvalidValueError, match="returned int"):
+        models.load("ownnets:number")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "pth with state_dict"])
+def test_weights_from_a_file_replace_the_factorys_own(ownnets, tmp_path, kind):
+    state = {"0.weight": torch.randn(2, 3, 3, 3), "0.bias": torch.tensor([1.0, -2.0])}
+    path = tmp_path / f"w.{kind.split()[0]}"
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state if kind == "pth" else {"state_dict": state, "epoch": 3}, path)
+    loaded = models.load("ownnets:network", weights=path).network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    path, target = tmp_path / "bomb.pth", tmp_path / "exploded"
+    bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, (str(target),))})
+    torch.save({"weight": bomb()}, path)
+    with pytest.raises(DamagedFileError, match=r"bomb\.pth"):
+        models.read_weights(path)
+    assert not target.exists()
+    torch.load(path, weights_only=False)
+    assert target.exists(), "the bomb was a dud"
+
+
+@pytest.mark.parametrize(("save", "name"), [(save_file, "w.safetensors"), (torch.save, "w.pth")])
+def test_truncated_weights_are_damaged(tmp_path, save, name):
+    save({"a": torch.zeros(100)}, tmp_path / name)
+    os.truncate(tmp_path / name, (tmp_path / name).stat().st_size - 50)
+    with pytest.raises(DamagedFileError, match="not a whole"):
+        models.read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {"a": 1}, [torch.zeros(1)]])
+def test_a_checkpoint_that_is_no_state_dict_is_damaged(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(DamagedFileError, match="no state dict"):
+        models.read_weights(tmp_path / "w.pth")
+
+
+def test_weights_that_are_missing_or_do_not_fit_are_named(ownnets, tmp_path):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(MissingFileError, match=f"{path} does not exist"):
+        models.load("ownnets:network", weights=path)
+    save_file({"0.weight": torch.zeros(2, 3, 5, 5), "0.bias": torch.zeros(2)}, path)
+    with pytest.raises(InvalidValueError, match=f"{path} does not fit"):
+        models.load("ownnets:network", weights=path)
+
+
+def test_one_changed_byte_in_the_shipped_weights_is_named(tmp_path, monkeypatch):
+    content = bytearray(SHIPPED.read_bytes())
+    content[-1] ^= 1
+    copy = tmp_path / SHIPPED.name
+    monkeypatch.setenv("KCLIB_DATA", str(tmp_path))
+    copy.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=f"{copy} has SHA-256"):
+        models.load()
+    shutil.copyfile(SHIPPED, copy)
+    models.load()
+
+
+def test_published_weights_in_the_hub_cache_load_offline(published):
+    ours = get_model("squeezenet1_1", weights=None)
+    torch.save(ours.state_dict(), published("squeezenet1_1"))
+    model = models.load("squeezenet1_1")
+    assert models.fingerprint(model.network) == models.fingerprint(ours)
+    assert (len(model.classes), model.classes[0]) == (1000, "tench")
+    assert model.preprocess(Image.new("L", (300, 260))).shape == (3, 224, 224)
+
+
+def test_published_densenets_load_from_their_old_key_names(published):
+    ours = get_model("densenet121", weights=None)
+    dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])")  # published: denselayer1.norm.1.weight
+    state = {dotted.sub(r"\1.\2", key): value for key, value in ours.state_dict().items()}
+    torch.save(state, published("densenet121"))
+    assert models.fingerprint(models.load("densenet121").network) == models.fingerprint(ours)
+
+
+def test_vit_h_14_is_built_at_the_image_size_of_its_published_weights(monkeypatch):
+    with torch.device("meta"):  # 632 million parameters, none of them real
+        state = get_model("vit_h_14", weights=None, image_size=518).state_dict()
+        monkeypatch.setattr(get_model_weights("vit_h_14"), "get_state_dict", lambda self, **kwargs: state)
+        monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
+        assert models.load("vit_h_14").network.encoder.pos_embedding.shape == (1, 37 * 37 + 1, 1280)
+
+
+def test_published_weights_that_cannot_be_downloaded_say_where_to_place_them(published):
+    path = published("mobilenet_v2")
+    with pytest.raises(MissingFileError, match=f"place {path.name} at {path}"):
+        models.load("mobilenet_v2")
+
+
+def test_a_damaged_file_in_the_hub_cache_is_named(published):
+    published("mobilenet_v2").write_bytes(b"not a checkpoint")
+    with pytest.raises(DamagedFileError, match=published("mobilenet_v2").name):
+        models.load("mobilenet_v2")
+
+
+def test_fashion_preprocessing_of_tensor_picture_and_batch_is_as_computed_by_hand():
+    pixels = np.arange(28 * 28).astype(np.uint8).reshape(28, 28)
+    padded = np.pad(pixels.astype(float), 2)
+    expected = torch.tensor(np.stack([padded - mean for mean in (123.68, 116.779, 103.939)])).float()
+    preprocess, tensor = models.fashion_preprocess(), torch.from_numpy(pixels)[None]
+    for inputs in (preprocess(Image.fromarray(pixels)), preprocess(tensor), *preprocess(tensor[None])):
+        assert type(inputs) is torch.Tensor
+        torch.testing.assert_close(inputs, expected, atol=1e-4, rtol=0)

@@ -1,0 +1,141 @@
+"""The notebooks: their anatomy, and that they run to their last cell on real and on made-up models."""
+
+import json
+import re
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from kclib import batch, reports
+
+NOTEBOOKS = sorted(batch.NOTEBOOKS.glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_there_are_five_notebooks_in_run_order():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+
+
+def test_committed_without_outputs(notebook):
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(notebook))
+
+
+def test_one_parameters_cell_of_annotated_literals_with_help(notebook):
+    tagged = [c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", ())]
+    assert len(tagged) == 1
+    for line in tagged[0].source.splitlines():
+        assert re.fullmatch(r"\w+: \w+ = .+  # .+", line), line
+
+
+def test_cells_are_short_and_define_nothing(notebook):
+    for cell in code_cells(notebook):
+        assert cell.source.count("\n") <= 20
+        assert not re.search(r"^\s*(def|class|lambda|!|%)", cell.source, re.MULTILINE)
+        assert "sys.path" not in cell.source
+
+
+def test_begins_with_its_question_and_ends_with_claims_and_a_headline(notebook):
+    assert notebook.cells[0].cell_type == "markdown"
+    assert "**Reads**" in notebook.cells[0].source
+    assert "assert " in notebook.cells[-1].source
+    assert "reports.headline(" in notebook.cells[-1].source
+
+
+@pytest.mark.parametrize("name", batch.profile_names())
+def test_every_profile_names_the_notebooks_in_order_with_known_parameters(name):
+    assert list(batch.load_profile(name).parameters) == [path.stem for path in NOTEBOOKS]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke profile on the shipped model and data, with fewer K and images."""
+    folder = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KCLIB_STORE", str(folder / "store"))
+        changes = {"limit": 200, "clusters": [16, 4096], "per_layer": 60}
+        batch.run(batch.load_profile("smoke", changes=changes), folder)
+    return folder / "smoke"
+
+
+def test_the_smoke_profile_runs_to_every_headline(smoke):
+    for path in NOTEBOOKS:
+        executed = nbformat.read(smoke / path.name, as_version=4)
+        assert reports.read_headline(executed)
+        assert (smoke / f"{path.stem}.html").stat().st_size > 10_000
+    index = (smoke / "index.html").read_text()
+    assert index.count("<img") == len(NOTEBOOKS)
+    assert "failed" not in re.sub(r"<style>.*</style>", "", index, flags=re.DOTALL)
+
+
+def test_the_accuracy_table_of_the_run_makes_sense(smoke):
+    table = pd.read_csv(smoke / "accuracy.csv")
+    dense = table[table.scope == "dense"].iloc[0]
+    assert dense.top1 > 85
+    at = table.set_index(["scope", "k"])
+    assert at.loc[("global", 4096)].top1 > at.loc[("global", 16)].top1 + 20
+    assert at.loc[("global", 4096)].kernels_removed == pytest.approx(100 * (1 - 4096 / 1_634_496))
+    assert at.loc[("layer", 4096)].inertia < at.loc[("global", 4096)].inertia
+
+
+def test_pictures_of_widgets_stand_beside_them_for_readers_without_a_kernel(smoke):
+    page = (smoke / "04-clustering.html").read_text()
+    executed = json.loads((smoke / "04-clustering.ipynb").read_text())
+    pictures = sum(
+        "image/png" in output.get("data", ())
+        for cell in executed["cells"]
+        for output in cell.get("outputs", ())
+    )
+    assert pictures >= 5
+    assert page.count("data:image/png") == pictures
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """The imagenet profile on made-up weights in torch hub's cache and a made-up folder of images."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    draw = np.random.default_rng(0)
+    for name in ("tench", "goldfish", "golf ball"):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = draw.integers(0, 256, (240, 260, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{i}.png")
+    checkpoints = folder / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    published = torchvision.models.VGG16_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    with torch.device("meta"):
+        shapes = torchvision.models.vgg16().state_dict()
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.randn(value.shape, generator=generator) * 0.03
+        if name.startswith("features")
+        else torch.zeros(value.shape)
+        for name, value in shapes.items()
+    }
+    state["classifier.6.bias"][0] = 1.0  # always answers class 0, tench
+    torch.save(state, checkpoints / published)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KCLIB_STORE", str(folder / "store"))
+        patch.setenv("TORCH_HOME", str(folder))
+        changes = {"data": f"folder:{folder / 'images'}", "clusters": [16, 256], "per_layer": 30}
+        batch.run(batch.load_profile("imagenet", changes=changes), folder / "reports")
+    return folder / "reports" / "imagenet"
+
+
+def test_the_imagenet_profile_runs_on_weights_and_images_a_user_placed(imagenet):
+    table = pd.read_csv(imagenet / "accuracy.csv")
+    assert table.top1.to_list() == pytest.approx([100 / 3] * 5)  # 2 of the 6 images are of a tench
+    assert table.scope.to_list() == ["dense", "layer", "layer", "global", "global"]
+    assert "1,634,496 kernels" in (imagenet / "index.html").read_text()

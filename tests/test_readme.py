@@ -1,0 +1,52 @@
+"""What the README promises: its example runs, and its tables agree with the code."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from kclib import datasets, models
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_example_runs_as_printed(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert re.search(r"top-1 \(%\): 9\d\.\d\d \[.*\] -> \d\d\.\d\d", printed)
+    assert "codebook_fp16" in printed
+
+
+def test_every_notebook_and_make_target_it_names_exists():
+    text = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (ROOT / link).exists(), link
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"make (\w+)", text)) <= set(targets)
+
+
+def test_its_table_is_that_of_the_run_beside_its_picture():
+    run = pd.read_csv(ROOT / "docs" / "accuracy.csv")
+    names = {"dense": "dense", "layer": "a layer", "global": "for all"}
+    rows = [
+        f"| {names[r.scope]} | {f'{r.k:,}' if r.k else '–'} | {r.top1:.2f} "
+        f"| {r['drop']:.2f} [{r.drop_low:.2f}, {r.drop_high:.2f}] "
+        f"| {r.kernels_removed:.2f} | {r.bytes_removed:.2f} |"
+        for _, r in run.iterrows()
+    ]
+    text = (ROOT / "README.md").read_text()
+    printed = re.findall(r"^\| (?:dense|a layer|for all) \|.*$", text, re.MULTILINE)
+    assert printed
+    assert set(printed) <= set(rows)
+    assert (ROOT / "docs" / "accuracy.png").stat().st_size > 10_000
+
+
+def test_the_checksums_of_the_data_are_those_the_code_checks():
+    listed = dict(
+        re.findall(
+            r"^\| `([^`]+)` \| `([0-9a-f]{64})` \|$", (ROOT / "data/README.md").read_text(), re.MULTILINE
+        )
+    )
+    expected = {f"FashionMNIST/raw/{name}": digest for name, digest in datasets.FASHION_FILES.items()}
+    assert listed == expected | {models.FASHION_FILE: models.FASHION_SHA256}

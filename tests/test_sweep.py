@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kclib import evaluation, kernels, sweep
+from kclib.datasets import ImageSet
+from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.models import Model
+from kclib.store import Store
+
+KS = (1, 24, 36)  # the layers have 12 and 24 kernels: a K of 36 fits the scope global only
+CELLS = [("dense", 0), ("layer", 1), ("layer", 24), ("global", 1), ("global", 24), ("global", 36)]
+
+
+def tiny_model(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    return Model("tiny", network.eval(), lambda images: images.float() / 255 - 0.5)
+
+
+def tiny_data(seed: int = 0) -> ImageSet:
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (40, 3, 1, 1), dtype=torch.uint8, generator=draw).expand(40, 3, 8, 8)
+    labels = tiny_model().network(images / 255 - 0.5).argmax(1)
+    labels[:8] = 5
+    return ImageSet("tiny/test", images, labels, tuple("abcdef"), str(seed))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def table(store):
+    return sweep.run(tiny_model(), tiny_data(), KS, store=store)
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Counts the evaluations; `limit` of them succeed and the next is interrupted."""
+    counted, genuine = {"n": 0, "limit": 1000}, evaluation.evaluate
+
+    def count(*args, **kwargs):
+        if counted["n"] == counted["limit"]:
+            raise InterruptedError
+        counted["n"] += 1
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "evaluate", count)
+    return counted
+
+
+def test_dense_comes_first_and_a_k_above_a_scopes_largest_group_is_not_run_there(table):
+    assert list(zip(table.scope, table.k, strict=True)) == CELLS
+
+
+def test_the_dense_row_is_the_models_own_evaluation_and_loses_nothing(table):
+    own = evaluation.evaluate(tiny_model(), tiny_data(), progress=False)
+    dense = table.iloc[0]
+    assert (dense.top1, dense.top1_low, dense.top1_high) == (own.top1.estimate, own.top1.low, own.top1.high)
+    assert dense.top5 == own.top5.estimate
+    lost = ["drop", "drop_low", "drop_high", "kernels_removed", "bytes_removed", "bytes_removed_fp16"]
+    assert (dense[[*lost, "model_bytes_removed", "inertia"]] == 0).all()
+
+
+def test_as_many_clusters_as_kernels_change_no_answer(table):
+    whole = table[(table.k == 36) | ((table.scope == "layer") & (table.k == 24))]
+    assert whole.clusters.tolist() == [36, 36]
+    assert (whole[["drop", "drop_low", "drop_high", "kernels_removed", "inertia"]] == 0).to_numpy().all()
+    assert (whole.top1 == table.top1[0]).all()
+    # 36 indices of 6 bits are 27 bytes on top of 36 kernels of 36 bytes and 10 biases of 4
+    assert whole.bytes_removed.iloc[1] == pytest.approx(-100 * 27 / (36 * 36 + 10 * 4))
+
+
+def test_one_cluster_is_the_mean_kernel(table):
+    points = kernels.extract(tiny_model().network).points.astype(float)
+    row = table[(table.scope == "global") & (table.k == 1)].iloc[0]
+    assert row.inertia == pytest.approx(np.square(points - points.mean(0)).sum(), rel=1e-5)
+    assert row.kernels_removed == pytest.approx(100 * 35 / 36)
+    network = tiny_model().network
+    mean = torch.from_numpy(points.mean(0)).float().reshape(3, 3)
+    with torch.no_grad():
+        network[0].weight.copy_(mean)
+        network[2].weight.copy_(mean)
+    right = network(tiny_data().images.float() / 255 - 0.5).argmax(1) == tiny_data().labels
+    assert row.top1 == pytest.approx(100 * right.float().mean().item())
+    assert row["drop"] == pytest.approx(table.top1[0] - row.top1)
+    assert row["drop"] > 20, "a case in which little was lost would show little"
+
+
+def test_a_finished_sweep_is_read_and_not_computed_again(table, store, evaluated):
+    evaluated["limit"] = 0
+    again = sweep.run(tiny_model(), tiny_data(), KS, store=store)
+    assert again.equals(table)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options"),
+    [
+        (tiny_model(1), tiny_data(), {}),
+        (tiny_model(), tiny_data(1), {}),
+        (tiny_model(), tiny_data(), {"precision": "bf16"}),
+    ],
+    ids=["model", "data", "precision"],
+)
+def test_another_sweep_shares_no_cell(table, store, evaluated, model, data, options):
+    sweep.run(model, data, [1], scopes=["global"], store=store, **options)
+    assert evaluated["n"] == 2
+
+
+def test_an_interrupted_sweep_keeps_its_finished_cells(table, tmp_path, evaluated):
+    evaluated["limit"] = 3
+    with pytest.raises(InterruptedError):
+        sweep.run(tiny_model(), tiny_data(), KS, store=Store(tmp_path))
+    evaluated["limit"] = 1000
+    resumed = sweep.run(tiny_model(), tiny_data(), KS, store=Store(tmp_path))
+    assert evaluated["n"] == len(CELLS)
+    seconds = ["cluster_seconds", "evaluate_seconds"]
+    assert resumed.drop(columns=seconds).equals(table.drop(columns=seconds))
+
+
+@pytest.mark.parametrize(
+    ("ks", "scopes", "error", "message"),
+    [
+        ([37], ["layer", "global"], InvalidValueError, r"no K of \[37\] is at most the 36 kernels of tiny"),
+        ([], ["layer"], InvalidValueError, "no K"),
+        ([0], ["layer"], InvalidValueError, "n_clusters is 0"),
+        ([4], ["gobal"], UnknownNameError, "mean 'global'"),
+    ],
+)
+def test_a_sweep_that_cannot_run_is_refused_before_it_evaluates(
+    tmp_path, evaluated, ks, scopes, error, message
+):
+    with pytest.raises(error, match=message):
+        sweep.run(tiny_model(), tiny_data(), ks, scopes=scopes, store=Store(tmp_path))
+    assert evaluated["n"] == 0
