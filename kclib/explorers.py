@@ -1,10 +1,10 @@
 """Widgets: a controller that can be tested without a browser, under a thin ipywidgets view."""
 
+import io
 from functools import lru_cache
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
-from IPython.display import display
 from matplotlib.figure import Figure
 
 from kclib import clustering, figures
@@ -56,32 +56,41 @@ class ClusterExplorer:
 
     def _cluster(self, choice: str, n_clusters: int) -> Clustering:
         if choice == ALL_LAYERS:
-            return clustering.cluster(self.bank, n_clusters, scope="global", seed=self.seed)
-        return clustering.cluster(self.bank.only(choice), n_clusters, seed=self.seed)
+            return clustering.cluster(self.bank, n_clusters, scope="global", seed=self.seed, progress=False)
+        return clustering.cluster(self.bank.only(choice), n_clusters, seed=self.seed, progress=False)
 
 
 def cluster_explorer(explorer: ClusterExplorer, *, n_clusters: int = 64) -> widgets.VBox:
-    """Return the view: a choice of layer and a slider for K, and the picture they lead to."""
+    """Return the view: a choice of layer and a slider for K, and the picture they lead to.
+
+    The picture is an image widget, not an output area: it does not flicker, and in batch a client that
+    fills output areas can miss the kernel's reply and wait for ever (nbclient issue 312).
+    """
     choice = widgets.Dropdown(
         options=explorer.choices, description="layer", value=explorer.choices[len(explorer.choices) // 2]
     )
-    counts = sorted({n_clusters, *(2**power for power in range(1, 17))})
+    counts = sorted({n_clusters, *(2**power for power in range(1, 15))})
     count = widgets.SelectionSlider(
-        options=[(f"{k:,}", k) for k in counts],
-        value=n_clusters,
-        description="clusters K",
-        continuous_update=False,
-    )
-    picture = widgets.Output()
+        options=[(f"{k:,}", k) for k in counts], value=n_clusters,
+        description="clusters K", continuous_update=False,
+    )  # fmt: skip
+    status = widgets.Label()
+    picture = widgets.Image(format="png")
 
     def show(_=None) -> None:
-        fig = explorer.figure(choice.value, count.value)
-        picture.clear_output(wait=True)
-        with picture:
-            display(fig)
-        plt.close(fig)
+        status.value = "clustering …"
+        picture.value = _png(explorer.figure(choice.value, count.value))
+        status.value = ""
 
     choice.observe(show, "value")
     count.observe(show, "value")
     show()
-    return widgets.VBox([widgets.HBox([choice, count]), picture])
+    return widgets.VBox([widgets.HBox([choice, count, status]), picture])
+
+
+def _png(fig: Figure) -> bytes:
+    """Return a figure as PNG and close it."""
+    png = io.BytesIO()
+    fig.savefig(png, format="png")
+    plt.close(fig)
+    return png.getvalue()

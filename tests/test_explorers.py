@@ -32,16 +32,21 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def shown(monkeypatch):
-    """The titles of the figures displayed, and "cleared" for each time the picture was emptied."""
-    events = []
-    monkeypatch.setattr(explorers, "display", lambda fig: events.append(fig.get_suptitle()))
-    monkeypatch.setattr(widgets.Output, "clear_output", lambda *_, **__: events.append("cleared"))
-    return events
+    """The titles of the figures made, in order."""
+    titles, figure = [], ClusterExplorer.figure
+
+    def recorded(self, choice, n_clusters):
+        made = figure(self, choice, n_clusters)
+        titles.append(made.get_suptitle())
+        return made
+
+    monkeypatch.setattr(ClusterExplorer, "figure", recorded)
+    return titles
 
 
 def controls(view):
-    choice, count = view.children[0].children
-    return choice, count, view.children[1]
+    choice, count, status = view.children[0].children
+    return choice, count, status, view.children[1]
 
 
 def test_choices_are_all_layers_and_each_with_its_own_largest_k(bank):
@@ -94,35 +99,46 @@ def test_what_was_clustered_once_is_not_clustered_again(bank, calls):
     assert calls == [8, 16, 8, 24]
 
 
-def test_view_opens_on_the_first_layer_with_a_picture(bank, shown):
-    choice, count, picture = controls(explorers.cluster_explorer(ClusterExplorer(bank), n_clusters=8))
+def test_view_opens_on_a_layer_with_its_picture(bank, shown):
+    choice, count, status, picture = controls(explorers.cluster_explorer(ClusterExplorer(bank), n_clusters=8))
     assert (choice.value, choice.options, count.value) == ("0", (ALL_LAYERS, "0", "1"), 8)
-    assert isinstance(picture, widgets.Output)
-    assert len(shown) == 2
-    assert shown[1].startswith("0: 24 kernels, K = 8, ")
+    assert bytes(picture.value).startswith(b"\x89PNG")
+    assert status.value == ""
+    assert [title.split(",")[:2] for title in shown] == [["0: 24 kernels", " K = 8"]]
+
+
+def test_the_view_has_no_output_area_which_can_make_a_batch_wait_for_ever(bank):
+    view = explorers.cluster_explorer(ClusterExplorer(bank))
+    assert not any(isinstance(widget, widgets.Output) for widget in (*view.children, view))
 
 
 def test_moving_the_slider_or_choosing_a_layer_redraws(bank, shown):
-    choice, count, _ = controls(explorers.cluster_explorer(ClusterExplorer(bank), n_clusters=8))
-    shown.clear()
-    count.value = 16
-    choice.value = "1"
-    choice.value = ALL_LAYERS
-    assert shown[::2] == ["cleared"] * 3
-    assert [title.split(",")[:2] for title in (shown[1], shown[3])] == [
-        ["0: 24 kernels", " K = 16"],
-        ["1: 128 kernels", " K = 16"],
-    ]
-    assert shown[5].startswith(f"{ALL_LAYERS}: 152 kernels, K = 16, ")
+    choice, count, _, picture = controls(explorers.cluster_explorer(ClusterExplorer(bank), n_clusters=8))
+    pictures = [picture.value]
+    for control, value in ((count, 16), (choice, "1"), (choice, ALL_LAYERS)):
+        control.value = value
+        pictures.append(picture.value)
+    assert len(set(pictures)) == 4
+    assert [title.split(":")[0] for title in shown] == ["0", "0", "1", ALL_LAYERS]
+    assert [title.split(",")[-3] for title in shown] == [" K = 8", " K = 16", " K = 16", " K = 16"]
 
 
-def test_view_asks_for_k_when_the_slider_is_released_and_leaves_no_figure_open(bank, shown):
-    _, count, _ = controls(explorers.cluster_explorer(ClusterExplorer(bank)))
+def test_view_says_that_it_clusters_and_leaves_no_figure_open(bank):
+    _, count, status, _ = controls(explorers.cluster_explorer(ClusterExplorer(bank)))
+    said = []
+    status.observe(lambda change: said.append(change.new), "value")
     assert not count.continuous_update
     count.value = 2
+    assert said == ["clustering …", ""]
     assert plt.get_fignums() == []
 
 
-def test_slider_labels_say_their_values(bank, shown):
-    _, count, _ = controls(explorers.cluster_explorer(ClusterExplorer(bank)))
+def test_a_k_that_is_no_power_of_two_is_on_the_slider_too(bank):
+    _, count, _, _ = controls(explorers.cluster_explorer(ClusterExplorer(bank), n_clusters=100))
+    assert count.value == 100
+    assert [k for _, k in count.options] == sorted({100, *(2**power for power in range(1, 15))})
+
+
+def test_slider_labels_say_their_values(bank):
+    _, count, _, _ = controls(explorers.cluster_explorer(ClusterExplorer(bank)))
     assert [int(label.replace(",", "")) for label, _ in count.options] == [k for _, k in count.options]
