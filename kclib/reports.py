@@ -78,6 +78,7 @@ def render(notebook: NotebookNode, folder: Path, stem: str, *, seconds: float, e
 def to_html(notebook: NotebookNode, *, title: str) -> str:
     """Return a page without code, progress bars or widgets, which needs nothing from the network."""
     readable = copy.deepcopy(notebook)
+    readable.metadata.pop("widgets", None)  # the state of widgets that are not shown
     for cell in readable.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not _is_noise(o)]
