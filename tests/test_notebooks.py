@@ -99,7 +99,7 @@ def test_pictures_of_widgets_stand_beside_them_for_readers_without_a_kernel(smok
         for output in cell.get("outputs", ())
     )
     assert pictures >= 5
-    assert page.count("data:image/png") == pictures
+    assert page.count('src="data:image/png') == pictures
 
 
 @pytest.fixture(scope="module")
