@@ -147,7 +147,8 @@ def extract(network: nn.Module, *, size: int | tuple[int, int] | None = None) ->
         values = weight.detach().to("cpu", torch.float32).contiguous().numpy()
         if not np.isfinite(values).all():
             raise InvalidValueError(f"layer {name} has NaN or infinite weights; they must be finite.")
-        layers.append(Layer(name, values.shape, start, _is_transposed(module), weight.element_size()))
+        shape, transposed = _form(module)
+        layers.append(Layer(name, shape, start, transposed, weight.element_size()))
         parts.append(values.reshape(-1, *chosen))
         start += len(parts[-1])
     weights = np.concatenate(parts)
@@ -167,17 +168,11 @@ def insert(network: nn.Module, bank: KernelBank) -> nn.Module:
     found, left_out = _convolutions(result)
     for layer in bank.layers:
         module = found.get(layer.name)
-        if module is None:
-            has = left_out.get(layer.name, "no such layer")
-        else:
-            has = f"shape {tuple(module.weight.shape)}" + ", transposed" * _is_transposed(module)
-        if module is None or (tuple(module.weight.shape), _is_transposed(module)) != (
-            layer.shape,
-            layer.transposed,
-        ):
+        if module is None or _form(module) != (layer.shape, layer.transposed):
+            has = left_out.get(layer.name, "no such layer") if module is None else _described(*_form(module))
             raise InvalidValueError(
-                f"the kernel bank has layer {layer.name} of shape {layer.shape}, the network has {has}; "
-                "insert into the architecture the bank was extracted from."
+                f"the kernel bank has layer {layer.name} of {_described(layer.shape, layer.transposed)}, "
+                f"the network has {has}; insert into the architecture the bank was extracted from."
             )
         values = torch.from_numpy(bank.weights[layer.rows].reshape(layer.shape).copy())
         with torch.no_grad():
@@ -241,8 +236,13 @@ def _convolutions(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, s
     return found, left_out
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    return isinstance(module, nn.ConvTranspose2d)
+def _form(module: nn.Module) -> tuple[tuple[int, ...], bool]:
+    """Return a convolution's weight shape and whether it is transposed."""
+    return tuple(module.weight.shape), isinstance(module, nn.ConvTranspose2d)
+
+
+def _described(shape: tuple[int, ...], transposed: bool) -> str:
+    return f"shape {shape}" + " (transposed)" * transposed
 
 
 def _wanted_size(found: Mapping[str, nn.Module], size) -> tuple[int, int]:
