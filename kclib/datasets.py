@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torchvision.datasets as tv
 from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
 
 from kclib import files
 from kclib.errors import InvalidValueError, MissingFileError, UnknownNameError
@@ -37,7 +38,7 @@ class ImageSet:
     classes : tuple of str
         Class names in label order.
     fingerprint : str
-        SHA-256 over what identifies the content (file checksums, or names and byte counts).
+        SHA-256 over images and labels, or over the checksums of their files.
     """
 
     name: str
@@ -188,7 +189,7 @@ def _cifar(maker: type, name: str) -> Callable[[str], ImageSet]:
         found = _found(lambda: maker(files.data_dir(), train=split == "train"), name)
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         labels = torch.tensor(found.targets)
-        digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
         return ImageSet(f"{name}/{split}", images, labels, tuple(found.classes), digest)
 
     return read
@@ -217,9 +218,10 @@ def _folder(path: Path, split: str) -> ImageSet:
 
 def _from_paths(name: str, found: Dataset, paths: Sequence, labels: Sequence[int]) -> ImageSet:
     classes = tuple(c if isinstance(c, str) else c[0] for c in found.classes)
-    listing = "\n".join(f"{Path(p).name} {Path(p).stat().st_size}" for p in paths)
-    digest = hashlib.sha256(f"{classes}\n{listing}".encode()).hexdigest()
-    return ImageSet(name, found, torch.tensor(labels), classes, digest)
+    digest = hashlib.sha256(f"{classes} {labels}".encode())
+    for path in tqdm(paths, desc=f"checksum of {name}", unit="image", delay=2):
+        digest.update(files.sha256(Path(path)).encode())
+    return ImageSet(name, found, torch.tensor(labels), classes, digest.hexdigest())
 
 
 def _found(read: Callable[[], Dataset], name: str, where: Path | None = None) -> Dataset:

@@ -1,10 +1,12 @@
 """The report's experiment as cells: cluster, compress, evaluate at each scope and K, and keep each result."""
 
+import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from kclib import clustering, compression, datasets, evaluation, footprint, kernels, models
@@ -67,6 +69,7 @@ def run(
     key = {
         "method": _METHOD,
         "model": [model.name, models.fingerprint(model.network)],
+        "input": _input_fingerprint(model, data),
         "data": [data.name, data.fingerprint],
         "seed": seed,
         "precision": precision,
@@ -89,8 +92,14 @@ def run(
     return pd.DataFrame(rows)
 
 
+def _input_fingerprint(model: models.Model, data: datasets.ImageSet) -> str:
+    """Return the SHA-256 of the first image as the network sees it: other preprocessing is another key."""
+    first, _ = next(datasets.batches(datasets.select(data, torch.tensor([0])), model.preprocess, 1))
+    return hashlib.sha256(first.contiguous().numpy()).hexdigest()
+
+
 def _fits(bank: kernels.KernelBank, scope: str, k: int) -> bool:
-    """Tell whether K is at most the largest group's kernels (K below 1 is left for `cluster` to refuse)."""
+    """Tell whether K is at most the largest group's kernels."""
     groups = clustering.grouping(bank, scope).values()
     return k <= max(sum(layer.n_kernels for layer in layers) for layers in groups)
 

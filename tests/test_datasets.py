@@ -136,6 +136,16 @@ def test_a_folder_holds_a_class_in_each_sub_folder(folder):
     assert [data.images[i][0].getpixel((3, 3)) for i in (0, 2, 4)] == list(COLOURS.values())
 
 
+def test_a_folder_with_one_other_byte_in_a_picture_is_another_set(folder):
+    before = datasets.load(f"folder:{folder}").fingerprint
+    assert datasets.load(f"folder:{folder}").fingerprint == before
+    picture = next(path for path in sorted(folder.rglob("*")) if path.is_file())
+    content = bytearray(picture.read_bytes())
+    content[-1] ^= 1
+    picture.write_bytes(content)
+    assert datasets.load(f"folder:{folder}").fingerprint != before
+
+
 def test_a_folder_with_splits_is_read_by_split(folder):
     (folder.parent / "split").mkdir()
     folder.rename(folder.parent / "split" / "test")

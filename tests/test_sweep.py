@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,11 @@ def test_a_finished_sweep_is_read_and_not_computed_again(table, store, evaluated
 def test_another_sweep_shares_no_cell(table, store, evaluated, model, data, options):
     sweep.run(model, data, [1], scopes=["global"], store=store, **options)
     assert evaluated["n"] == 2
+
+
+def test_other_preprocessing_of_the_same_weights_shares_no_cell(table, store, evaluated):
+    other = replace(tiny_model(), preprocess=lambda images: images.float() / 255)
+    assert len(sweep.run(other, tiny_data(), (1,), store=store)) == evaluated["n"] == 3
 
 
 def test_an_interrupted_sweep_keeps_its_finished_cells(table, tmp_path, evaluated):
