@@ -1,3 +1,4 @@
+import contextlib
 import os
 import resource
 import tempfile
@@ -102,18 +103,25 @@ def test_an_entry_of_other_bytes_is_a_miss(store):
     assert store.get(KEY) is None
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """The file system refuses any file above 20,000 bytes."""
+    """
+    The file system refuses any file above 20,000 bytes.
+
+    The limit holds for the whole process, so for pytest's own output too where that goes to a long log file:
+    it is lifted before the test ends, not by a fixture after pytest has written the test's dot.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_write_that_fails_leaves_the_old_entry_and_no_scraps(store, full_disk):
+def test_a_write_that_fails_leaves_the_old_entry_and_no_scraps(store):
     path = store.put(entry(1.0))
-    with pytest.raises(StorageError, match=path.name):
+    with full_disk(), pytest.raises(StorageError, match=path.name):
         store.put(Entry(KEY, {}, {"large": np.ones(100_000)}))
     assert store.get(KEY).row == {"top1": 1.0}
     assert list(store.root.iterdir()) == [path]
