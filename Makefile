@@ -30,8 +30,9 @@ lint: setup  ## Check style, import order, and that notebooks carry no outputs
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/lint-imports
 
-bench: setup  ## Measure the README's tables
+bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of other kernels; about an hour, resumable)
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.kmeans $(WEIGHTS)
 
 train: setup  ## Train the shipped model again (START=features.safetensors; resumable, about an hour)
 	$(BIN)/kclib train --out data/vgg16_fashion.fp16.safetensors $(if $(START),--start $(START))

@@ -1,12 +1,14 @@
 """Cluster the kernels of a bank: per layer, globally, or in any grouping of layers."""
 
-from collections.abc import Mapping
+import math
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from kclib import kmeans
+from kclib import kmeans, parallel
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
 
@@ -90,9 +92,13 @@ def cluster(
     *,
     scope: str | Mapping[str, str] = "layer",
     seed: int = 0,
+    n_threads: int | None = None,
     progress: bool = True,
 ) -> Clustering:
     """Cluster the kernels of `bank` by squared Euclidean distance.
+
+    Groups are clustered side by side, the largest first. The same seed gives the same result for any number
+    of threads.
 
     Parameters
     ----------
@@ -103,36 +109,80 @@ def cluster(
     scope : {"layer", "global"} or mapping of str to str
         A codebook for each layer, one for all, or from each layer's name to its group's name.
     seed : int
+    n_threads : int, optional
+        All processors by default.
     progress : bool
-        Whether to show a progress bar when it takes longer than two seconds.
+        Whether to show a progress bar, with the memory it takes, the inertia and the time left, when it takes
+        longer than two seconds.
 
     Raises
     ------
     InvalidValueError, UnknownNameError
         K below 1 or above the number of kernels; a layer or group that is missing or unknown.
+    NotEnoughMemoryError
     """
     members = grouping(bank, scope)
     wanted = _wanted(members, n_clusters)
-    groups, notes = [], []
-    with tqdm(
-        total=len(bank), desc="clustering", unit="kernel", unit_scale=True,
-        delay=2, leave=False, disable=not progress,
-    ) as bar:  # fmt: skip
-        for name, layers in members.items():
-            points = np.concatenate([bank.points[layer.rows] for layer in layers])
-            n = len(points)
-            found = kmeans.kmeans(
-                points, min(wanted[name], n), seed=seed, progress=lambda share, n=n: bar.update(share * n)
+    points = {name: np.concatenate([bank.points[x.rows] for x in layers]) for name, layers in members.items()}
+    largest_first = sorted(members, key=lambda name: -len(points[name]))
+    n_threads = parallel.threads(n_threads)
+    inside = 1 if len(members) >= n_threads else n_threads
+    with _Bar(len(bank), kmeans.memory(*bank.points.shape, max(wanted.values())), progress) as bar:
+
+        def fit(i: int) -> kmeans.KMeans:
+            name = largest_first[i]
+            k = min(wanted[name], len(points[name]))
+            return kmeans.kmeans(
+                points[name], k, seed=seed, n_threads=inside, progress=bar.of(name, len(points[name]))
             )
-            codebook = found.centres.reshape(-1, *bank.size)
-            groups.append(Group(name, layers, codebook, found.labels, found.inertia))
-            if len(codebook) < wanted[name]:
-                notes.append(
-                    f"{name}: {len(codebook)} clusters in place of {wanted[name]}, "
-                    f"for its {n} kernels have no more distinct ones."
-                )
-    label = scope if isinstance(scope, str) else "mapping"
-    return Clustering(tuple(groups), label, seed, tuple(notes))
+
+        found = dict(zip(largest_first, parallel.side_by_side(fit, len(members), n_threads), strict=True))
+    groups = tuple(_group(bank, name, layers, found[name]) for name, layers in members.items())
+    notes = tuple(
+        f"{group.name}: {group.n_clusters} clusters in place of {wanted[group.name]}, "
+        f"for its {len(group.indices)} kernels have no more distinct ones."
+        for group in groups
+        if group.n_clusters < wanted[group.name]
+    )
+    return Clustering(groups, scope if isinstance(scope, str) else "mapping", seed, notes)
+
+
+def of_all(bank: KernelBank, found: kmeans.KMeans, seed: int) -> Clustering:
+    """Return a fit of all kernels of a bank (a rung of `kmeans.ladder`, say) as one of scope ``global``."""
+    return Clustering((_group(bank, "global", bank.layers, found),), "global", seed)
+
+
+def _group(bank: KernelBank, name: str, layers: tuple[Layer, ...], found: kmeans.KMeans) -> Group:
+    return Group(name, layers, found.centres.reshape(-1, *bank.size), found.labels, found.inertia)
+
+
+class _Bar:
+    """A progress bar over kernels that several fits advance from their threads."""
+
+    def __init__(self, total: int, memory: int, shown: bool):
+        self.inertias, self.lock = {}, threading.Lock()
+        self.bar = tqdm(
+            total=total, desc=f"clustering (up to {memory / 2**30:.1f} GiB)", unit="kernel", unit_scale=True,
+            delay=2, leave=False, disable=not shown,
+        )  # fmt: skip
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def of(self, name: str, n: int) -> Callable[[kmeans.Step], None]:
+        """Return what the fit of one group of n kernels calls."""
+
+        def step(step: kmeans.Step) -> None:
+            with self.lock:
+                if not math.isnan(step.inertia):
+                    self.inertias[name] = step.inertia
+                    self.bar.set_postfix_str(f"inertia {sum(self.inertias.values()):.4g}", refresh=False)
+                self.bar.update(step.share * n)
+
+        return step
 
 
 def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tuple[Layer, ...]]:

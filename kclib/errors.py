@@ -24,6 +24,10 @@ class StorageError(KclibError, OSError):
     """A result could not be written (full disk, no permission)."""
 
 
+class NotEnoughMemoryError(KclibError, MemoryError):
+    """A computation would not fit into the memory that is free; the sentence says how much it takes."""
+
+
 class NotebookError(KclibError):
     """A notebook of a batch failed; the executed copy with its error is kept."""
 

@@ -1,17 +1,19 @@
 """Widgets: a controller that can be tested without a browser, under a thin ipywidgets view."""
 
 import io
+from collections.abc import Callable
 from functools import lru_cache
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from kclib import clustering, figures
+from kclib import clustering, figures, kmeans
 from kclib.clustering import Clustering
 from kclib.kernels import KernelBank
 
 ALL_LAYERS = "all layers, one codebook"
+RUNGS = (16, 64, 256, 1024, 4096)
 
 
 class ClusterExplorer:
@@ -23,10 +25,20 @@ class ClusterExplorer:
     seed : int
     shown : int
         Representatives drawn on the codebook sheet, the most used first.
+    progress : callable, optional
+        Called with the share of the work done, 0 to 1, while a choice is clustered for the first time.
     """
 
-    def __init__(self, bank: KernelBank, *, seed: int = 0, shown: int = 64):
-        self.bank, self.seed, self.shown = bank, seed, shown
+    def __init__(
+        self,
+        bank: KernelBank,
+        *,
+        seed: int = 0,
+        shown: int = 64,
+        progress: Callable[[float], None] | None = None,
+    ):
+        self.bank, self.seed, self.shown, self.progress = bank, seed, shown, progress
+        self.ladder = lru_cache(maxsize=None)(self._ladder)
         self.cluster = lru_cache(maxsize=64)(self._cluster)
 
     @property
@@ -54,10 +66,25 @@ class ClusterExplorer:
         )
         return fig
 
+    def _bank(self, choice: str) -> KernelBank:
+        return self.bank if choice == ALL_LAYERS else self.bank.only(choice)
+
+    def _ladder(self, choice: str) -> kmeans.Ladder:
+        """Cluster a choice at a few K, from which any other K is a fraction of a second away."""
+        bank, done = self._bank(choice), 0.0
+
+        def report(step: kmeans.Step) -> None:
+            nonlocal done
+            done += step.share
+            if self.progress:
+                self.progress(min(done, 1.0))
+
+        ks = [k for k in RUNGS if k <= len(bank)] or [len(bank)]
+        return kmeans.ladder(bank.points, ks, tol=0.01, seed=self.seed, progress=report)
+
     def _cluster(self, choice: str, n_clusters: int) -> Clustering:
-        if choice == ALL_LAYERS:
-            return clustering.cluster(self.bank, n_clusters, scope="global", seed=self.seed, progress=False)
-        return clustering.cluster(self.bank.only(choice), n_clusters, seed=self.seed, progress=False)
+        found = self.ladder(choice).at(n_clusters)
+        return clustering.of_all(self._bank(choice), found, self.seed)
 
 
 def cluster_explorer(explorer: ClusterExplorer, *, n_clusters: int = 64) -> widgets.VBox:
@@ -76,6 +103,7 @@ def cluster_explorer(explorer: ClusterExplorer, *, n_clusters: int = 64) -> widg
     )  # fmt: skip
     status = widgets.Label()
     picture = widgets.Image(format="png")
+    explorer.progress = lambda share: setattr(status, "value", f"clustering … {share:.0%}")
 
     def show(_=None) -> None:
         status.value = "clustering …"

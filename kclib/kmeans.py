@@ -1,246 +1,253 @@
-"""k-means for millions of small points and any K: a two-level split, then exact passes (faiss)."""
+"""k-means for millions of small points and any K: one fit, or a ladder of them."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
-from sklearn.cluster import kmeans_plusplus
+import psutil
 
-from kclib.errors import InvalidValueError
+from kclib import fitting, lloyd, parallel, search, streaming
+from kclib.errors import InvalidValueError, NotEnoughMemoryError
+from kclib.fitting import KMeans, Options, Progress, Step
+from kclib.framing import Frame
 
-# One exact pass costs n·K distances; rounds of it are worth their time up to about this many.
-_EXACT_BUDGET = 2e10
-_BLOCK = 1 << 17
-_FLAT = 256  # up to this K one k-means serves as well as the split, and as fast
-
-
-@dataclass(frozen=True)
-class KMeans:
-    """A partition of n points into K non-empty clusters.
-
-    Attributes
-    ----------
-    centres : numpy.ndarray
-        float32 ``(K, d)``, all distinct.
-    labels : numpy.ndarray
-        int32 ``(n,)``, the index of each point's nearest centre.
-    inertia : float
-        Sum of squared distances of the points to their centres, summed in float64.
-    """
-
-    centres: np.ndarray
-    labels: np.ndarray
-    inertia: float
+_A_CELL, _FEWEST_A_CELL = 128, 8  # clusters started in one cell of a ladder; fewer would start worse
+_IN_MEMORY = 1 << 23  # points that are clustered in memory
+_START = 0.2  # share of the work that finding a start is
 
 
 def kmeans(
-    points: np.ndarray,
+    points: np.ndarray | Iterable,
     n_clusters: int,
     *,
+    weights: np.ndarray | None = None,
+    init: np.ndarray | None = None,
+    max_iter: int = 25,
+    tol: float | None = None,
+    reach: float | None = 1.6,
     seed: int = 0,
-    progress: Callable[[float], None] | None = None,
+    n_threads: int | None = None,
+    device: str = "cpu",
+    progress: Callable[[Step], object] | None = None,
 ) -> KMeans:
     """Cluster points by squared Euclidean distance.
 
-    Up to a few hundred clusters: Lloyd's algorithm from k-means++ centres. Above, a coarse k-means makes
-    about √K cells; K is shared out over them in proportion to inertia^(d / (d + 2)), the optimal point
-    density of high-rate quantization (Gersho 1979); a small k-means runs in each. Rounds over all points
-    follow while they are affordable, and a last exact assignment.
+    A start (`lloyd.start`: k-means++, above a few hundred clusters in about √K cells), Lloyd's rounds over
+    all points, and exact labels (`search.nearest`). The same seed gives the same bits for any thread count.
 
     Parameters
     ----------
-    points : numpy.ndarray
-        float32 ``(n, d)``, finite.
+    points : numpy.ndarray, or iterable of arrays or kernel banks
+        float32 ``(n, d)``, finite; a memory-mapped array is read where it lies. More than eight million, or
+        an iterable of several arrays, are streamed in blocks (`streaming.fit`).
     n_clusters : int
         1 to n. Fewer come back only if there are fewer distinct points.
+    weights : numpy.ndarray, optional
+        ``(n,)``, finite, at least 0, not all 0: how much each point's squared distance counts.
+    init : numpy.ndarray, optional
+        ``(K, d)``: centres to start from.
+    max_iter : int
+        Most rounds over all points.
+    tol : float, optional
+        Stop once a round lowers the inertia by no more than this share of it; by default 0.002 up to
+        K = 256 and 0.01 above, where a round costs more.
+    reach : float, optional
+        How far the rounds above K = 256 look for a nearer centre, in root mean square radii of a cluster
+        (`search.nearest`); None for exact rounds, Lloyd's algorithm to the letter, at several times the cost.
+        The final labels are exact either way.
     seed : int
+    n_threads : int, optional
+        All processors by default.
+    device : str
+        A torch device for the search of nearest centres; ``cpu`` takes the faster way for processors.
     progress : callable, optional
-        Called with the share of the work done since the last call; the shares sum to 1.
+        Called with each `Step`. A true answer stops after the round at hand, and the best so far is returned.
 
     Raises
     ------
     InvalidValueError
+        K, points, weights, init, max_iter or tol out of range.
+    NotEnoughMemoryError
+        The machine has less free memory than `memory` says it takes.
     """
-    points = np.ascontiguousarray(points, dtype=np.float32)
-    if not 1 <= n_clusters <= len(points):
-        raise InvalidValueError(
-            f"n_clusters is {n_clusters}; with {len(points)} kernels it must be 1 to {len(points)}."
-        )
-    if not np.isfinite(points).all():
-        raise InvalidValueError("the points hold NaN or infinite values; they must be finite.")
-    if 2 * n_clusters > len(points):
+    options = Options(max_iter, tol, reach, seed, n_threads)
+    report = Progress(progress)
+    if not isinstance(points, np.ndarray) or len(points) > _IN_MEMORY or device != "cpu":
+        return _streamed(points, n_clusters, weights, init, device, options, report)
+    points = fitting.checked_points(points)
+    fitting.check_k(n_clusters, len(points))
+    weights = fitting.checked_weights(weights, len(points))
+    _room(lloyd.memory(*points.shape, n_clusters, options.threads), len(points), n_clusters)
+    if 2 * n_clusters > len(points) and init is None:
         distinct, labels = np.unique(points, axis=0, return_inverse=True)
         if len(distinct) <= n_clusters:
-            if progress:
-                progress(1.0)
-            return KMeans(distinct, labels.reshape(-1).astype(np.int32), 0.0)
-    shift, exponent = _frame(points)
-    found = _kmeans(np.ldexp(points - shift, -exponent), n_clusters, seed, progress)
-    centres = np.ldexp(found.centres, exponent) + shift
-    return KMeans(centres, found.labels, float(np.ldexp(found.inertia, 2 * exponent)))
+            report(1.0)
+            return KMeans(distinct, labels.reshape(-1).astype(np.int32), 0.0, 0, True)
+    framed = _Framed.of(points, weights, options)
+    if init is None:
+        return framed.alone(n_clusters, report)
+    return framed.fit(framed.frame.into(_checked_init(init, n_clusters, points.shape[1])), None, report)
 
 
-def _frame(points: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the shift ``(d,)`` and the power of two that bring points into float32's comfortable range.
+@dataclass(frozen=True)
+class Ladder:
+    """Clusterings of the same points at several K, and any K between, quickly.
 
-    faiss computes distances as |x|² - 2xc + |c|², which overflows for huge points, vanishes for tiny ones
-    and cancels for a tight crowd far from zero; kernels need no shift, and a power of two costs no bit.
+    Attributes
+    ----------
+    rungs : tuple of KMeans
+        One for each K, ascending.
     """
-    mean = points.mean(0, dtype=np.float64)
-    spread = points.std(0, dtype=np.float64)
-    shift = np.where(np.square(mean).sum() > np.square(spread).sum(), mean, 0).astype(np.float32)
-    largest = np.abs(points - shift).max()
-    return shift, int(np.frexp(largest)[1])
+
+    rungs: tuple[KMeans, ...]
+    _framed: "_Framed"
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """Number of clusters of each rung."""
+        return tuple(len(rung.centres) for rung in self.rungs)
+
+    def at(self, n_clusters: int, *, progress: Callable[[Step], object] | None = None) -> KMeans:
+        """Return a clustering of any K: a rung, or one grown from the nearest rung below.
+
+        Raises
+        ------
+        InvalidValueError
+            K below 1 or above the number of points.
+        """
+        fitting.check_k(n_clusters, len(self._framed.points))
+        below = [rung for rung in self.rungs if len(rung.centres) <= n_clusters]
+        if below and len(below[-1].centres) == n_clusters:
+            return below[-1]
+        return self._framed.grown(below, n_clusters, Progress(progress))
 
 
-def _kmeans(
-    points: np.ndarray, n_clusters: int, seed: int, progress: Callable[[float], None] | None
-) -> KMeans:
-    rounds = int(np.clip(_EXACT_BUDGET / len(points) / n_clusters, 0, 5))
-    report = _scaled(progress, 1 / (rounds + 2))
-    centres = _split(points, n_clusters, seed, report)
-    for _ in range(rounds):
-        centres = means(points, nearest(points, centres, report), centres)
-    return _filled(points, centres, report)
+def ladder(
+    points: np.ndarray,
+    ks: Iterable[int],
+    *,
+    weights: np.ndarray | None = None,
+    max_iter: int = 25,
+    tol: float | None = None,
+    reach: float | None = 1.6,
+    seed: int = 0,
+    n_threads: int | None = None,
+    progress: Callable[[Step], object] | None = None,
+) -> Ladder:
+    """Cluster the same points at several K, each grown from the next smaller.
 
+    The clusters of a rung are the cells in which the next one's centres are started; rounds and exact labels
+    are those of `kmeans`, whose parameters these are.
 
-def nearest(
-    points: np.ndarray, centres: np.ndarray, progress: Callable[[float], None] | None = None
-) -> np.ndarray:
-    """Return the index of each point's nearest centre, int32 ``(n,)``, by exhaustive search in blocks."""
-    index = faiss.IndexFlatL2(centres.shape[1])
-    index.add(centres)
-    labels = np.empty(len(points), np.int32)
-    for start in range(0, len(points), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        labels[part] = index.search(points[part], 1)[1][:, 0]
-        if progress:
-            progress(len(labels[part]) / len(points))
-    return labels
+    Parameters
+    ----------
+    points, weights, max_iter, tol, reach, seed, n_threads
+    ks : iterable of int
+        In any order; each 1 to n.
+    progress : callable, optional
+        Called with each `Step`; a true answer ends the ladder with the rung at hand.
 
-
-def means(points: np.ndarray, labels: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Return the mean of each cluster, float32 ``(K, d)``; an empty cluster keeps its centre."""
-    counts = np.bincount(labels, minlength=len(centres))[:, None]
-    sums = np.stack([np.bincount(labels, column, minlength=len(centres)) for column in points.T], axis=1)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), centres).astype(np.float32)
-
-
-def errors(points: np.ndarray, centres: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return each point's squared distance to its centre, float32 ``(n,)``, in blocks."""
-    result = np.empty(len(points), np.float32)
-    for start in range(0, len(points), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        result[part] = np.square(points[part] - centres[labels[part]]).sum(1)
-    return result
-
-
-def _scaled(progress: Callable[[float], None] | None, weight: float) -> Callable[[float], None]:
-    """Return a function that passes on shares of a step as shares of the whole."""
-    return (lambda share: progress(share * weight)) if progress else (lambda share: None)
-
-
-def _split(points: np.ndarray, n_clusters: int, seed: int, progress: Callable[[float], None]) -> np.ndarray:
-    """Return K starting centres from a coarse k-means and a small one in each of its cells."""
-    if n_clusters <= _FLAT:
-        centres = _lloyd(points, n_clusters, seed, start=_greedy_start(points, n_clusters, seed))
-        progress(1.0)
-        return centres
-    n_cells = round(np.sqrt(n_clusters))
-    coarse = _lloyd(points, n_cells, seed)
-    labels = nearest(points, coarse)
-    order = np.argsort(labels, kind="stable")
-    sizes = np.bincount(labels, minlength=n_cells)
-    inertias = np.bincount(labels, errors(points, coarse, labels), minlength=n_cells)
-    shares = _share(inertias, sizes, n_clusters, points.shape[1])
-    cells = np.split(order, np.cumsum(sizes)[:-1])
-    parts = []
-    # Cells side by side, one thread each: faiss's own threads would wait for each other in small ones.
-    with ThreadPoolExecutor(
-        faiss.omp_get_max_threads(), initializer=faiss.omp_set_num_threads, initargs=(1,)
-    ) as pool:
-        for part in pool.map(lambda rows, k: _lloyd(points[rows], k, seed), cells, shares):
-            parts.append(part)
-            progress(len(part) / n_clusters)
-    return np.concatenate(parts)
-
-
-def _share(inertias: np.ndarray, sizes: np.ndarray, n_clusters: int, d: int) -> np.ndarray:
-    """Share K out over cells in proportion to inertia^(d/(d+2)): at least 1 a cell, at most its size."""
-    wish = np.maximum(inertias, 1e-30) ** (d / (d + 2))
-    low, high = np.minimum(sizes, 1), sizes
-    shares = low.copy()
-    while (rest := n_clusters - shares.sum()) > 0:
-        room = np.where(shares < high, wish, 0.0)
-        if rest < np.count_nonzero(room):  # the last few go where the wish is largest
-            shares[np.argsort(-room, kind="stable")[:rest]] += 1
-            continue
-        step = np.floor(rest * room / room.sum()).astype(int)
-        if not step.any():
-            step = (room > 0).astype(int)
-        shares = np.minimum(shares + step, high)
-    return shares
-
-
-def _greedy_start(points: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
-    """Return greedy k-means++ centres (Arthur and Vassilvitskii 2007) of a sample, 64 points a cluster."""
-    draw = np.random.default_rng(seed)
-    size = min(len(points), 64 * n_clusters)
-    sample = points[np.sort(draw.choice(len(points), size, replace=False))]
-    return kmeans_plusplus(sample, n_clusters, random_state=seed)[0]
-
-
-def _lloyd(points: np.ndarray, n_clusters: int, seed: int, *, start: np.ndarray | None = None) -> np.ndarray:
-    """Return centres of faiss's k-means, from `start` or from its own k-means++."""
-    if n_clusters in (0, len(points)):
-        return points[:n_clusters].copy()
-    if n_clusters == 1:
-        return points.mean(0, dtype=np.float64, keepdims=True).astype(np.float32)
-    engine = faiss.Kmeans(
-        points.shape[1],
-        int(n_clusters),
-        niter=10,
-        seed=seed + 1,
-        init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
-        min_points_per_centroid=1,
-        max_points_per_centroid=256,
-    )
-    engine.train(points, init_centroids=start)
-    return engine.centroids
-
-
-def _filled(points: np.ndarray, centres: np.ndarray, progress: Callable[[float], None]) -> KMeans:
-    """Assign points exactly; move centres that nobody chose to the worst served points until none is left.
-
-    Each move lowers the inertia, so this ends; it gives up centres only when every point lies on one.
+    Raises
+    ------
+    InvalidValueError, NotEnoughMemoryError
     """
-    labels = nearest(points, centres, progress)
-    error = errors(points, centres, labels)
-    centres = centres.copy()
-    while True:
-        empty = np.flatnonzero(np.bincount(labels, minlength=len(centres)) == 0)
-        if not len(empty):
+    ks = sorted(set(ks))
+    if not ks:
+        raise InvalidValueError("a ladder needs at least one number of clusters.")
+    options = Options(max_iter, tol, reach, seed, n_threads)
+    points = fitting.checked_points(points)
+    for k in ks:
+        fitting.check_k(k, len(points))
+    weights = fitting.checked_weights(weights, len(points))
+    _room(lloyd.memory(*points.shape, ks[-1], options.threads), len(points), ks[-1])
+    framed, rungs, stopped = _Framed.of(points, weights, options), [], False
+    work = np.sqrt(np.array(ks, float)) + 20
+    for k, part in zip(ks, work / work.sum(), strict=True):
+        if stopped:
             break
-        worst = np.argpartition(-error, min(4 * len(empty), len(error) - 1))[: 4 * len(empty)]
-        worst = worst[error[worst] > 0]
-        _, first = np.unique(points[worst], axis=0, return_index=True)
-        worst = worst[np.sort(first)][: len(empty)]
-        if not len(worst):
-            kept = np.unique(labels)
-            return _result(points, centres[kept], np.searchsorted(kept, labels).astype(np.int32))
-        moved = empty[: len(worst)]
-        centres[moved] = points[worst]
-        challenger = moved[nearest(points, centres[moved])].astype(np.int32)
-        challenger_error = errors(points, centres, challenger)
-        better = challenger_error < error
-        labels = np.where(better, challenger, labels)
-        error = np.where(better, challenger_error, error)
-        labels[worst], error[worst] = moved, 0  # whatever rounding made of the search
-    return _result(points, centres, labels)
+        report = Progress(_scaled(progress, part))
+        rung = framed.grown(rungs, k, report)
+        stopped = report.stopped
+        if not rungs or len(rung.centres) > len(rungs[-1].centres):
+            rungs.append(rung)
+    return Ladder(tuple(rungs), framed)
 
 
-def _result(points: np.ndarray, centres: np.ndarray, labels: np.ndarray) -> KMeans:
-    inertia = float(errors(points, centres, labels).sum(dtype=np.float64))
-    return KMeans(centres, labels, inertia)
+def memory(n: int, d: int, n_clusters: int, n_threads: int | None = None) -> int:
+    """Return about how many bytes `kmeans` takes at most, beside the points."""
+    n_threads = parallel.threads(n_threads)
+    if n > _IN_MEMORY:
+        return streaming.memory(n, d, n_clusters, n_threads)
+    return lloyd.memory(n, d, n_clusters, n_threads)
+
+
+def _streamed(points, n_clusters, weights, init, device, options, report) -> KMeans:
+    """Return a clustering of points that are read block by block."""
+    parts = streaming.Parts(points)
+    fitting.check_k(n_clusters, parts.n)
+    weights = fitting.checked_weights(weights, parts.n)
+    _room(streaming.memory(parts.n, parts.d, n_clusters, options.threads), parts.n, n_clusters)
+    if init is not None:
+        init = parts.frame.into(_checked_init(init, n_clusters, parts.d))
+    report.unit = parts.frame.inertia_unit
+    found = streaming.fit(parts, n_clusters, weights, init, options, device, report)
+    return parts.frame.out_of(found)
+
+
+@dataclass(frozen=True)
+class _Framed:
+    """Points in their frame, and how they are fitted; what is returned is out of the frame again."""
+
+    points: np.ndarray
+    weights: np.ndarray | None
+    frame: Frame
+    options: Options
+
+    @classmethod
+    def of(cls, points: np.ndarray, weights: np.ndarray | None, options: Options) -> "_Framed":
+        frame = Frame.of([points])
+        return cls(frame.into(points), weights, frame, options)
+
+    def fit(self, centres: np.ndarray, guess: np.ndarray | None, report: Progress) -> KMeans:
+        """Return the clustering that framed centres lead to."""
+        report.unit = self.frame.inertia_unit
+        return self.frame.out_of(lloyd.fit(self.points, self.weights, centres, guess, self.options, report))
+
+    def alone(self, k: int, report: Progress) -> KMeans:
+        """Return a clustering from a start of its own."""
+        return self.fit(*lloyd.start(self.points, self.weights, k, self.options, report.part(_START)), report)
+
+    def grown(self, rungs: Sequence[KMeans], k: int, report: Progress) -> KMeans:
+        """Return a clustering whose centres are started in the clusters of a smaller one, some in each."""
+        coarse = [rung for rung in rungs if len(rung.centres) * _A_CELL <= k] or list(rungs[:1])
+        few = not coarse or len(coarse[-1].centres) * _FEWEST_A_CELL > k
+        if few or lloyd.is_flat(len(self.points), k):
+            return self.alone(k, report)
+        cells = coarse[-1]
+        centres = self.frame.into(cells.centres)
+        errors = search.errors(self.points, centres, cells.labels, n_threads=self.options.threads)
+        found = search.Found(cells.labels, errors)
+        start = lloyd.grow(
+            self.points, self.weights, found, len(centres), k, self.options, report.part(_START)
+        )
+        return self.fit(*start, report)
+
+
+def _scaled(progress, part: float):
+    return (lambda step: progress(Step(step.share * part, step.inertia))) if progress else None
+
+
+def _checked_init(init, n_clusters: int, d: int) -> np.ndarray:
+    init = np.ascontiguousarray(init, dtype=np.float32)
+    if init.shape != (n_clusters, d) or not np.isfinite(init).all():
+        raise InvalidValueError(f"init has shape {init.shape}; it must be ({n_clusters}, {d}), and finite.")
+    return init
+
+
+def _room(needed: int, n: int, n_clusters: int) -> None:
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise NotEnoughMemoryError(
+            f"clustering {n:,} points into {n_clusters:,} clusters takes about {needed / 2**30:.1f} GiB "
+            f"beside the points, and {free / 2**30:.1f} GiB are free."
+        )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from kclib import clustering, explorers
+from kclib import clustering, explorers, kmeans
 from kclib.errors import InvalidValueError
 from kclib.explorers import ALL_LAYERS, ClusterExplorer
 from kclib.kernels import extract
@@ -20,13 +20,13 @@ def bank():
 @pytest.fixture
 def calls(monkeypatch):
     """The K of each clustering made."""
-    made, cluster = [], clustering.cluster
+    made, at = [], kmeans.Ladder.at
 
-    def counted(bank, n_clusters, **options):
+    def counted(self, n_clusters):
         made.append(n_clusters)
-        return cluster(bank, n_clusters, **options)
+        return at(self, n_clusters)
 
-    monkeypatch.setattr(clustering, "cluster", counted)
+    monkeypatch.setattr(kmeans.Ladder, "at", counted)
     return made
 
 
@@ -62,10 +62,9 @@ def test_choices_are_all_layers_and_each_with_its_own_largest_k(bank):
 
 @pytest.mark.parametrize("choice", ["1", ALL_LAYERS])
 def test_figure_shows_the_clustering_of_the_choice(bank, choice):
-    if choice == ALL_LAYERS:
-        expected = clustering.cluster(bank, 20, scope="global", seed=5)
-    else:
-        expected = clustering.cluster(bank.only(choice), 20, seed=5)
+    chosen = bank if choice == ALL_LAYERS else bank.only(choice)
+    rungs = [k for k in explorers.RUNGS if k <= len(chosen)]
+    expected = clustering.of_all(chosen, kmeans.ladder(chosen.points, rungs, tol=0.01, seed=5).at(20), 5)
     fig = ClusterExplorer(bank, seed=5, shown=12).figure(choice, 20)
     n = expected.n_kernels
     title = f"{choice}: {n} kernels, K = 20, {100 - 2000 / n:.3f} % removed, inertia {expected.inertia:.4g}"
@@ -134,6 +133,17 @@ def test_view_says_that_it_clusters_and_leaves_no_figure_open(bank):
     count.value = 2
     assert said == ["clustering …", ""]
     assert plt.get_fignums() == []
+
+
+def test_the_first_clustering_of_a_choice_says_how_far_it_is(bank):
+    choice, _, status, _ = controls(explorers.cluster_explorer(ClusterExplorer(bank)))
+    said = []
+    status.observe(lambda change: said.append(change.new), "value")
+    choice.value = ALL_LAYERS
+    shares = [int(text.split()[-1].rstrip("%")) for text in said if "%" in text]
+    assert shares == sorted(shares)
+    assert (len(shares) > 2, shares[-1]) == (True, 100)
+    assert (said[0], said[-1]) == ("clustering …", "")
 
 
 def test_a_k_that_is_no_power_of_two_is_on_the_slider_too(bank):

@@ -1,5 +1,6 @@
 """What the README promises: its example runs, and its tables agree with the code."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from kclib import datasets, models
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_example_runs_as_printed(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_examples_run_as_printed(capsys):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile("\n".join(examples), "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert re.search(r"top-1 \(%\): 9\d\.\d\d \[.*\] -> \d\d\.\d\d", printed)
     assert "codebook_fp16" in printed
+    assert re.search(r"\{256: \d+\.\d+, 1024: .*, 4096: .*\} \d+\.\d+", printed)
 
 
 def test_every_notebook_and_make_target_it_names_exists():
@@ -40,6 +42,19 @@ def test_its_table_is_that_of_the_run_beside_its_picture():
     assert printed
     assert set(printed) <= set(rows)
     assert (ROOT / "docs" / "accuracy.png").stat().st_size > 10_000
+
+
+def test_its_speeds_are_those_of_the_benchmark():
+    rows = []
+    for name, weights in (("shipped", "vgg16-fashion"), ("ImageNet", "vgg16_imagenet_features")):
+        run = json.loads((ROOT / "docs" / f"kmeans-{weights}.json").read_text())
+        rows += [
+            f"| {name} | {r['K']:,} | {r['peer']} | {r['ours (s)']:.1f} | {r['peer (s)']:.1f} "
+            f"| {r['time ratio']:.3f} | {r['inertia ratio']:.3f} |"
+            for r in run["peers"]
+        ]
+    text = (ROOT / "README.md").read_text()
+    assert re.findall(r"^\| (?:shipped|ImageNet) \|.*$", text, re.MULTILINE) == rows
 
 
 def test_the_checksums_of_the_data_are_those_the_code_checks():

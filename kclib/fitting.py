@@ -1,0 +1,155 @@
+"""What a k-means fit is given and what comes of it: values, their checks, and progress."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kclib import parallel
+from kclib.errors import InvalidValueError
+
+FLAT = 256  # up to this K, centres are drawn from all points at once and rounds are exact
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """A partition of n points into K non-empty clusters.
+
+    Attributes
+    ----------
+    centres : numpy.ndarray
+        float32 ``(K, d)``, all distinct.
+    labels : numpy.ndarray
+        int32 ``(n,)``: the index of each point's nearest centre, exact to float32 rounding.
+    inertia : float
+        Weighted sum of squared distances of the points to their centres, summed in float64.
+    iterations : int
+        Times that the centres were moved to their points' means, over all points.
+    converged : bool
+        Whether the last of these lowered the inertia by no more than `tol` of it. False if the rounds or the
+        caller's patience ended before.
+    search : str
+        How the labels were found: ``pruned`` (by the triangle inequality), ``streamed`` (so too, block by
+        block), or the name of a torch device (every centre compared there). All are exact.
+    """
+
+    centres: np.ndarray
+    labels: np.ndarray
+    inertia: float
+    iterations: int
+    converged: bool
+    search: str = "pruned"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a fit is made; the parameters of `kmeans.kmeans` that have no part in what is fitted.
+
+    Raises
+    ------
+    InvalidValueError
+    """
+
+    max_iter: int
+    tol: float | None
+    reach: float | None
+    seed: int
+    n_threads: int | None
+
+    def __post_init__(self):
+        if self.max_iter < 0:
+            raise InvalidValueError(f"max_iter is {self.max_iter}; it must be at least 0.")
+        if self.tol is not None and not 0 <= self.tol < math.inf:
+            raise InvalidValueError(f"tol is {self.tol}; it must be a share of the inertia, at least 0.")
+        if self.reach is not None and not 0 < self.reach < math.inf:
+            raise InvalidValueError(f"reach is {self.reach}; it must be above 0, or None for exact rounds.")
+        if not 0 <= self.seed < 2**32:
+            raise InvalidValueError(f"seed is {self.seed}; it must be 0 to {2**32 - 1}.")
+        if self.n_threads is not None and self.n_threads < 1:
+            raise InvalidValueError(f"n_threads is {self.n_threads}; it must be at least 1.")
+
+    def tolerance(self, n_clusters: int) -> float:
+        """Return the share of the inertia that a round must gain; by default more where it costs more."""
+        return self.tol if self.tol is not None else 2e-3 if n_clusters <= FLAT else 1e-2
+
+    @property
+    def threads(self) -> int:
+        """Number of threads; all processors if not given."""
+        return parallel.threads(self.n_threads)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a fit tells its caller as it goes.
+
+    Attributes
+    ----------
+    share : float
+        Share of the work done since the last step; they sum to 1.
+    inertia : float
+        Of the best clustering so far; NaN before there is one.
+    """
+
+    share: float
+    inertia: float
+
+
+class Progress:
+    """Passes shares of the work on to a caller, and remembers whether it asked to stop.
+
+    Parameters
+    ----------
+    call : callable, optional
+        Called with each `Step`; a true answer asks to stop after the step at hand.
+
+    Attributes
+    ----------
+    inertia : float
+        To be told, in the fit's own unit.
+    unit : float
+        That unit, in the caller's.
+    """
+
+    def __init__(self, call: Callable[[Step], object] | None = None):
+        self.call, self.stopped, self.inertia, self.unit, self.left = call, False, math.nan, 1.0, 1.0
+
+    def __call__(self, share: float) -> None:
+        """Report a share of the whole."""
+        share = min(share, self.left)
+        self.left -= share
+        if self.call and self.call(Step(share, self.inertia * self.unit)):
+            self.stopped = True
+
+    def part(self, weight: float) -> Callable[[float], None]:
+        """Return a function that reports shares of a part of the whole."""
+        return lambda share: self(share * weight)
+
+
+def check_k(n_clusters: int, n: int) -> None:
+    """Raise InvalidValueError unless K is a whole number from 1 to n."""
+    whole = isinstance(n_clusters, (int, np.integer)) and not isinstance(n_clusters, bool)
+    if not (whole and 1 <= n_clusters <= n):
+        raise InvalidValueError(f"n_clusters is {n_clusters}; with {n} kernels it must be 1 to {n}.")
+
+
+def checked_points(points) -> np.ndarray:
+    """Return points as contiguous float32 ``(n, d)``; raise InvalidValueError if they are not finite such."""
+    points = np.ascontiguousarray(points, dtype=np.float32)
+    if points.ndim != 2 or not points.shape[1]:
+        raise InvalidValueError(f"the points have shape {points.shape}; it must be (n, d).")
+    if not all(np.isfinite(points[part]).all() for part in parallel.blocks(len(points))):
+        raise InvalidValueError("the points hold NaN or infinite values; they must be finite.")
+    return points
+
+
+def checked_weights(weights, n: int) -> np.ndarray | None:
+    """Return weights as float32 ``(n,)``, None if none are given; raise InvalidValueError if out of range."""
+    if weights is None:
+        return None
+    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    if weights.shape != (n,):
+        raise InvalidValueError(f"weights have shape {weights.shape}; it must be ({n},).")
+    if not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
+        raise InvalidValueError("weights must be finite, at least 0, and not all 0.")
+    return weights

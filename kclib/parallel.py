@@ -1,0 +1,37 @@
+"""Work side by side on threads, cut so that the result does not depend on how many there are."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import faiss
+
+_BLOCK = 1 << 15
+
+
+def threads(n_threads: int | None = None) -> int:
+    """Return `n_threads`, or by default the number of processors this process may use."""
+    return n_threads or len(
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    )
+
+
+def side_by_side(
+    call: Callable[[int], object], count: int, n_threads: int, done: Callable[[float], None] | None = None
+) -> list:
+    """Return ``[call(0), ..., call(count - 1)]``, computed on threads; `done` hears of shares of the work.
+
+    faiss is held to one thread in each: its own would wait for each other.
+    """
+    results = []
+    with ThreadPoolExecutor(n_threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+        for result in pool.map(call, range(count)):
+            results.append(result)
+            if done:
+                done(1 / count)
+    return results
+
+
+def blocks(n: int) -> list[slice]:
+    """Return slices that cut n points into blocks of bounded memory."""
+    return [slice(start, min(n, start + _BLOCK)) for start in range(0, n, _BLOCK)]
