@@ -169,13 +169,11 @@ def growth(points: np.ndarray, repeats: int) -> dict:
             for s in range(repeats)
         ]
         by_n.append({"N": n, "all (s)": statistics.median(times)})
-    return {
-        "K": by_k,
-        "N": by_n,
-        "slope in K up to the exact pass": slope([r["K"] for r in by_k], [r["up to it (s)"] for r in by_k]),
-        "slope in K": slope([r["K"] for r in by_k], [r["all (s)"] for r in by_k]),
-        "slope in N at K = N/100": slope([r["N"] for r in by_n], [r["all (s)"] for r in by_n]),
-    }
+    slopes = {"slope in N at K = N/100": slope(by_n, "N", "all (s)")}
+    for name, column in (("whole fit", "all (s)"), ("up to the last exact pass", "up to it (s)")):
+        slopes[f"{name}: slope in K"] = slope(by_k, "K", column)
+        slopes[f"{name}: slope in K from 4,096"] = slope([r for r in by_k if r["K"] >= 4096], "K", column)
+    return {"K": by_k, "N": by_n} | slopes
 
 
 def memory(points: np.ndarray, repeats: int) -> list[dict]:
@@ -230,16 +228,17 @@ def lost(points: np.ndarray, k: int) -> float:
     return lloyd.total(near.errors, None) / lloyd.total(exact.errors, None) - 1
 
 
-def slope(x: list, y: list) -> float:
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+def slope(rows: list[dict], x: str, y: str) -> float:
+    return float(np.polyfit(np.log([r[x] for r in rows]), np.log([r[y] for r in rows]), 1)[0])
 
 
 def draw(result: dict, path: Path) -> None:
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     by_k, by_n = pd.DataFrame(result["K"]), pd.DataFrame(result["N"])
-    for column, name in (("all (s)", "slope in K"), ("up to it (s)", "slope in K up to the exact pass")):
-        label = "whole fit" if column == "all (s)" else "up to the last exact pass"
-        left.loglog(by_k["K"], by_k[column], "o-", label=f"{label}: slope {result[name]:.2f}")
+    for name, column in (("whole fit", "all (s)"), ("up to the last exact pass", "up to it (s)")):
+        slopes = result[f"{name}: slope in K"], result[f"{name}: slope in K from 4,096"]
+        label = "{}: slope {:.2f} ({:.2f} from 4,096)".format(name, *slopes)
+        left.loglog(by_k["K"], by_k[column], "o-", label=label)
     left.loglog(by_k["K"], by_k["last exact pass (s)"], "s--", color="0.5", label="last exact pass")
     left.set(xlabel="clusters K", ylabel="time (s)", title="N = 1,634,496 kernels")
     right.loglog(by_n["N"], by_n["all (s)"], "o-", label=f"slope {result['slope in N at K = N/100']:.2f}")
@@ -289,7 +288,7 @@ def main() -> None:
     print(pd.DataFrame(result["ladder"][1]).round(3).to_string(index=False))
     print(pd.DataFrame(result["memory"]).round(2).to_string(index=False))
     print(pd.Series(result["ladder"][0]).round(3).to_string())
-    print({key: round(value, 2) for key, value in result["growth"].items() if key.startswith("slope")})
+    print({key: round(value, 2) for key, value in result["growth"].items() if "slope" in key})
 
 
 if __name__ == "__main__":

@@ -291,6 +291,14 @@ def test_without_rounds_the_centres_are_those_given():
     assert_is_a_partition(points, 7, result)
 
 
+@pytest.mark.parametrize("n_clusters", [20, 300])
+@pytest.mark.parametrize("max_iter", [0, 1])
+def test_given_centres_that_coincide_do_not_stay_so(n_clusters, max_iter):
+    points = np.random.default_rng(0).normal(size=(900, 9)).astype(np.float32)
+    init = np.tile(points[: n_clusters // 2], (2, 1))
+    assert_is_a_partition(points, n_clusters, kmeans(points, n_clusters, init=init, max_iter=max_iter))
+
+
 def test_rounds_end_once_one_gains_too_little_or_there_are_enough():
     points = heavy_tailed(500)
     few = kmeans(points, 7, init=points[:7], tol=0, max_iter=2)
@@ -531,6 +539,14 @@ def test_ladders_of_points_with_many_duplicates_are_partitions(points, data):
         assert_is_a_partition(points, k, rung)
     between = data.draw(st.integers(1, len(points)))
     assert_is_a_partition(points, between, found.at(between))
+
+
+def test_a_rung_on_a_grid_half_of_which_has_no_weight_is_a_partition():
+    draw = np.random.default_rng(18)
+    points = draw.integers(-3, 4, (1000, 4)).astype(np.float32)
+    weights = (draw.random(1000) > 0.5).astype(np.float32)
+    for k, rung in zip((50, 450), ladder(points, [50, 450], weights=weights).rungs, strict=True):
+        assert_is_a_partition(points, k, rung, weights)
 
 
 @pytest.mark.parametrize("weights", [None, uneven(3000)], ids=["alike", "weighted"])

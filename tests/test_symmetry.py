@@ -172,6 +172,14 @@ def test_symmetries_that_a_few_shapes_have_serve_their_kernels_better(how):
     assert found <= (0.5 if any(how.values()) else 1.05) * plain
 
 
+@EACH
+@pytest.mark.parametrize("seed", [25, 30, 36])
+def test_more_clusters_than_kernels_with_weight_leave_none_empty(how, seed):
+    points = 100 + heavy_tailed(400, 4, seed)
+    weights = np.arange(400) < 28
+    assert_is_a_partition(points, 200, kmeans(points, 200, weights=weights, **how), **how, weights=weights)
+
+
 @pytest.mark.parametrize("n_clusters", [1, 20, 300])
 def test_without_symmetries_it_is_ordinary_k_means(n_clusters):
     points = heavy_tailed(2000)
