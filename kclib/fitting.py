@@ -58,6 +58,10 @@ class Options:
     n_threads: int | None
 
     def __post_init__(self):
+        for name in ("max_iter", "seed", "n_threads"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
+                raise InvalidValueError(f"{name} is {value!r}; it must be a whole number.")
         if self.max_iter < 0:
             raise InvalidValueError(f"max_iter is {self.max_iter}; it must be at least 0.")
         if self.tol is not None and not 0 <= self.tol < math.inf:

@@ -81,6 +81,7 @@ def kmeans(
     if 2 * n_clusters > len(points) and init is None:
         distinct, labels = np.unique(points, axis=0, return_inverse=True)
         if len(distinct) <= n_clusters:
+            report.inertia = 0.0
             report(1.0)
             return KMeans(distinct, labels.reshape(-1).astype(np.int32), 0.0, 0, True)
     framed = _Framed.of(points, weights, options)
@@ -238,7 +239,7 @@ def _scaled(progress, part: float):
 
 
 def _checked_init(init, n_clusters: int, d: int) -> np.ndarray:
-    init = np.ascontiguousarray(init, dtype=np.float32)
+    init = np.array(init, dtype=np.float32, order="C")
     if init.shape != (n_clusters, d) or not np.isfinite(init).all():
         raise InvalidValueError(f"init has shape {init.shape}; it must be ({n_clusters}, {d}), and finite.")
     return init

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 from numba import njit
 
 from kclib import parallel, search, splitting
@@ -53,6 +54,7 @@ def fit(
         centres = means(points, weights, guess, centres, n_threads)
     part = progress.part(progress.left)
     found = search.nearest(points, centres, guess=guess, n_threads=n_threads, done=part)
+    found = search.Found(merged(centres, found.labels), found.errors)
     centres, found = filled(points, weights, centres, found, n_threads)
     progress.inertia = total(found.errors, weights)
     progress(progress.left)
@@ -165,6 +167,14 @@ def _means(points, weights, order, starts, centres, first, last, result):
                 sums[k] += weight * np.float64(points[row, k])
         for k in range(d):
             result[j, k] = sums[k] / mass if mass > 0 else centres[j, k]
+
+
+def merged(centres: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return labels in which the first of equal centres has the points of all of them."""
+    if not pd.DataFrame(centres).duplicated().any():
+        return labels
+    _, first, same = np.unique(centres, axis=0, return_index=True, return_inverse=True)
+    return first[same.reshape(-1)][labels].astype(np.int32)
 
 
 def filled(

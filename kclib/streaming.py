@@ -154,6 +154,7 @@ def fit(
         centres = centres.astype(np.float32)
     while True:
         labels, step = run(centres, labels, None, progress.left / 2)
+        labels = lloyd.merged(centres, labels)
         empty = np.flatnonzero(np.bincount(labels, minlength=len(centres)) == 0)
         if not len(empty):
             break

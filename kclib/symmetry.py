@@ -248,8 +248,9 @@ def _filled(orbits, centres, found: _Assigned, n_threads: int) -> tuple[np.ndarr
         centres[empty[: len(worst)]] = orbits.shapes[worst]
         found = orbits.assigned(centres, found.members, n_threads)
     kept = np.unique(found.labels)
-    centres = centres[kept]
-    return centres, orbits.assigned(centres, None, n_threads)
+    labels = np.searchsorted(kept, found.labels)
+    members = labels * orbits.size + found.members % orbits.size
+    return centres[kept], replace(found, members=members.astype(np.int32), labels=labels.astype(np.int32))
 
 
 @njit(nogil=True, cache=True)

@@ -16,6 +16,10 @@ def options(**changed):
     ("name", "value"),
     [
         ("max_iter", -1),
+        ("max_iter", 1.5),
+        ("seed", 1.5),
+        ("seed", 2**32),
+        ("n_threads", True),
         ("tol", -0.1),
         ("tol", math.inf),
         ("tol", math.nan),
