@@ -180,7 +180,7 @@ class _Bar:
                 if not math.isnan(step.inertia):
                     self.inertias[name] = step.inertia
                     self.bar.set_postfix_str(f"inertia {sum(self.inertias.values()):.4g}", refresh=False)
-                self.bar.update(step.share * n)
+                self.bar.update(min(step.share * n, self.bar.total - self.bar.n))  # shares are rounded
 
         return step
 

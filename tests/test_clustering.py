@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from scipy.spatial.distance import cdist
 
-from kclib import clustering
+from kclib import clustering, kmeans
 from kclib.clustering import cluster
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
@@ -112,6 +112,54 @@ def test_same_seed_gives_the_same_clustering_and_another_does_not():
     np.testing.assert_array_equal(clustering.quantized(first), clustering.quantized(again))
     assert (first.seed, other.seed) == (3, 4)
     assert first.inertia == again.inertia != other.inertia
+
+
+@pytest.mark.parametrize("scope", ["layer", "global", {"conv0": "a", "conv1": "b", "conv2": "a"}])
+def test_the_number_of_threads_changes_no_bit(scope):
+    bank = random_bank(500, 90, 300)
+    one, *others = (cluster(bank, 40, scope=scope, n_threads=n) for n in (1, 2, 3))
+    for other in others:
+        for mine, theirs in zip(other.groups, one.groups, strict=True):
+            assert (mine.name, mine.layers, mine.inertia) == (theirs.name, theirs.layers, theirs.inertia)
+            np.testing.assert_array_equal(mine.codebook, theirs.codebook)
+            np.testing.assert_array_equal(mine.indices, theirs.indices)
+
+
+def test_a_group_that_fails_ends_the_clustering_with_its_error(monkeypatch):
+    fit = kmeans.kmeans
+
+    def failing(points, *args, **options):
+        if len(points) == 90:
+            raise InvalidValueError("the second layer")
+        return fit(points, *args, **options)
+
+    monkeypatch.setattr(kmeans, "kmeans", failing)
+    with pytest.raises(InvalidValueError, match="the second layer"):
+        cluster(random_bank(500, 90, 300), 4)
+
+
+def test_the_bar_tells_memory_inertia_and_all_the_kernels(monkeypatch, capsys):
+    bars = []
+
+    class Bar(clustering.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **{**options, "delay": 0, "leave": True, "mininterval": 0})
+            bars.append(self)
+
+    monkeypatch.setattr(clustering, "tqdm", Bar)
+    result = cluster(random_bank(500, 90, 300), 40)
+    (bar,) = bars
+    assert bar.n == pytest.approx(bar.total) == 890
+    assert bar.desc.startswith("clustering (up to 0.1 GiB)")
+    assert float(bar.postfix.split()[1]) == pytest.approx(result.inertia, rel=1e-3)
+
+
+def test_a_rung_of_a_ladder_is_a_clustering_of_all_layers():
+    bank = random_bank(60, 30)
+    rung = kmeans.ladder(bank.points, [4, 9], seed=5).rungs[1]
+    result = clustering.of_all(bank, rung, 5)
+    assert (result.scope, result.seed, result.n_clusters, result.inertia) == ("global", 5, 9, rung.inertia)
+    np.testing.assert_array_equal(clustering.quantized(result).reshape(-1, 9), rung.centres[rung.labels])
 
 
 def test_representatives_by_use_come_most_used_first():
