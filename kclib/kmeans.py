@@ -1,7 +1,7 @@
 """k-means for millions of small points and any K: one fit, or a ladder of them."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import psutil
@@ -12,6 +12,7 @@ from kclib.fitting import KMeans, Options, Progress, Step
 from kclib.framing import Frame
 
 _A_CELL, _FEWEST_A_CELL = 128, 8  # clusters started in one cell of a ladder; fewer would start worse
+_QUICK_A_CELL = 32
 _IN_MEMORY = 1 << 23  # points that are clustered in memory
 _START = 0.2  # share of the work that finding a start is
 
@@ -109,7 +110,7 @@ class Ladder:
         return tuple(len(rung.centres) for rung in self.rungs)
 
     def at(self, n_clusters: int, *, progress: Callable[[Step], object] | None = None) -> KMeans:
-        """Return a clustering of any K: a rung, or one grown from the nearest rung below.
+        """Return a clustering of any K: a rung, or one grown from a rung below, in one round at most.
 
         Raises
         ------
@@ -120,7 +121,10 @@ class Ladder:
         below = [rung for rung in self.rungs if len(rung.centres) <= n_clusters]
         if below and len(below[-1].centres) == n_clusters:
             return below[-1]
-        return self._framed.grown(below, n_clusters, Progress(progress))
+        options = replace(self._framed.options, max_iter=min(1, self._framed.options.max_iter))
+        return replace(self._framed, options=options).grown(
+            below, n_clusters, Progress(progress), a_cell=_QUICK_A_CELL
+        )
 
 
 def ladder(
@@ -218,9 +222,9 @@ class _Framed:
         """Return a clustering from a start of its own."""
         return self.fit(*lloyd.start(self.points, self.weights, k, self.options, report.part(_START)), report)
 
-    def grown(self, rungs: Sequence[KMeans], k: int, report: Progress) -> KMeans:
+    def grown(self, rungs: Sequence[KMeans], k: int, report: Progress, *, a_cell: int = _A_CELL) -> KMeans:
         """Return a clustering whose centres are started in the clusters of a smaller one, some in each."""
-        coarse = [rung for rung in rungs if len(rung.centres) * _A_CELL <= k] or list(rungs[:1])
+        coarse = [rung for rung in rungs if len(rung.centres) * a_cell <= k] or list(rungs[:1])
         few = not coarse or len(coarse[-1].centres) * _FEWEST_A_CELL > k
         if few or lloyd.is_flat(len(self.points), k):
             return self.alone(k, report)
