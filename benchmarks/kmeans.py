@@ -185,9 +185,7 @@ def memory(points: np.ndarray, repeats: int) -> list[dict]:
         np.save(few, points)
         mapped = np.lib.format.open_memmap(many, "w+", np.float32, (20_000_000, points.shape[1]))
         draw = np.random.default_rng(0)
-        for start in range(
-            0, len(mapped), len(points)
-        ):  # the kernels again and again, each time a little other
+        for start in range(0, len(mapped), len(points)):  # the kernels again, each time a little other
             part = points[: len(mapped) - start]
             mapped[start : start + len(part)] = part * draw.normal(1, 0.1, part.shape).astype(np.float32)
         mapped.flush()
@@ -246,7 +244,7 @@ def draw(result: dict, path: Path) -> None:
         label = "{}: slope {:.2f} ({:.2f} from 4,096)".format(name, *slopes)
         left.loglog(by_k["K"], by_k[column], "o-", label=label)
     left.loglog(by_k["K"], by_k["last exact pass (s)"], "s--", color="0.5", label="last exact pass")
-    left.set(xlabel="clusters K", ylabel="time (s)", title="N = 1,634,496 kernels")
+    left.set(xlabel="clusters K", ylabel="time (s)", title=f"N = {by_n['N'].max():,} kernels")
     right.loglog(by_n["N"], by_n["all (s)"], "o-", label=f"slope {result['slope in N at K = N/100']:.2f}")
     right.set(xlabel="kernels N", ylabel="time (s)", title="K = N / 100")
     left.set_ylim(top=12 * by_k["all (s)"].max())  # room for the legend

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import faiss
 
 _BLOCK = 1 << 15
+# For numba: sums in any order and no care for NaN, for points are finite. Infinities keep their meaning.
+FAST = {"reassoc", "contract", "nnan", "nsz"}
 
 
 def threads(n_threads: int | None = None) -> int:

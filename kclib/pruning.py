@@ -13,8 +13,6 @@ _TILE = 64  # centres that one loop of vector instructions looks at
 _BUNCH = 16  # tiles under one outer box
 _SHELLS = 64  # distance classes that a cluster's candidates are sorted into
 _PARTS = 64  # pieces of work a pass is cut into, whatever the number of threads: same bits for any
-# Sums in any order and no care for NaN: the points are finite. Infinities keep their meaning.
-_FAST = {"reassoc", "contract", "nnan", "nsz"}
 
 
 def pruned(
@@ -85,32 +83,15 @@ def _tiles(centres: np.ndarray) -> _Tiles:
     )
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _search(
-    points,
-    order,
-    starts,
-    centres,
-    ids,
-    rows,
-    columns,
-    turned,
-    boxes,
-    outer,
-    first,
-    last,
-    reach,
-    dims,
-    labels,
-    errors,
-):
+    points, order, starts, centres, ids, rows, columns, turned, boxes, outer,
+    first, last, reach, dims, labels, errors,
+):  # fmt: skip
     """Search for the points of guesses `first` to `last`."""
     room = len(ids) + _TILE
-    place, distance, sorted_place = (
-        np.empty(room, np.int32),
-        np.empty(room, np.float32),
-        np.empty(room, np.int32),
-    )
+    place, sorted_place = np.empty(room, np.int32), np.empty(room, np.int32)
+    distance = np.empty(room, np.float32)
     tiles = np.empty((room // _TILE, len(dims), _TILE), np.float32)
     halves = np.empty((room // _TILE, _TILE), np.float32)
     low = np.empty(room // _TILE, np.float32)
@@ -130,25 +111,12 @@ def _search(
         )
         _sort(place, distance, n, limit, sorted_place, low)
         _scan(
-            points,
-            mine,
-            j,
-            centres[j],
-            ids,
-            rows,
-            sorted_place,
-            n,
-            low,
-            dims,
-            tiles,
-            halves,
-            scratch,
-            labels,
-            errors,
-        )
+            points, mine, j, centres[j], ids, rows, sorted_place, n, low, dims,
+            tiles, halves, scratch, labels, errors,
+        )  # fmt: skip
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _dot(a, b, dims):
     total = np.float32(0)
     for k in range(len(dims)):
@@ -156,7 +124,7 @@ def _dot(a, b, dims):
     return total
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _radii(points, mine, centre, dims):
     """Return the largest and the mean squared distance of the points to their guess."""
     largest, total = np.float32(0), np.float32(0)
@@ -169,7 +137,7 @@ def _radii(points, mine, centre, dims):
     return largest, total / np.float32(len(mine))
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _candidates(centre, turned, limit, columns, boxes, outer, dims, near, inside, scratch, place, distance):
     """List the centres within `limit` (squared) of one: their places in the k-d order, and how far."""
     n = 0
@@ -185,7 +153,7 @@ def _candidates(centre, turned, limit, columns, boxes, outer, dims, near, inside
     return n
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _to_boxes(turned, boxes, first, dims, result):
     """Write the squared distances of a point to the boxes from `first` on."""
     for i in range(len(result)):
@@ -197,7 +165,7 @@ def _to_boxes(turned, boxes, first, dims, result):
         result[i] = total
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _from_tile(centre, limit, columns, first, dims, scratch, place, distance, n):
     """Append the centres of one tile that are within the limit; return the new length."""
     hits = 0
@@ -217,7 +185,7 @@ def _from_tile(centre, limit, columns, first, dims, scratch, place, distance, n)
     return n
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _sort(place, distance, n, limit, sorted_place, low):
     """Sort candidates into shells of distance; `low` bounds the distances in each tile of them."""
     ends = np.zeros(_SHELLS + 1, np.int32)
@@ -237,7 +205,7 @@ def _sort(place, distance, n, limit, sorted_place, low):
         low[tile] = np.sqrt(shell / scale) * np.float32(0.9995)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _fill(tile, centre, rows, sorted_place, n, dims, tiles, halves):
     """Copy one tile of candidates, seen from the guess: small differences of small numbers lose no digits."""
     for c in range(_TILE):
@@ -250,7 +218,7 @@ def _fill(tile, centre, rows, sorted_place, n, dims, tiles, halves):
         halves[tile, c] = np.float32(0.5) * total if i < n else np.float32(np.inf)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _scan(
     points, mine, guess, centre, ids, rows, sorted_place, n, low, dims, tiles, halves, score, labels, errors
 ):
@@ -289,7 +257,7 @@ def _scan(
         errors[row] = distance
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _rescan(point, radius, rows, sorted_place, n, low, dims):
     """Find the nearest candidate by plain differences; return its squared distance and where it is listed."""
     best, where, limit = np.float32(np.inf), -1, 2 * radius

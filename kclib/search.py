@@ -11,8 +11,6 @@ from numba import njit
 from kclib import parallel, pruning
 
 _COMPARED = 256
-# Sums in any order and no care for NaN: the points are finite. Infinities keep their meaning.
-_FAST = {"reassoc", "contract", "nnan", "nsz"}
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def _by_label(labels, n_clusters):
     return order, starts
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _errors(points, centres, labels, result):
     for i in range(len(points)):
         total = np.float32(0)

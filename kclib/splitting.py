@@ -5,7 +5,6 @@ from numba import njit
 
 from kclib import parallel, search
 
-_FAST = {"reassoc", "contract", "nnan", "nsz"}
 _TILE = 64
 
 
@@ -149,7 +148,7 @@ def _gathered(points, weights, rows, dims):
     return x, w
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _plus_plus(x, w, centres, trials, dims):
     """Draw centres with k-means++ (Arthur and Vassilvitskii 2007), greedily: the best of a few draws each."""
     n, k = x.shape[1], len(centres)
@@ -216,7 +215,7 @@ def _lloyd(x, w, centres, labels, rounds, dims):
     _assign(x, centres, tiles, halves, score, labels, errors, dims)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
 def _assign(x, centres, tiles, halves, score, labels, errors, dims):
     """Label points with the nearest of the cell's centres, seen from its first; tell if a label changed."""
     k = len(centres)

@@ -13,10 +13,8 @@ from kclib.errors import InvalidValueError
 from kclib.fitting import FLAT, KMeans, Options, Progress
 
 _BLOCK = 1 << 19  # points in a block
-_SAMPLE, _SAMPLE_MOST = (
-    1 << 20,
-    1 << 22,
-)  # points that the centres are started on: 64 a cluster, between these
+# points that centres are started on: 64 a cluster, within these
+_SAMPLE, _SAMPLE_MOST = 1 << 20, 1 << 22
 _ON_DEVICE = 1 << 25  # scores a device holds at once
 _WORST = 64  # badly served points that a block offers to empty clusters
 _FAR = np.float32(1e6)  # beyond all framed points

@@ -11,8 +11,6 @@ from kclib import fitting, framing, lloyd, parallel, search
 from kclib.errors import InvalidValueError
 from kclib.fitting import Options, Progress, Step
 
-_FAST = {"reassoc", "contract", "nnan", "nsz"}
-
 
 @dataclass(frozen=True)
 class SymmetricKMeans:
@@ -125,7 +123,7 @@ def kmeans(
         if converged or report.stopped or iterations >= max_iter:
             break
         before, iterations = found.inertia, iterations + 1
-        centres = orbits.moved(centres, found)
+        centres = orbits.moved(centres, found, options.threads)
         found = orbits.assigned(centres, found.members, options.threads)
     report(report.left)
     turns = found.members % orbits.size % len(orbits.turns)
@@ -201,13 +199,13 @@ class _Orbits:
             float(errors.sum(dtype=np.float64)),
         )
 
-    def moved(self, centres: np.ndarray, found: _Assigned) -> np.ndarray:
+    def moved(self, centres: np.ndarray, found: _Assigned, n_threads: int) -> np.ndarray:
         """Return the best centres for an assignment; one without weight stays."""
         backwards = np.argsort(self.turns, axis=1)
         turn = found.members % self.size % len(self.turns)
         aligned = np.take_along_axis(self.points, backwards[turn], axis=1)
         if not self.scaled:
-            return lloyd.means(aligned, self.weights, found.labels, centres, parallel.threads())
+            return lloyd.means(aligned, self.weights, found.labels, centres, n_threads)
         order, starts = search.by_label(found.labels, len(centres))
         result = centres.copy()
         _directions(aligned, self.weights, order, starts, result)
