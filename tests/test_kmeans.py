@@ -1,7 +1,5 @@
 import math
-import signal
 import tracemalloc
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import faiss
@@ -11,7 +9,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
-from scipy.spatial.distance import cdist
+from partitions import assert_is_a_partition, assert_same_bits, at_most, heavy_tailed, uneven
 from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score
@@ -31,47 +29,6 @@ GRIDS = arrays(
 def in_cells(monkeypatch):
     """Let few points be enough for centres to be started cell by cell, as they are with many."""
     monkeypatch.setattr(lloyd, "_FLAT_WORK", 0)
-
-
-def heavy_tailed(n, d=9, seed=0):
-    draw = np.random.default_rng(seed)
-    return (draw.normal(size=(n, d)) * draw.lognormal(-3, 1.5, size=(n, 1))).astype(np.float32)
-
-
-def uneven(n, seed=0):
-    return np.random.default_rng(seed).lognormal(size=n).astype(np.float32)
-
-
-def assert_is_a_partition(points, n_clusters, result, weights=None):
-    distinct = len(np.unique(points, axis=0))
-    assert result.centres.shape == (min(n_clusters, distinct), points.shape[1])
-    assert (result.centres.dtype, result.labels.dtype) == (np.float32, np.int32)
-    assert (np.bincount(result.labels, minlength=len(result.centres)) > 0).all()
-    assert len(np.unique(result.centres, axis=0)) == len(result.centres)
-    distances = cdist(points.astype(np.float64), result.centres.astype(np.float64))
-    own = distances[np.arange(len(points)), result.labels]
-    rounding = 4 * np.finfo(np.float32).eps * np.linalg.norm(points.astype(np.float64), axis=1)
-    assert (own <= (1 + 1e-5) * distances.min(1) + rounding).all()
-    weights = np.ones(len(points)) if weights is None else np.asarray(weights, np.float64)
-    least = weights @ np.square(rounding)
-    assert result.inertia == pytest.approx(weights @ np.square(own), rel=1e-4, abs=least)
-
-
-def assert_same_bits(one, other):
-    np.testing.assert_array_equal(one.centres, other.centres)
-    np.testing.assert_array_equal(one.labels, other.labels)
-    assert (one.inertia, one.iterations, one.converged) == (other.inertia, other.iterations, other.converged)
-
-
-@contextmanager
-def at_most(seconds):
-    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it does not end"))
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def test_two_pairs_on_a_line_are_found_with_their_means_and_inertia():

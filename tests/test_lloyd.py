@@ -5,16 +5,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from partitions import heavy_tailed
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 
 from kclib import lloyd, search
 from kclib.fitting import Options, Progress
-
-
-def heavy_tailed(n, d=9, seed=0):
-    draw = np.random.default_rng(seed)
-    return (draw.normal(size=(n, d)) * draw.lognormal(-3, 1.5, size=(n, 1))).astype(np.float32)
 
 
 def normal(n, d=9, seed=0):

@@ -2,6 +2,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from partitions import heavy_tailed
 from scipy.spatial.distance import cdist
 
 from kclib import search
@@ -17,11 +18,6 @@ KINDS = [
     "crowd",
     "far outliers",
 ]
-
-
-def heavy_tailed(n, d=9, seed=0):
-    draw = np.random.default_rng(seed)
-    return (draw.normal(size=(n, d)) * draw.lognormal(-3, 1.5, size=(n, 1))).astype(np.float32)
 
 
 def points_and_centres(kind, n, d, k, seed=0):

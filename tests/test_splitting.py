@@ -2,15 +2,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from partitions import heavy_tailed
 from scipy.spatial.distance import cdist
 from sklearn.datasets import make_blobs
 
 from kclib.splitting import shares, split
-
-
-def heavy_tailed(n, d=9, seed=0):
-    draw = np.random.default_rng(seed)
-    return (draw.normal(size=(n, d)) * draw.lognormal(-3, 1.5, size=(n, 1))).astype(np.float32)
 
 
 def run(points, cells, counts, weights=None, *, rounds=5, trials=3, seed=0, n_threads=2, done=None):

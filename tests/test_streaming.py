@@ -1,6 +1,4 @@
 import math
-import signal
-from contextlib import contextmanager
 
 import hypothesis.strategies as st
 import joblib
@@ -8,6 +6,7 @@ import numpy as np
 import pytest
 from dask.distributed import Client, LocalCluster
 from hypothesis import given, settings
+from partitions import assert_is_a_partition, assert_same_bits, at_most, heavy_tailed, uneven
 from scipy.spatial.distance import cdist
 
 from kclib import kmeans as module
@@ -26,51 +25,10 @@ def _small_blocks():
         yield
 
 
-def heavy_tailed(n, d=9, seed=0):
-    draw = np.random.default_rng(seed)
-    return (draw.normal(size=(n, d)) * draw.lognormal(-3, 1.5, size=(n, 1))).astype(np.float32)
-
-
-def uneven(n, seed=0):
-    return np.random.default_rng(seed).lognormal(size=n).astype(np.float32)
-
-
 def bank_of(points):
     weights = points.reshape(-1, 3, 3).copy()
     weights.flags.writeable = False
     return KernelBank(weights, (Layer("conv", (len(points), 1, 3, 3), 0),), {})
-
-
-def assert_is_a_partition(points, n_clusters, result, weights=None):
-    distinct = len(np.unique(points, axis=0))
-    assert result.centres.shape == (min(n_clusters, distinct), points.shape[1])
-    assert (result.centres.dtype, result.labels.dtype) == (np.float32, np.int32)
-    assert (np.bincount(result.labels, minlength=len(result.centres)) > 0).all()
-    assert len(np.unique(result.centres, axis=0)) == len(result.centres)
-    distances = cdist(points.astype(np.float64), result.centres.astype(np.float64))
-    own = distances[np.arange(len(points)), result.labels]
-    rounding = 4 * np.finfo(np.float32).eps * np.linalg.norm(points.astype(np.float64), axis=1)
-    assert (own <= (1 + 1e-5) * distances.min(1) + rounding).all()
-    weights = np.ones(len(points)) if weights is None else np.asarray(weights, np.float64)
-    least = weights @ np.square(rounding)
-    assert result.inertia == pytest.approx(weights @ np.square(own), rel=1e-4, abs=least)
-
-
-def assert_same_bits(one, other):
-    np.testing.assert_array_equal(one.centres, other.centres)
-    np.testing.assert_array_equal(one.labels, other.labels)
-    assert (one.inertia, one.iterations, one.converged) == (other.inertia, other.iterations, other.converged)
-
-
-@contextmanager
-def at_most(seconds):
-    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it does not end"))
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.mark.parametrize("n_clusters", [20, 300])

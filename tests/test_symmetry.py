@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
+from partitions import heavy_tailed, uneven
 
 from kclib import kmeans as ordinary
 from kclib.errors import InvalidValueError
@@ -20,15 +21,6 @@ GRIDS = arrays(
     st.tuples(st.integers(1, 40), st.sampled_from([1, 4, 9])),
     elements=st.integers(-2, 2).map(float),
 )
-
-
-def heavy_tailed(n, d=9, seed=0):
-    draw = np.random.default_rng(seed)
-    return (draw.normal(size=(n, d)) * draw.lognormal(-3, 1.5, size=(n, 1))).astype(np.float32)
-
-
-def uneven(n, seed=0):
-    return np.random.default_rng(seed).lognormal(size=n).astype(np.float32)
 
 
 def copies(n_shapes, n, scaled, turned, side=3, seed=0):
