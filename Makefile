@@ -32,6 +32,7 @@ lint: setup  ## Check style, import order, and that notebooks carry no outputs
 
 bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of other kernels; about an hour, resumable)
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.kmeans $(WEIGHTS)
 
 train: setup  ## Train the shipped model again (START=features.safetensors; resumable, about an hour)

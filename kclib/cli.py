@@ -55,6 +55,108 @@ def train(
     typer.echo(f"{out.resolve()}: {trained.held_back:.2f} % on the held-back training images")
 
 
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A name models.load knows, or package.module:factory.")],
+    clusters: Annotated[int, typer.Option(min=1, help="K, clusters a group.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The safetensors file to write.")],
+    scope: Annotated[str, typer.Option(help="layer or global: what shares a codebook.")] = "layer",
+    weights: Annotated[Path | None, typer.Option(help="Weights in place of the model's own.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of codebooks: fp32, fp16, bf16 or int8; the model's own by default.")
+    ] = None,
+    indices: Annotated[str, typer.Option(help="entropy or fixed: how indices are coded.")] = "entropy",
+    scaled: Annotated[bool, typer.Option("--scaled", help="Each kernel has a scale.")] = False,
+    turned: Annotated[bool, typer.Option("--turned", help="Kernels may be flipped and rotated.")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    data: Annotated[
+        str | None, typer.Option(help="Evaluate on this data set first, and keep the accuracy in the file.")
+    ] = None,
+) -> None:
+    """Cluster a model's kernels and write it as a compressed file."""
+    from dataclasses import replace
+
+    from kclib import checkpoint, clustering, compression, kernels, models
+
+    loaded = models.load(model, weights=weights)
+    result = clustering.cluster(
+        kernels.extract(loaded.network), clusters, scope=scope, scaled=scaled, turned=turned, seed=seed
+    )
+    for note in result.notes:
+        typer.echo(note)
+    network = compression.compress(loaded.network, result, precision=precision)
+    accuracy = _accuracy(replace(loaded, network=network), data, None, "cpu") if data else None
+    contents = checkpoint.save(network, out, architecture=model, indices=indices, accuracy=accuracy)
+    dense = sum(x.nbytes for x in loaded.network.state_dict().values())
+    _show_bytes(contents)
+    typer.echo(
+        f"{dense / contents.bytes.sum():.2f} times smaller than the {dense:,} bytes of the dense weights"
+    )
+    typer.echo(f"{out.resolve()}")
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="A file that compress wrote.")]) -> None:
+    """Show what a compressed file holds, without its network."""
+    from kclib import checkpoint
+
+    contents = checkpoint.inspect(file)
+    about = contents.description
+    accuracy = "unknown" if about["accuracy"] is None else f"{about['accuracy']:.2f} %"
+    typer.echo(
+        f"architecture {about['architecture']}, accuracy {accuracy}, written by kclib {about['kclib']}"
+    )
+    typer.echo(f"SHA-256 of the contents {contents.sha256}")
+    layers = contents.layers
+    if (layers.same_as == layers.index).all():
+        layers = layers.drop(columns="same_as")
+    typer.echo(f"\n{contents.groups.to_string()}\n\n{layers.to_string()}\n")
+    _show_bytes(contents)
+
+
+@app.command()
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="A file that compress wrote.")],
+    data: Annotated[str, typer.Option(help="A name datasets.load knows.")] = "fashion-mnist",
+    limit: Annotated[int | None, typer.Option(help="So many images only, the same each time.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Its architecture, if the file names none or package.module:factory.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+) -> None:
+    """Evaluate a compressed file's accuracy; its weights stay packed."""
+    from kclib import checkpoint
+
+    _accuracy(checkpoint.load(file, architecture=model, device=device), data, limit, device)
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A file that compress wrote.")],
+    out: Annotated[Path, typer.Argument(help="An .onnx file, or .pt2 for torch.export (dense).")],
+    dense: Annotated[bool, typer.Option("--dense", help="Dense weights in the ONNX file.")] = False,
+    shape: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Channels, height, width; the model's own by default.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Its architecture, if the file names none or package.module:factory.")
+    ] = None,
+) -> None:
+    """Write a compressed file for other runtimes."""
+    from kclib import checkpoint, exporting, models
+    from kclib.errors import InvalidValueError
+
+    if out.suffix not in (".onnx", ".pt2"):
+        raise InvalidValueError(f"{out} ends in {out.suffix!r}; it must end in .onnx or .pt2.")
+    loaded = checkpoint.load(file, architecture=model)
+    shape = shape or models.input_shape(loaded)
+    if out.suffix == ".onnx":
+        exporting.to_onnx(loaded.network, out, shape, dense=dense)
+    else:
+        exporting.to_program(loaded.network, out, shape)
+    typer.echo(f"{out.resolve()}: {out.stat().st_size:,} bytes")
+
+
 def main() -> None:
     """Run the command line; a wrong input is one sentence and exit code 2, a failed run exit code 1."""
     try:
@@ -64,6 +166,21 @@ def main() -> None:
         from kclib.errors import NotebookError
 
         raise SystemExit(1 if isinstance(error, NotebookError) else 2) from None
+
+
+def _accuracy(model, data: str, limit: int | None, device: str) -> float:
+    """Evaluate and print top-1 accuracy with its interval; return it in percent."""
+    from kclib import datasets, evaluation
+
+    answers = evaluation.evaluate(model, datasets.load(data, limit=limit), device=device)
+    typer.echo(f"top-1 {answers.top1} % of {len(answers.labels):,} images, in {answers.seconds:.0f} s")
+    return answers.top1.estimate
+
+
+def _show_bytes(contents) -> None:
+    for part, n_bytes in contents.bytes[contents.bytes > 0].items():
+        typer.echo(f"{n_bytes:>14,}  {part}")
+    typer.echo(f"{contents.bytes.sum():>14,}  bytes in all")
 
 
 def _assignment(text: str) -> tuple[str, object]:

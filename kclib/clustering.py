@@ -1,5 +1,6 @@
 """Cluster the kernels of a bank: per layer, globally, or in any grouping of layers."""
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
-from kclib import kmeans, parallel
+from kclib import kmeans, parallel, symmetry
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
 
@@ -26,7 +27,11 @@ class Group:
     indices : numpy.ndarray
         int32 ``(n,)``: the representative of each kernel, in order of `layers`; none goes unused.
     inertia : float
-        Sum of squared distances of the kernels to their representatives.
+        Sum of squared distances of the kernels to what stands for them.
+    scales : numpy.ndarray, optional
+        float32 ``(n,)``: what each kernel's representative, then of unit length, is multiplied by.
+    turns : numpy.ndarray, optional
+        uint8 ``(n,)``: the row of `symmetry.transforms` that takes the representative to each kernel.
     """
 
     name: str
@@ -34,11 +39,24 @@ class Group:
     codebook: np.ndarray
     indices: np.ndarray
     inertia: float
+    scales: np.ndarray | None = None
+    turns: np.ndarray | None = None
 
     @property
     def n_clusters(self) -> int:
         """Number of representatives."""
         return len(self.codebook)
+
+    def kernels(self, rows: slice) -> np.ndarray:
+        """Return what stands for the kernels `rows` of this group, float32 ``(m, kh, kw)``."""
+        result = self.codebook[self.indices[rows]]
+        if self.turns is not None:
+            flat = result.reshape(len(result), -1)
+            turned = symmetry.transforms(result.shape[1])[self.turns[rows]]
+            result = np.take_along_axis(flat, turned, axis=1).reshape(result.shape)
+        if self.scales is not None:
+            result = self.scales[rows, None, None] * result
+        return result
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,8 @@ def cluster(
     n_clusters: int | Mapping[str, int],
     *,
     scope: str | Mapping[str, str] = "layer",
+    scaled: bool = False,
+    turned: bool = False,
     seed: int = 0,
     n_threads: int | None = None,
     progress: bool = True,
@@ -108,6 +128,8 @@ def cluster(
         theirs (said in `Clustering.notes`); a mapping names each group.
     scope : {"layer", "global"} or mapping of str to str
         A codebook for each layer, one for all, or from each layer's name to its group's name.
+    scaled, turned : bool
+        Whether a representative stands for its multiples, and for its flips and rotations (square kernels).
     seed : int
     n_threads : int, optional
         All processors by default.
@@ -118,26 +140,35 @@ def cluster(
     Raises
     ------
     InvalidValueError, UnknownNameError
-        K below 1 or above the number of kernels; a layer or group that is missing or unknown.
+        K below 1 or above the number of kernels; a layer or group that is missing or unknown; kernels to be
+        turned that are not square.
     NotEnoughMemoryError
     """
     members = grouping(bank, scope)
     wanted = _wanted(members, n_clusters)
+    if turned and bank.size[0] != bank.size[1]:
+        raise InvalidValueError(
+            f"kernels of {bank.size[0]}×{bank.size[1]} cannot be turned; they must be square."
+        )
     points = {name: np.concatenate([bank.points[x.rows] for x in layers]) for name, layers in members.items()}
     largest_first = sorted(members, key=lambda name: -len(points[name]))
     n_threads = parallel.threads(n_threads)
+    method = kmeans.kmeans
+    if scaled or turned:
+        method = functools.partial(symmetry.kmeans, scaled=scaled, turned=turned)
     inside = 1 if len(members) >= n_threads else n_threads
     with _Bar(len(bank), kmeans.memory(*bank.points.shape, max(wanted.values())), progress) as bar:
 
-        def fit(i: int) -> kmeans.KMeans:
+        def fit(i: int) -> kmeans.KMeans | symmetry.SymmetricKMeans:
             name = largest_first[i]
             k = min(wanted[name], len(points[name]))
-            return kmeans.kmeans(
-                points[name], k, seed=seed, n_threads=inside, progress=bar.of(name, len(points[name]))
-            )
+            report = bar.of(name, len(points[name]))
+            return method(points[name], k, seed=seed, n_threads=inside, progress=report)
 
         found = dict(zip(largest_first, parallel.side_by_side(fit, len(members), n_threads), strict=True))
-    groups = tuple(_group(bank, name, layers, found[name]) for name, layers in members.items())
+    groups = tuple(
+        _group(bank, name, layers, found[name], scaled, turned) for name, layers in members.items()
+    )
     notes = tuple(
         f"{group.name}: {group.n_clusters} clusters in place of {wanted[group.name]}, "
         f"for its {len(group.indices)} kernels have no more distinct ones."
@@ -152,8 +183,12 @@ def of_all(bank: KernelBank, found: kmeans.KMeans, seed: int) -> Clustering:
     return Clustering((_group(bank, "global", bank.layers, found),), "global", seed)
 
 
-def _group(bank: KernelBank, name: str, layers: tuple[Layer, ...], found: kmeans.KMeans) -> Group:
-    return Group(name, layers, found.centres.reshape(-1, *bank.size), found.labels, found.inertia)
+def _group(
+    bank: KernelBank, name: str, layers: tuple[Layer, ...], found, scaled=False, turned=False
+) -> Group:
+    codebook = found.centres.reshape(-1, *bank.size)
+    scales, turns = found.scales if scaled else None, found.transforms if turned else None
+    return Group(name, layers, codebook, found.labels, found.inertia, scales, turns)
 
 
 class _Bar:
@@ -205,12 +240,12 @@ def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tupl
 
 
 def quantized(clustering: Clustering) -> np.ndarray:
-    """Return each kernel's representative, float32 ``(n, kh, kw)``, in the rows of the bank."""
+    """Return what stands for each kernel, float32 ``(n, kh, kw)``, in the rows of the bank."""
     rows = np.empty((clustering.n_kernels, *clustering.groups[0].codebook.shape[1:]), np.float32)
     for group in clustering.groups:
         start = 0
         for layer in group.layers:
-            rows[layer.rows] = group.codebook[group.indices[start : start + layer.n_kernels]]
+            rows[layer.rows] = group.kernels(slice(start, start + layer.n_kernels))
             start += layer.n_kernels
     return rows
 

@@ -1,15 +1,27 @@
-"""The ledger of bytes: what dense weights take, what codebooks and indices take, where that stops paying."""
+"""The ledger of bytes: each way of counting them, named and beside the others, and where it stops paying."""
 
-import bisect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from torch import nn
 
-from kclib.clustering import Clustering, grouping
-from kclib.kernels import KernelBank
+from kclib import checkpoint, coding
+from kclib.breakeven import Count, break_even, orbit, pays_up_to
+from kclib.clustering import Clustering, Group
+from kclib.compression import output_order, packed_layers, users
+from kclib.container import Contents
+from kclib.layers import N_TURNS, by_codebook
+from kclib.packing import index_bits, index_bytes
+from kclib.quantization import row_bytes, scale_type
+
+__all__ = [
+    "PRECISIONS", "Savings", "break_even", "entropy_bound", "index_bits_by_layer", "ledger", "savings", "ways"
+]  # fmt: skip
+
+# Codebook precisions that are compared.
+PRECISIONS = ("fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -21,9 +33,10 @@ class Savings:
     kernels : float
         1 - K/N, over the clustered kernels: what the IPSJ report calls removed.
     bytes, bytes_fp16 : float
-        Of all convolutions (weights of every size, and biases), with an fp32 and an fp16 codebook.
+        Of all convolutions (weights of every size, and biases), with fixed-width indices and an fp32 and an
+        fp16 codebook.
     model_bytes : float
-        Of the whole model, with an fp32 codebook.
+        Of the whole model, with fixed-width indices and an fp32 codebook.
     """
 
     kernels: float
@@ -32,43 +45,44 @@ class Savings:
     model_bytes: float
 
 
-def index_bits(n_clusters: int) -> int:
-    """Return the bits of a fixed-width index into K entries, ceil(log2 K); 0 for a single entry."""
-    return (n_clusters - 1).bit_length()
+def ledger(
+    network: nn.Module, clustering: Clustering, *, codings: Iterable[str] = ("fixed", "entropy")
+) -> pd.DataFrame:
+    """Return where the bytes go, dense and clustered, as `checkpoint.save` writes them.
 
-
-def index_bytes(n_kernels: int, n_clusters: int) -> int:
-    """Return the bytes of `n_kernels` packed fixed-width indices, rounded up to a whole byte."""
-    return -(-n_kernels * index_bits(n_clusters) // 8)
-
-
-def ledger(network: nn.Module, clustering: Clustering) -> pd.DataFrame:
-    """Return where the bytes go, dense and clustered.
+    Parameters
+    ----------
+    codings : iterable of {"fixed", "entropy"}
+        How indices are coded. Entropy coding them takes a moment.
 
     Returns
     -------
     pandas.DataFrame
-        Indexed by item, columns ``dense``, ``codebook_fp32`` and ``codebook_fp16`` in bytes. The items:
-        ``kernels`` (the clustered kernels, dense), ``indices`` (fixed width), ``codebooks``, ``other
-        convolution weights`` (the sizes left out), ``convolution biases``, ``rest`` (all other parameters
-        and buffers); then the sums ``convolutions`` and ``model``. Shared tensors count once.
+        Indexed by item, in bytes: a column ``dense``, and for each coding and precision of the codebook one
+        like ``fixed_fp32`` or ``entropy_int8``. The items: ``kernels`` (the clustered kernels, dense),
+        ``indices``, ``frequency tables`` (of entropy coding), ``codebooks``, ``scales``, ``other convolution
+        weights`` (the sizes left out), ``convolution biases``, ``rest`` (all other parameters and buffers);
+        then the sums ``convolutions`` and ``model``. Shared tensors count once.
     """
     dense = sum(x.n_kernels * int(np.prod(x.shape[2:])) * x.itemsize for x in clustering.layers)
-    indices = sum(index_bytes(len(g.indices), g.n_clusters) for g in clustering.groups)
-    values = sum(group.codebook.size for group in clustering.groups)
-    clustered = {f"{layer.name}.weight" for layer in clustering.layers}
-    other, biases, rest = _others(network, clustered)
-    items = {
-        "kernels": (dense, 0, 0),
-        "indices": (0, indices, indices),
-        "codebooks": (0, 4 * values, 2 * values),
-        "other convolution weights": (other,) * 3,
-        "convolution biases": (biases,) * 3,
-        "rest": (rest,) * 3,
-    }
-    table = pd.DataFrame.from_dict(
-        items, orient="index", columns=["dense", "codebook_fp32", "codebook_fp16"], dtype="int64"
-    )
+    other, biases, rest = _others(network, {f"{layer.name}.weight" for layer in clustering.layers})
+    columns = {"dense": (dense, 0, 0, 0, 0, other, biases, rest)}
+    copies = _copies(network, clustering)
+    scaled = {layer.name for group in clustering.groups if group.scales is not None for layer in group.layers}
+    n_scales = sum(copies[x.name] * x.n_kernels for x in clustering.layers if x.name in scaled)
+    for name in codings:
+        indices, tables = _fixed(clustering, copies), 0
+        if name == "entropy":
+            indices, tables = _entropy_coded(network, clustering)
+        for precision in PRECISIONS:
+            books = sum(len(g.codebook) * row_bytes(g.codebook[0].size, precision) for g in clustering.groups)
+            scales = n_scales * scale_type(precision).itemsize
+            columns[f"{name}_{precision}"] = (0, indices, tables, books, scales, other, biases, rest)
+    items = (
+        "kernels", "indices", "frequency tables", "codebooks", "scales", "other convolution weights",
+        "convolution biases", "rest",
+    )  # fmt: skip
+    table = pd.DataFrame(columns, index=list(items), dtype="int64")
     model = table.sum()
     table.loc["convolutions"] = table.drop(index="rest").sum()
     table.loc["model"] = model
@@ -77,36 +91,162 @@ def ledger(network: nn.Module, clustering: Clustering) -> pd.DataFrame:
 
 def savings(network: nn.Module, clustering: Clustering) -> Savings:
     """Return what a clustering removes, from its `ledger`."""
-    table = ledger(network, clustering)
-    removed = 1 - table.loc[["convolutions", "model"]].div(
-        table.loc[["convolutions", "model"], "dense"], axis=0
-    )
+    table = ledger(network, clustering, codings=("fixed",)).loc[["convolutions", "model"]]
+    removed = 1 - table.div(table["dense"], axis=0)
     return Savings(
         float(clustering.kernels_removed),
-        float(removed.loc["convolutions", "codebook_fp32"]),
-        float(removed.loc["convolutions", "codebook_fp16"]),
-        float(removed.loc["model", "codebook_fp32"]),
+        float(removed.loc["convolutions", "fixed_fp32"]),
+        float(removed.loc["convolutions", "fixed_fp16"]),
+        float(removed.loc["model", "fixed_fp32"]),
     )
 
 
-def break_even(bank: KernelBank, *, scope: str | Mapping[str, str] = "layer", itemsize: int = 4) -> int:
-    """Return the largest K a group at which codebooks and fixed-width indices take fewer bytes than dense.
+def entropy_bound(clustering: Clustering) -> float:
+    """Return the bytes that the empirical entropy of the indices, each group's on its own, comes to."""
+    return sum(
+        coding.entropy_bytes(coding.counts(_members(group), group.n_clusters * orbit(group)))
+        for group in clustering.groups
+    )
 
-    Groups with fewer than K kernels have as many clusters as kernels. 0 if clustering never pays.
+
+def index_bits_by_layer(network: nn.Module) -> pd.DataFrame:
+    """Return the bits a kernel that each layer's indices take.
 
     Parameters
     ----------
-    itemsize : int
-        Bytes of a codebook value (4 for fp32, 2 for fp16).
+    network : torch.nn.Module
+        From `compression.compress`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``layer``; ``fixed``, ceil(log2 K); ``coded``, entropy-coded, with the layer's table of frequencies or
+        its share by kernels of the group's; ``entropy``, of the layer's indices alone.
     """
-    counts = [sum(x.n_kernels for x in group) for group in grouping(bank, scope).values()]
-    area = int(np.prod(bank.size))
-    dense = sum(layer.n_kernels * area * layer.itemsize for layer in bank.layers)
+    rows = []
+    for codebook, members in by_codebook(network):
+        coded = coding.coded([module.members() for module in members.values()], codebook.n_members)
+        alike = [
+            m.n_kernels for m, table in zip(members.values(), coded.tables, strict=True) if not table.size
+        ]
+        shared = coded.table.nbytes / max(1, sum(alike))
+        for (name, module), words, table in zip(members.items(), coded.words, coded.tables, strict=True):
+            n = module.n_kernels
+            entropy = coding.entropy_bytes(coding.counts(module.members(), codebook.n_members))
+            own = (words.nbytes + table.nbytes) / n + shared * (table.size == 0)
+            rows.append((name, codebook.bits, 8 * own, 8 * entropy / n))
+    return pd.DataFrame(rows, columns=["layer", "fixed", "coded", "entropy"])
 
-    def clustered(k: int) -> int:
-        return sum(index_bytes(n, min(k, n)) + min(k, n) * area * itemsize for n in counts)
 
-    return bisect.bisect_left(range(1, max(counts) + 1), dense, key=clustered)
+def ways(
+    network: nn.Module,
+    clustering: Clustering,
+    *,
+    file: Contents | None = None,
+    resident: Mapping[str, int] | None = None,
+) -> pd.DataFrame:
+    """Return every way to count what a clustering saves, side by side.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Dense.
+    clustering : Clustering
+    file : Contents, optional
+        Of a file that was written of it.
+    resident : mapping of str to int, optional
+        Bytes that a process was seen to hold, ``dense`` and ``packed`` (`residence.measure`).
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a way: ``way``; ``of``, what is counted; ``dense`` and ``kept``, kernels or bytes; ``removed``
+        in percent; ``ratio``, dense / kept; ``pays_up_to``, the largest K a group at which less is kept than
+        dense (for entropy coding, with indices of log2 K bits: more they are not, tables and rounding apart);
+        missing for what was weighed, not computed.
+
+        Son et al. 2018 count a 32-bit codebook and, for each kernel, log2 K bits and a 16-bit scale (as we
+        read them), whether or not the clustering has scales.
+    """
+    table = ledger(network, clustering)
+    groups = [group.layers for group in clustering.groups]
+    most = max(len(group.indices) for group in clustering.groups)
+    rows = [
+        ("kernels removed (IPSJ report)", "kernels", clustering.n_kernels, clustering.n_clusters, most - 1)
+    ]
+    for name, label in (("fixed", "fixed-width"), ("entropy", "entropy-coded")):
+        for precision in PRECISIONS:
+            limit = pays_up_to(groups, Count.of(clustering, precision, exact=name == "fixed"))
+            for part in ("convolutions", "model"):
+                sums = table.loc[part, ["dense", f"{name}_{precision}"]]
+                rows.append((f"{label} indices, {precision} codebook", part, *sums, limit))
+    spared = table.loc["indices", "fixed_fp16"] - entropy_bound(clustering)
+    bound = table.loc["convolutions", "fixed_fp16"] - spared
+    rows.append(
+        (
+            "entropy of the groups' indices, fp16 codebook",
+            "convolutions",
+            table.loc["convolutions", "dense"],
+            bound,
+            None,
+        )
+    )
+    son = Count("fp32", exact=False, scale_bits=16)
+    kept = sum(
+        son.bytes(layers, group.n_clusters) for layers, group in zip(groups, clustering.groups, strict=True)
+    )
+    rows.append(
+        (
+            "formula of Son et al. 2018",
+            "clustered kernels",
+            table.loc["kernels", "dense"],
+            kept,
+            pays_up_to(groups, son),
+        )
+    )
+    if file is not None:
+        rows.append(
+            ("file, as it lies on disk", "model", table.loc["model", "dense"], file.bytes.sum(), None)
+        )
+    if resident is not None:
+        rows.append(("resident memory, measured", "model", resident["dense"], resident["packed"], None))
+    result = pd.DataFrame(rows, columns=["way", "of", "dense", "kept", "pays_up_to"])
+    result.insert(4, "removed", 100 * (1 - result.kept / result.dense))
+    result.insert(5, "ratio", result.dense / result.kept)
+    return result.astype({"pays_up_to": "Int64"})
+
+
+def _members(group: Group) -> np.ndarray:
+    return group.indices if group.turns is None else group.indices * N_TURNS + group.turns
+
+
+def _copies(network: nn.Module, clustering: Clustering) -> dict[str, int]:
+    """Return how often a layer's indices are kept: tied plain and transposed layers order them apart."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    return {
+        x.name: len({output_order(user) for user in users(network, x.name, modules[x.name].weight).values()})
+        for x in clustering.layers
+    }
+
+
+def _fixed(clustering: Clustering, copies: Mapping[str, int]) -> int:
+    return sum(
+        copies[layer.name] * index_bytes(layer.n_kernels, index_bits(group.n_clusters * orbit(group)))
+        for group in clustering.groups
+        for layer in group.layers
+    )
+
+
+def _entropy_coded(network: nn.Module, clustering: Clustering) -> tuple[int, int]:
+    """Return the bytes of all indices and of all frequency tables, as a file codes them."""
+    indices = tables = 0
+    for codebook, members in by_codebook(nn.ModuleList(packed_layers(network, clustering).values())):
+        coded = checkpoint.coded(codebook, members)
+        if coded is None:
+            indices += sum(module.indices.numel() for module in members.values())
+        else:
+            indices, tables = indices + coded.index_bytes, tables + coded.table_bytes
+    return indices, tables
 
 
 def _others(network: nn.Module, clustered: set[str]) -> tuple[int, int, int]:

@@ -2,9 +2,10 @@
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -147,7 +148,7 @@ def extract(network: nn.Module, *, size: int | tuple[int, int] | None = None) ->
         values = weight.detach().to("cpu", torch.float32).contiguous().numpy()
         if not np.isfinite(values).all():
             raise InvalidValueError(f"layer {name} has NaN or infinite weights; they must be finite.")
-        shape, transposed = _form(module)
+        shape, transposed = form(module)
         layers.append(Layer(name, shape, start, transposed, weight.element_size()))
         parts.append(values.reshape(-1, *chosen))
         start += len(parts[-1])
@@ -165,30 +166,50 @@ def insert(network: nn.Module, bank: KernelBank) -> nn.Module:
         If the bank does not come from a network of this architecture.
     """
     result = copied(network)
-    found, left_out = _convolutions(result)
-    for layer in bank.layers:
-        module = found.get(layer.name)
-        if module is None or _form(module) != (layer.shape, layer.transposed):
-            has = left_out.get(layer.name, "no such layer") if module is None else _described(*_form(module))
-            raise InvalidValueError(
-                f"the kernel bank has layer {layer.name} of {_described(layer.shape, layer.transposed)}, "
-                f"the network has {has}; insert into the architecture the bank was extracted from."
-            )
+    for name, module in matched(result, bank.layers).items():
+        layer = bank.layer(name)
         values = torch.from_numpy(bank.weights[layer.rows].reshape(layer.shape).copy())
         with torch.no_grad():
             module.weight.copy_(values)
     return result
 
 
-def copied(network: nn.Module) -> nn.Module:
-    """Return a deep copy of a network, also where layers hold computed weights (torch's pruning)."""
+def matched(network: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:
+    """Return the network's own convolutions that `layers` describe, by name.
+
+    Raises
+    ------
+    InvalidValueError
+        If the layers do not come from a network of this architecture.
+    """
+    found, left_out = _convolutions(network)
+    for layer in layers:
+        module = found.get(layer.name)
+        if module is None or form(module) != (layer.shape, layer.transposed):
+            has = left_out.get(layer.name, "no such layer") if module is None else _described(*form(module))
+            raise InvalidValueError(
+                f"layer {layer.name} was a convolution of {_described(layer.shape, layer.transposed)}, "
+                f"the network has {has}; use the architecture that the kernels were extracted from."
+            )
+    return {layer.name: found[layer.name] for layer in layers}
+
+
+def copied(network: nn.Module, replaced: Mapping[int, object] = MappingProxyType({})) -> nn.Module:
+    """Return a deep copy of a network, also where layers hold computed weights (torch's pruning).
+
+    Parameters
+    ----------
+    replaced : mapping of int to object
+        What takes the place of modules and parameters, by their ``id``; it is not copied.
+    """
     computed = {
         id(value): value.detach().clone()
         for module in network.modules()
+        if id(module) not in replaced
         for value in vars(module).values()
         if torch.is_tensor(value) and not value.is_leaf
     }
-    return copy.deepcopy(network, computed)
+    return copy.deepcopy(network, computed | dict(replaced))
 
 
 def sample(bank: KernelBank, per_layer: int, *, seed: int = 0) -> np.ndarray:
@@ -236,7 +257,7 @@ def _convolutions(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, s
     return found, left_out
 
 
-def _form(module: nn.Module) -> tuple[tuple[int, ...], bool]:
+def form(module: nn.Module) -> tuple[tuple[int, ...], bool]:
     """Return a convolution's weight shape and whether it is transposed."""
     return tuple(module.weight.shape), isinstance(module, nn.ConvTranspose2d)
 

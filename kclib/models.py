@@ -80,19 +80,47 @@ def load(
     ------
     UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
     """
-    if ":" in name:
-        model = _from_factory(name)
-    elif name == "vgg16-fashion":
-        model = Model(name, vgg16_fashion(), fashion_preprocess(), FASHION_CLASSES)
-        weights = weights or files.shipped(files.data_dir() / FASHION_FILE, FASHION_SHA256)
-    elif name in torchvision_names():
-        model = _from_torchvision(name, pretrained=weights is None)
-    else:
-        raise UnknownNameError("model", name, names())
+    model = architecture(name)
     if weights is not None:
         _fill(model.network, read_weights(weights), str(weights))
+    elif name == "vgg16-fashion":
+        _fill(
+            model.network, read_weights(files.shipped(files.data_dir() / FASHION_FILE, FASHION_SHA256)), name
+        )
+    elif name in torchvision_names():
+        _fill(model.network, _published(name), name)
     model.network.to(device).eval()
     return model
+
+
+def architecture(name: str) -> Model:
+    """Return a network by name as it is before weights are loaded; a user's own factory may bring them.
+
+    Raises
+    ------
+    UnknownNameError, InvalidValueError
+    """
+    if ":" in name:
+        return _from_factory(name)
+    if name == "vgg16-fashion":
+        return Model(name, vgg16_fashion(), fashion_preprocess(), FASHION_CLASSES)
+    if name in torchvision_names():
+        published = torchvision.models.get_model_weights(name).DEFAULT
+        network = torchvision.models.get_model(name, weights=None, **_BUILDER_ARGUMENTS.get(name, {}))
+        preprocess = v2.Compose([v2.RGB(), published.transforms()])
+        return Model(name, network, preprocess, tuple(published.meta["categories"]))
+    raise UnknownNameError("model", name, names())
+
+
+def plain(name: str, network: nn.Module) -> Model:
+    """Return a network of which nothing is known: its input is RGB from 0 to 1."""
+    scaled = [v2.RGB(), v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
+    return Model(name, network, v2.Compose(scaled))
+
+
+def input_shape(model: Model) -> tuple[int, int, int]:
+    """Return channels, height and width that a model's transform makes of a 28×28 image."""
+    return tuple(model.preprocess(torch.zeros(3, 28, 28, dtype=torch.uint8)).shape)
 
 
 def names() -> tuple[str, ...]:
@@ -183,25 +211,21 @@ def _fill(network: nn.Module, state: dict[str, torch.Tensor], source: str) -> No
         raise InvalidValueError(f"{source} does not fit the network: {error}") from error
 
 
-def _from_torchvision(name: str, *, pretrained: bool) -> Model:
+def _published(name: str) -> dict[str, torch.Tensor]:
+    """Return the published weights of one of torchvision's networks."""
     published = torchvision.models.get_model_weights(name).DEFAULT
-    network = torchvision.models.get_model(name, weights=None, **_BUILDER_ARGUMENTS.get(name, {}))
-    if pretrained:
-        target = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
-        try:  # torchvision's own builders would unpickle; the same files load weights-only
-            state = published.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
-        except OSError as error:
-            raise MissingFileError(
-                f"the published weights of {name} could not be downloaded; place {target.name} at {target}."
-            ) from error
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise DamagedFileError(
-                f"{target} is not the published file ({error}); remove it or place the right one."
-            ) from error
-        state = {_OLD_DENSENET_NAME.sub(r"\1\2", name): value for name, value in state.items()}
-        _fill(network, state, Path(published.url).name)
-    preprocess = v2.Compose([v2.RGB(), published.transforms()])
-    return Model(name, network, preprocess, tuple(published.meta["categories"]))
+    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
+    try:  # torchvision's own builders would unpickle; the same files load weights-only
+        state = published.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise MissingFileError(
+            f"the published weights of {name} could not be downloaded; place {target.name} at {target}."
+        ) from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise DamagedFileError(
+            f"{target} is not the published file ({error}); remove it or place the right one."
+        ) from error
+    return {_OLD_DENSENET_NAME.sub(r"\1\2", name): value for name, value in state.items()}
 
 
 def _from_factory(name: str) -> Model:
@@ -218,7 +242,4 @@ def _from_factory(name: str) -> Model:
         return made
     if not isinstance(made, nn.Module):
         raise InvalidValueError(f"{name!r} returned {type(made).__name__}, not a torch.nn.Module.")
-    preprocess = v2.Compose(
-        [v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
-    )
-    return Model(name, made, preprocess)
+    return plain(name, made)

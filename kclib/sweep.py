@@ -111,7 +111,7 @@ def _compute(cell: dict, model: models.Model, bank, data: datasets.ImageSet, dev
         result = clustering.cluster(bank, cell["k"], scope=cell["scope"], seed=cell["seed"])
         row["cluster_seconds"] = time.perf_counter() - start
         row |= _savings(model, result)
-        model = replace(model, network=compression.compress(model.network, result))
+        model = replace(model, network=compression.replaced(model.network, result))
     answers = evaluation.evaluate(model, data, precision=cell["precision"], device=device, progress=False)
     row["evaluate_seconds"] = answers.seconds
     arrays = {"predictions": answers.predictions, "labels": answers.labels, "in_top5": answers.in_top5}

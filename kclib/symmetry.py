@@ -19,7 +19,7 @@ class SymmetricKMeans:
     Attributes
     ----------
     centres : numpy.ndarray
-        float32 ``(K, k * k)``; of unit length if kernels are scaled.
+        float32 ``(K, d)``; of unit length if kernels are scaled.
     labels : numpy.ndarray
         int32 ``(n,)``.
     transforms : numpy.ndarray
@@ -58,8 +58,9 @@ def transforms(side: int) -> np.ndarray:
 
 
 def restored(found: SymmetricKMeans) -> np.ndarray:
-    """Return each kernel's turned and scaled centre, float32 ``(n, k * k)``."""
-    turns = transforms(math.isqrt(found.centres.shape[1]))
+    """Return each kernel's turned and scaled centre, float32 ``(n, d)``."""
+    d = found.centres.shape[1]
+    turns = transforms(math.isqrt(d)) if found.transforms.any() else np.arange(d)[None]
     result = np.empty((len(found.labels), found.centres.shape[1]), np.float32)
     for block in parallel.blocks(len(result)):
         centres = found.centres[found.labels[block]]
@@ -91,7 +92,7 @@ def kmeans(
     Parameters
     ----------
     points : numpy.ndarray
-        float32 ``(n, k * k)``, finite: square kernels, row by row.
+        float32 ``(n, d)``, finite: kernels, row by row; square ones if turned.
     n_clusters : int
         1 to n. Fewer come back if fewer leave no kernel badly served.
     scaled : bool
@@ -107,7 +108,7 @@ def kmeans(
         K, points, weights, max_iter or tol out of range; kernels that are not square.
     """
     options = Options(max_iter, tol, None, seed, n_threads)
-    points, weights = _checked(points, weights, n_clusters)
+    points, weights = _checked(points, weights, n_clusters, turned)
     frame = framing.Frame.of([points], shifted=False)
     orbits = _Orbits.of(frame.into(points), weights, scaled, turned)
     report = Progress(progress)
@@ -157,7 +158,7 @@ class _Orbits:
 
     @classmethod
     def of(cls, points, weights, scaled: bool, turned: bool) -> "_Orbits":
-        turns = transforms(math.isqrt(points.shape[1]))[: None if turned else 1]
+        turns = transforms(math.isqrt(points.shape[1])) if turned else np.arange(points.shape[1])[None]
         shapes = points
         if scaled:
             # in float64: the squares of tiny kernels vanish in float32
@@ -268,9 +269,9 @@ def _directions(points, weights, order, starts, centres):
             centres[j] = np.linalg.eigh(moments)[1][:, d - 1].astype(np.float32)
 
 
-def _checked(points, weights, n_clusters: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _checked(points, weights, n_clusters: int, turned: bool) -> tuple[np.ndarray, np.ndarray | None]:
     points = fitting.checked_points(points)
-    if math.isqrt(points.shape[1]) ** 2 != points.shape[1]:
+    if turned and math.isqrt(points.shape[1]) ** 2 != points.shape[1]:
         raise InvalidValueError(f"the kernels have {points.shape[1]} weights; they must be square.")
     fitting.check_k(n_clusters, len(points))
     return points, fitting.checked_weights(weights, len(points))

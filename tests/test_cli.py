@@ -1,13 +1,41 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import onnx
 import pytest
+import torch
 from nbformat import v4
+from safetensors.torch import save_file
 
-from kclib import batch, cli, training
+from kclib import batch, checkpoint, cli, datasets, evaluation, exporting, models, training
+from kclib.compression import expand
 from kclib.errors import NotebookError
+
+FACTORIES = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+def uneven():
+    network = nn.Sequential(nn.Conv2d(3, 20, 3), nn.Conv2d(20, 50, 3))
+    for layer in (network[0], network[1]):
+        nn.init.constant_(layer.weight, 1.0)
+        layer.weight.data[:2, :2] = 2.0
+    return network
+
+def tied():
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    network[1].weight = network[0].weight
+    return network
+"""
 
 
 @pytest.fixture
@@ -154,5 +182,274 @@ def test_training_for_no_epochs_or_from_nowhere_is_exit_code_2(kclib, tmp_path):
 def test_without_a_command_the_commands_are_listed(kclib):
     code, out, said = kclib()
     assert code == 2
-    assert "batch" in out + said
-    assert "train" in out + said
+    for command in ("batch", "train", "compress", "inspect", "evaluate", "export"):
+        assert command in out + said
+
+
+@pytest.fixture
+def factories(monkeypatch, tmp_path):
+    """The name of a module of tiny networks that can be imported."""
+    (tmp_path / "kclib_test_factories.py").write_text(FACTORIES)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "kclib_test_factories"
+    sys.modules.pop("kclib_test_factories", None)
+
+
+@pytest.fixture
+def made(kclib, factories, tmp_path):
+    """Compress a network of the factories; answer what was printed and where the file lies."""
+
+    def make(*options, name="make", clusters=5):
+        path = tmp_path / "model.safetensors"
+        code, out, said = kclib(
+            "compress", f"{factories}:{name}", "--clusters", clusters, "-o", path, *options
+        )
+        assert (code, said) == (0, "")
+        return out, path
+
+    return make
+
+
+def printed_bytes(text: str) -> dict[str, int]:
+    found = re.findall(r"^ *([\d,]+)  (\w.*)$", text, re.MULTILINE)
+    return {part: int(count.replace(",", "")) for count, part in found}
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--scaled", "--turned", "--precision", "int8")], ids=["plain", "both"]
+)
+def test_compressing_writes_a_file_and_says_what_its_bytes_are(made, options):
+    out, path = made(*options)
+    printed = printed_bytes(out)
+    whole = printed.pop("bytes in all")
+    assert sum(printed.values()) == whole == path.stat().st_size
+    assert printed["codebooks"] == 10 * (11 if options else 36)
+    assert printed.get("scales", 0) == (2 * (8 * 3 + 10 * 8) if options else 0)
+    dense = 4 * (8 * 3 * 9 + 8 + 10 * 8 * 9 + 10)
+    assert f"{dense / whole:.2f} times smaller than the {dense:,} bytes of the dense weights" in out
+    assert out.splitlines()[-1] == str(path.resolve())
+
+
+@pytest.mark.xfail(strict=True, reason="a shared weight is counted as often as it is used")
+def test_a_shared_weight_counts_once_among_the_dense_bytes(made):
+    out, _ = made(name="tied")
+    assert f"than the {4 * (3 * 3 * 9 + 2 * 3)} bytes" in out
+
+
+def test_the_options_of_compress_reach_the_file(made, tmp_path, factories):
+    plain = checkpoint.inspect(made()[1])
+    assert plain.groups.index.tolist() == ["0", "2"]
+    assert (plain.groups[["clusters", "turned", "seed", "precision"]] == [5, False, 0, "fp32"]).all(axis=None)
+    assert plain.bytes["scales"] == 0
+    assert (plain.description["architecture"], plain.description["accuracy"]) == (f"{factories}:make", None)
+    options = ("--scope", "global", "--precision", "bf16", "--scaled", "--turned", "--seed", 3)
+    other = checkpoint.inspect(made(*options, clusters=7)[1])
+    assert other.groups.loc["global", ["clusters", "kernels", "precision", "turned", "seed"]].tolist() == [
+        7, 104, "bf16", True, 3
+    ]  # fmt: skip
+    assert other.bytes["scales"] == 2 * 104
+    ones = {x: torch.ones_like(v) for x, v in models.load(f"{factories}:make").network.state_dict().items()}
+    save_file(ones, tmp_path / "ones.safetensors")
+    out, path = made("--weights", tmp_path / "ones.safetensors")
+    assert "0: 1 clusters in place of 5" in out
+    loaded = checkpoint.load(path, architecture=f"{factories}:make", resident="dense")
+    assert all((value == 1).all() for value in loaded.network.state_dict().values())
+
+
+@pytest.mark.parametrize(("coding", "found"), [("entropy", {"group", "layer"}), ("fixed", {"fixed"})])
+def test_indices_are_coded_as_asked_for(made, coding, found):
+    out, path = made("--indices", coding, name="uneven", clusters=2)
+    codings = set(checkpoint.inspect(path).layers.coding)
+    assert codings <= found | {"fixed"}
+    assert codings & found
+    assert ("frequency tables" in printed_bytes(out)) == (coding == "entropy")
+
+
+def test_the_accuracy_on_a_data_set_is_kept_in_the_file(kclib, made, monkeypatch, factories):
+    whole = datasets.load
+    monkeypatch.setattr(datasets, "load", lambda name, limit=None: whole(name, limit=40))
+    out, path = made("--data", "fashion-mnist")
+    top1 = checkpoint.inspect(path).description["accuracy"]
+    loaded = checkpoint.load(path, architecture=f"{factories}:make")
+    assert top1 == evaluation.evaluate(loaded, whole(limit=40), progress=False).top1.estimate
+    assert f"top-1 {top1:.2f} [" in out
+    assert f"accuracy {top1:.2f} %" in kclib("inspect", path)[1]
+
+
+def test_inspecting_shows_groups_layers_and_bytes(kclib, made, factories):
+    out, path = made("--turned")
+    code, shown, said = kclib("inspect", path)
+    contents = checkpoint.inspect(path)
+    assert (code, said) == (0, "")
+    assert shown.startswith(f"architecture {factories}:make, accuracy unknown, written by kclib ")
+    assert contents.sha256 in shown
+    assert contents.groups.to_string() in shown
+    assert contents.layers.drop(columns="same_as").to_string() in shown
+    assert "[10, 8, 3, 3]" in shown
+    assert "same_as" not in shown
+    printed = printed_bytes(shown)
+    assert printed == printed_bytes(out)
+    assert printed.pop("bytes in all") == sum(printed.values()) == path.stat().st_size
+
+
+def test_inspecting_says_which_layers_share_their_indices(kclib, made):
+    shown = kclib("inspect", made(name="tied")[1])[1]
+    rows = [line.split() for line in shown.splitlines() if "[3, 3, 3, 3]" in line]
+    assert [(row[0], row[-1]) for row in rows] == [("0", "0"), ("1", "0")]
+    assert "same_as" in shown
+
+
+def test_a_file_is_inspected_without_its_network(kclib, made, monkeypatch):
+    _, path = made()
+    monkeypatch.setattr(models, "architecture", lambda name: pytest.fail("built"))
+    sys.modules.pop("kclib_test_factories")
+    assert kclib("inspect", path)[0] == 0
+    assert "kclib_test_factories" not in sys.modules
+
+
+def test_evaluating_a_factorys_file_needs_the_model(kclib, made, factories):
+    _, path = made("--precision", "fp16")
+    sys.modules.pop(factories)
+    code, out, said = kclib("evaluate", path, "--limit", 50)
+    assert (code, out) == (2, "")
+    assert is_one_sentence(said)
+    assert f"made from {factories}:make, and no module is imported on a file's word" in said
+    assert factories not in sys.modules
+    code, out, _ = kclib("evaluate", path, "--limit", 50, "--model", f"{factories}:make")
+    loaded = checkpoint.load(path, architecture=f"{factories}:make")
+    found = evaluation.evaluate(loaded, datasets.load(limit=50), progress=False)
+    assert code == 0
+    assert out.startswith(f"top-1 {found.top1} % of 50 images, in ")
+
+
+def test_exported_files_answer_as_the_file_does(kclib, made, factories, tmp_path):
+    _, path = made("--scaled")
+    model = ("--model", f"{factories}:make")
+    loaded = checkpoint.load(path, architecture=f"{factories}:make")
+    for name in ("model.onnx", "model.pt2"):
+        code, out, _ = kclib("export", path, tmp_path / name, *model)
+        size = (tmp_path / name).stat().st_size
+        assert (code, out) == (0, f"{(tmp_path / name).resolve()}: {size:,} bytes\n")
+    (image,) = onnx.load(tmp_path / "model.onnx").graph.input
+    assert [axis.dim_value for axis in image.type.tensor_type.shape.dim] == [0, 3, 28, 28]
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    images = torch.rand(4, 3, 28, 28)
+    assert torch.equal(program(images), expand(loaded.network)(images))
+
+
+def test_shape_and_dense_reach_the_exporter(kclib, made, factories, monkeypatch, tmp_path):
+    asked = []
+
+    def write(network, path, shape, **options):
+        asked.append((shape, options))
+        path.write_text("12345")
+
+    monkeypatch.setattr(exporting, "to_onnx", write)
+    monkeypatch.setattr(exporting, "to_program", write)
+    _, path = made()
+    model = ("--model", f"{factories}:make")
+    assert kclib("export", path, tmp_path / "a.onnx", "--shape", 3, 9, 8, "--dense", *model)[0] == 0
+    assert kclib("export", path, tmp_path / "a.onnx", *model)[0] == 0
+    assert kclib("export", path, tmp_path / "a.pt2", "--shape", 3, 9, 8, *model)[1].endswith(
+        "a.pt2: 5 bytes\n"
+    )
+    assert asked == [((3, 9, 8), {"dense": True}), ((3, 28, 28), {"dense": False}), ((3, 9, 8), {})]
+
+
+@pytest.mark.parametrize("name", ["model.txt", "model", "model.safetensors", "model.onnx.gz"])
+def test_an_export_of_another_suffix_is_refused(kclib, made, factories, tmp_path, name):
+    _, path = made()
+    (tmp_path / "out").mkdir()
+    code, out, said = kclib("export", path, tmp_path / "out" / name, "--model", f"{factories}:make")
+    assert (code, out) == (2, "")
+    assert is_one_sentence(said)
+    assert "must end in .onnx or .pt2" in said
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("evaluate",), ("export", "out.onnx")], ids=lambda x: x[0])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "does not exist"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "is truncated or no safetensors file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "do not have the SHA-256"),
+        (lambda path: path.write_bytes(b""), "is truncated or no safetensors file"),
+        (lambda path: save_file({"a": torch.zeros(1)}, path), "holds no compressed model"),
+    ],
+    ids=["missing", "truncated", "changed", "empty", "other"],
+)
+def test_a_file_that_is_missing_or_damaged_is_one_sentence(
+    kclib, made, factories, monkeypatch, tmp_path, command, damage, message
+):
+    _, path = made()
+    damage(path)
+    monkeypatch.chdir(tmp_path)
+    model = () if command == ("inspect",) else ("--model", f"{factories}:make")
+    code, out, said = kclib(command[0], path, *command[1:], *model)
+    assert (code, out) == (2, "")
+    assert is_one_sentence(said)
+    assert message in said
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--clusters", 81], "n_clusters is 81; it must be a whole number from 1 to 80"),
+        (["--clusters", 5, "--scope", "laye"], "Did you mean 'layer'?"),
+        (["--clusters", 5, "--precision", "fp8"], "unknown precision 'fp8'; known: fp32, fp16, bf16, int8."),
+        (["--clusters", 5, "--indices", "fix"], "unknown coding of indices 'fix'; known: entropy, fixed."),
+        (["--clusters", 5, "--weights", "absent"], "weights file absent does not exist"),
+        (["--clusters", 5, "--data", "fashion"], "unknown data set 'fashion'"),
+        (["--clusters", 5, "--seed", -1], "seed is -1"),
+    ],
+)
+def test_a_compression_that_cannot_be_is_one_sentence_and_writes_nothing(
+    kclib, factories, tmp_path, options, message
+):
+    code, _, said = kclib("compress", f"{factories}:make", "-o", tmp_path / "out" / "model", *options)
+    assert code == 2
+    assert is_one_sentence(said)
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--clusters", 0], ["--clusters", "many"], []], ids=str)
+def test_a_k_that_is_none_is_exit_code_2(kclib, factories, tmp_path, options):
+    code, _, said = kclib("compress", f"{factories}:make", "-o", tmp_path / "model", *options)
+    assert (code, "--clusters" in said, "Traceback" in said) == (2, True, False)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_that_is_unknown_or_another_is_one_sentence(kclib, made, tmp_path):
+    _, path = made()
+    for arguments, message in (
+        (("compress", "vgg16-fashin", "--clusters", 5, "-o", tmp_path / "out"), "mean 'vgg16-fashion'?"),
+        (("compress", "absent:make", "--clusters", 5, "-o", tmp_path / "out"), "could not be imported"),
+        (("evaluate", path, "--model", "alexnet"), "load it into the architecture it was made from"),
+        (
+            ("export", path, tmp_path / "out.onnx", "--model", "kclib_test_factories:absent"),
+            "could not be imported",
+        ),
+    ):
+        code, _, said = kclib(*arguments)
+        assert code == 2
+        assert is_one_sentence(said)
+        assert message in said
+
+
+def test_a_compressed_file_that_cannot_be_written_is_exit_code_2(kclib, factories, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "model"
+    code, _, said = kclib("compress", f"{factories}:make", "--clusters", 5, "-o", out)
+    assert code == 2
+    assert is_one_sentence(said)
+    assert "could not be written" in said
+
+
+@pytest.mark.xfail(strict=True, reason="torch's own error goes through", raises=RuntimeError)
+def test_a_device_that_is_none_is_one_sentence(kclib, made, factories):
+    code, _, said = kclib("evaluate", made()[1], "--model", f"{factories}:make", "--device", "nope")
+    assert code == 2
+    assert is_one_sentence(said)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from scipy.spatial.distance import cdist
 
-from kclib import clustering, kmeans
+from kclib import clustering, kmeans, symmetry
 from kclib.clustering import cluster
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
@@ -112,6 +112,88 @@ def test_same_seed_gives_the_same_clustering_and_another_does_not():
     np.testing.assert_array_equal(clustering.quantized(first), clustering.quantized(again))
     assert (first.seed, other.seed) == (3, 4)
     assert first.inertia == again.inertia != other.inertia
+
+
+HOW = [{"scaled": True}, {"turned": True}, {"scaled": True, "turned": True}]
+EACH = pytest.mark.parametrize("how", HOW, ids=["scaled", "turned", "both"])
+
+
+def stands_for(group, row):
+    """Return what stands for a kernel: its representative flipped, rotated and scaled, in float64."""
+    kernel = group.codebook[group.indices[row]].astype(np.float64)
+    if group.turns is not None:
+        kernel = kernel.ravel()[symmetry.transforms(len(kernel))[group.turns[row]]].reshape(kernel.shape)
+    return kernel if group.scales is None else group.scales[row] * kernel
+
+
+@EACH
+@given(SCOPES, st.integers(1, 20), st.integers(0, 99))
+@settings(deadline=None, max_examples=25)
+def test_scales_and_turns_give_the_kernels_that_the_inertia_is_of(how, scope, n_clusters, seed):
+    bank = random_bank(12, 30, 7, seed=seed)
+    result = cluster(bank, n_clusters, scope=scope, seed=seed, **how)
+    rows = clustering.quantized(result)
+    assert (rows.shape, rows.dtype) == (bank.weights.shape, np.float32)
+    for group in result.groups:
+        n = len(group.indices)
+        assert (group.scales is None) == ("scaled" not in how)
+        assert (group.turns is None) == ("turned" not in how)
+        if group.scales is not None:
+            assert (group.scales.shape, group.scales.dtype) == ((n,), np.float32)
+            lengths = np.linalg.norm(group.codebook.reshape(group.n_clusters, -1), axis=1)
+            np.testing.assert_allclose(lengths, 1, rtol=1e-5)
+        if group.turns is not None:
+            assert (group.turns.shape, group.turns.dtype, group.turns.max() < 8) == ((n,), np.uint8, True)
+        mine = np.concatenate([rows[layer.rows] for layer in group.layers])
+        kernels = np.concatenate([bank.weights[layer.rows] for layer in group.layers])
+        np.testing.assert_allclose(mine, [stands_for(group, row) for row in range(n)], rtol=1e-6)
+        np.testing.assert_array_equal(group.kernels(slice(2, 5)), mine[2:5])
+        squares = np.square(kernels.astype("d")).sum()
+        error = np.square(kernels.astype("d") - mine).sum()
+        assert group.inertia == pytest.approx(error, rel=1e-4, abs=1e-9 * squares)
+        assert error <= squares * (1 + 1e-6)
+    assert result.inertia == pytest.approx(sum(group.inertia for group in result.groups))
+
+
+@EACH
+def test_symmetries_restore_the_layers_that_one_kernel_was_made_into(how):
+    shape = np.random.default_rng(0).normal(size=(3, 3)).astype("f")
+    made = []
+    for quarter in range(4):
+        kernel = np.rot90(shape, quarter) if "turned" in how else shape
+        made.append((-2.5) ** quarter * kernel if "scaled" in how else kernel)
+    bank = bank_of(one=made[:2], two=made[2:])
+    result = cluster(bank, 1, scope="global", **how)
+    assert result.inertia <= 1e-9 * np.square(bank.weights).sum()
+    np.testing.assert_allclose(clustering.quantized(result), bank.weights, rtol=1e-4, atol=1e-5)
+    assert clustering.error_share(bank, result) == pytest.approx([0, 0], abs=1e-9)
+
+
+@EACH
+def test_symmetries_serve_kernels_better_and_the_threads_change_no_bit(how):
+    bank = random_bank(500, 90, 300)
+    one, *others = (cluster(bank, 20, n_threads=n, **how) for n in (1, 2, 3))
+    assert one.inertia < cluster(bank, 20).inertia
+    for other in others:
+        assert other.inertia == one.inertia
+        np.testing.assert_array_equal(clustering.quantized(other), clustering.quantized(one))
+
+
+def test_without_symmetries_there_are_neither_scales_nor_turns():
+    for group in cluster(random_bank(12, 30), 3).groups:
+        assert group.scales is None
+        assert group.turns is None
+
+
+def test_kernels_that_are_not_square_are_scaled_but_not_turned():
+    drawn = np.random.default_rng(0).normal(size=(40, 1, 5)).astype("f")
+    bank = bank_of(one=list(drawn), two=list(3 * drawn))
+    result = cluster(bank, 40, scope="global", scaled=True)
+    assert result.inertia <= 1e-9 * np.square(bank.weights).sum()
+    np.testing.assert_allclose(clustering.quantized(result), bank.weights, rtol=1e-4, atol=1e-5)
+    for how in ({"turned": True}, {"scaled": True, "turned": True}):
+        with pytest.raises(InvalidValueError, match="kernels of 1×5 cannot be turned; they must be square"):
+            cluster(bank, 4, **how)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", {"conv0": "a", "conv1": "b", "conv2": "a"}])

@@ -11,8 +11,8 @@ EDGES = np.array([0.0, 1, 2, 3])
 LEDGER = pd.DataFrame(
     {
         "dense": [6e6, 0, 0, 2e6, 6e6, 8e6],
-        "codebook_fp32": [0, 1e6, 2e6, 2e6, 3e6, 5e6],
-        "codebook_fp16": [0, 1e6, 1e6, 2e6, 2e6, 4e6],
+        "fixed_fp32": [0, 1e6, 2e6, 2e6, 3e6, 5e6],
+        "fixed_fp16": [0, 1e6, 1e6, 2e6, 2e6, 4e6],
     },
     index=["kernels", "indices", "codebooks", "rest", "convolutions", "model"],
 )
@@ -193,6 +193,6 @@ def test_byte_bars_stack_to_the_models_megabytes():
     texts = [text.get_text() for text in ax.texts]
     assert [text.strip() for text in texts] == ["8.00 MB", "5.00 MB", "4.00 MB"]
     names = [label.get_text().replace("\n", " ") for label in ax.get_yticklabels()]
-    assert names == ["dense", "clustered, fp32 codebook", "clustered, fp16 codebook"]
+    assert names == ["dense", "fixed-width indices, fp32 codebook", "fixed-width indices, fp16 codebook"]
     assert ax.yaxis_inverted()
     assert max(text.get_position()[0] for text in ax.texts) < ax.get_xlim()[1]

@@ -177,7 +177,10 @@ def test_weights_that_are_not_finite_are_refused_by_layer(value):
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
-        (nn.Sequential(nn.Conv2d(2, 5, 3)), r"layer 0 of shape \(2, 4, 3, 3\), .* \(5, 2, 3, 3\)"),
+        (
+            nn.Sequential(nn.Conv2d(2, 5, 3)),
+            r"layer 0 was .* of shape \(2, 4, 3, 3\), .* \(5, 2, 3, 3\); use the architecture",
+        ),
         (nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 3)), "layer 0 .* no such layer"),
         (nn.Sequential(nn.ConvTranspose2d(2, 4, 3)), "layer 0"),
         (nn.Sequential(parametrizations.weight_norm(nn.Conv2d(4, 2, 3))), "layer 0"),

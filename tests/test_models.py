@@ -152,6 +152,79 @@ def test_one_changed_byte_in_the_shipped_weights_is_named(tmp_path, monkeypatch)
     models.load()
 
 
+def test_an_architecture_needs_no_weights_neither_shipped_nor_published(published, tmp_path, monkeypatch):
+    monkeypatch.setenv("KCLIB_DATA", str(tmp_path / "nowhere"))
+    shipped = models.architecture("vgg16-fashion")
+    assert (shipped.name, shipped.classes) == ("vgg16-fashion", models.FASHION_CLASSES)
+    assert shipped.preprocess(torch.zeros(1, 28, 28, dtype=torch.uint8)).shape == (3, 32, 32)
+    model = models.architecture("squeezenet1_1")
+    assert (model.name, len(model.classes), model.classes[0]) == ("squeezenet1_1", 1000, "tench")
+    assert model.preprocess(Image.new("L", (300, 260))).shape == (3, 224, 224)
+    with pytest.raises(MissingFileError):
+        models.load("vgg16-fashion")
+    with pytest.raises(MissingFileError):
+        models.load("squeezenet1_1")
+
+
+def test_an_architecture_takes_the_state_of_the_loaded_network():
+    loaded, network = models.load().network, models.architecture("vgg16-fashion").network
+    network.load_state_dict(loaded.state_dict())
+    assert models.fingerprint(network) == models.fingerprint(loaded)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["inception_v3", "googlenet", "densenet121", "efficientnet_b0", "swin_t", "swin_v2_t", "maxvit_t",
+     "vit_b_16", "vit_h_14", "mnasnet0_5", "shufflenet_v2_x0_5", "convnext_tiny",
+     "vgg16-fashion"],
+)  # fmt: skip
+def test_an_architecture_is_built_on_the_meta_device_without_a_real_tensor(name):
+    with torch.device("meta"):
+        model = models.architecture(name)
+    network = model.network
+    held = [
+        value for module in network.modules() for value in vars(module).values() if torch.is_tensor(value)
+    ]
+    assert {value.device.type for value in (*network.parameters(), *network.buffers(), *held)} == {"meta"}
+    inputs = model.preprocess(torch.zeros(3, 28, 28, dtype=torch.uint8))
+    assert inputs.device.type == "cpu"
+    answer = network.eval()(inputs[None].to("meta"))
+    assert answer.shape == (1, len(model.classes))
+
+
+def test_an_unknown_architecture_is_named_and_a_factory_is_called_anew(ownnets):
+    with pytest.raises(UnknownNameError, match=r"unknown model 'resnet81'; .*mean 'resnet"):
+        models.architecture("resnet81")
+    first, second = models.architecture("ownnets:network"), models.architecture("ownnets:network")
+    assert (first.name, first.classes) == ("ownnets:network", ())
+    assert first.network is not second.network
+    assert models.architecture("ownnets:model").classes == ("cat", "dog")
+
+
+def test_a_plain_network_is_kept_and_shown_rgb_from_0_to_1():
+    network = nn.Flatten()
+    model = models.plain("some", network)
+    assert (model.name, model.classes) == ("some", ())
+    assert model.network is network
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    pixels[0, 0], pixels[0, 1] = 0, 255
+    expected = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    batch = torch.from_numpy(pixels).permute(2, 0, 1).expand(2, 3, 5, 7)
+    for inputs in (model.preprocess(Image.fromarray(pixels)), *model.preprocess(batch)):
+        assert (type(inputs), inputs.dtype) == (torch.Tensor, torch.float32)
+        torch.testing.assert_close(inputs, expected)
+        assert (inputs.min(), inputs.max()) == (0, 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+def test_a_plain_networks_input_is_rgb_whatever_the_picture_is(mode):
+    picture = Image.new("RGB", (4, 4), (0, 51, 255)).convert(mode)  # 51 is one of P's own levels
+    inputs = models.plain("some", nn.Flatten()).preprocess(picture)
+    grey = [0.587 * 0.2 + 0.114] * 3
+    expected = torch.tensor(grey if mode == "L" else [0, 0.2, 1])[:, None, None].expand(3, 4, 4)
+    torch.testing.assert_close(inputs, expected, atol=1 / 255, rtol=0)
+
+
 def test_published_weights_in_the_hub_cache_load_offline(published):
     ours = get_model("squeezenet1_1", weights=None)
     torch.save(ours.state_dict(), published("squeezenet1_1"))

@@ -25,8 +25,8 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_five_notebooks_in_run_order():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+def test_there_are_six_notebooks_in_run_order():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 def test_committed_without_outputs(notebook):
@@ -65,7 +65,7 @@ def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KCLIB_STORE", str(folder / "store"))
-        changes = {"limit": 200, "clusters": [16, 4096], "per_layer": 60}
+        changes = {"limit": 200, "clusters": [16, 4096], "per_layer": 60, "batches": [1, 2]}
         batch.run(batch.load_profile("smoke", changes=changes), folder)
     return folder / "smoke"
 
@@ -129,7 +129,8 @@ def imagenet(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KCLIB_STORE", str(folder / "store"))
         patch.setenv("TORCH_HOME", str(folder))
-        changes = {"data": f"folder:{folder / 'images'}", "clusters": [16, 256], "per_layer": 30}
+        data = f"folder:{folder / 'images'}"
+        changes = {"data": data, "clusters": [16, 256], "per_layer": 30, "batches": [1]}
         batch.run(batch.load_profile("imagenet", changes=changes), folder / "reports")
     return folder / "reports" / "imagenet"
 

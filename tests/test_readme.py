@@ -11,12 +11,13 @@ from kclib import datasets, models
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_examples_run_as_printed(capsys):
+def test_the_examples_run_as_printed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     exec(compile("\n".join(examples), "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert re.search(r"top-1 \(%\): 9\d\.\d\d \[.*\] -> \d\d\.\d\d", printed)
-    assert "codebook_fp16" in printed
+    assert "entropy_fp16" in printed
     assert re.search(r"\{256: \d+\.\d+, 1024: .*, 4096: .*\} \d+\.\d+", printed)
 
 

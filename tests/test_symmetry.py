@@ -311,9 +311,26 @@ def test_what_the_caller_gives_stays_as_it_is(how):
 
 
 @pytest.mark.parametrize("d", [2, 6, 8])
-def test_kernels_that_are_not_square_are_refused(d):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_kernels_that_are_not_square_cannot_be_turned(d, scaled):
     with pytest.raises(InvalidValueError, match=f"the kernels have {d} weights; they must be square"):
-        kmeans(np.ones((5, d)), 2)
+        kmeans(np.ones((5, d)), 2, scaled=scaled, turned=True)
+
+
+@pytest.mark.parametrize("d", [2, 6, 8])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_kernels_that_are_not_square_are_clustered_without_turns(d, scaled):
+    points = heavy_tailed(300, d)
+    result = kmeans(points, 12, scaled=scaled)
+    centres, exact = result.centres.astype(np.float64), points.astype(np.float64)
+    best = (exact @ centres.T) / np.square(centres).sum(1) if scaled else np.ones((300, 12))
+    errors = np.square(exact[:, None] - best[:, :, None] * centres).sum(2)
+    own = np.square(exact - restored(result)).sum(1)
+    assert (own <= errors.min(1) + 4e-6 * np.square(exact).sum(1)).all()
+    assert result.inertia == pytest.approx(own.sum(), rel=1e-4)
+    assert result.inertia < 0.5 * np.square(exact - exact.mean(0)).sum()
+    assert (result.transforms == 0).all()
+    assert (result.scales == 1).all() == (not scaled)
 
 
 @pytest.mark.parametrize(

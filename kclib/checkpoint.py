@@ -1,0 +1,261 @@
+"""The compressed model as a file, there and back; never unpickled, no dense weight made on the way."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kclib import coding, compression, container, kernels, layers, models, packing, quantization, skeleton
+from kclib.container import Contents, inspect
+from kclib.errors import DamagedFileError, InvalidValueError, KclibError, UnknownNameError
+from kclib.layers import ClusteredConv2d, Codebook
+
+__all__ = ["CODINGS", "Contents", "coded", "inspect", "load", "save"]
+
+CODINGS = ("entropy", "fixed")
+_RESIDENT = ("packed", "dense")
+
+
+def save(
+    network: nn.Module,
+    path: str | Path,
+    *,
+    architecture: str | None = None,
+    indices: str = "entropy",
+    accuracy: float | None = None,
+) -> Contents:
+    """Write a compressed network.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        From `compression.compress`. Its codebooks are rounded to their precision, which changes nothing
+        unless they were trained since.
+    path : path
+    architecture : str, optional
+        A name that `models.load` knows, from which `load` can build the network.
+    indices : {"entropy", "fixed"}
+        Entropy-coded, or ceil(log2 K) bits each. A group that entropy-coded indices would make larger is
+        written in fixed width.
+    accuracy : float, optional
+        In percent, if known.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        A network that is not compressed; an unknown coding.
+    StorageError
+        It could not be written; an older file of this name is then still whole.
+    """
+    if not layers.clustered(network):
+        raise InvalidValueError("the network has no clustered convolutions; compress it first.")
+    if indices not in CODINGS:
+        raise UnknownNameError("coding of indices", indices, CODINGS)
+    groups, described = {}, {}
+    tensors = {f"{skeleton.STATE}{name}": value for name, value in skeleton.others(network).items()}
+    for codebook, members in layers.by_codebook(network):
+        group = _unused(codebook.group, groups)
+        groups[group] = _described(codebook, members)
+        stored = quantization.store(codebook.values, codebook.precision)
+        tensors |= {f"codebook {part} {group}": value for part, value in stored.items()}
+        named, codings = _stored_indices(group, codebook, members, indices)
+        tensors |= named | _stored_scales(codebook, members)
+        described |= _described_layers(network, group, codebook, members, codings)
+    accuracy = None if accuracy is None else float(accuracy)
+    description = {
+        "architecture": architecture, "accuracy": accuracy, "groups": groups, "layers": described
+    }  # fmt: skip
+    return container.write(Path(path), description, tensors)
+
+
+def load(
+    path: str | Path,
+    *,
+    architecture: str | nn.Module | models.Model | None = None,
+    resident: str = "packed",
+    block_bytes: int = layers.BLOCK_BYTES,
+    device: str | torch.device = "cpu",
+) -> models.Model:
+    """Rebuild the network of a file, in eval mode; no dense weight is made on the way.
+
+    Parameters
+    ----------
+    path : path
+    architecture : str or torch.nn.Module or Model, optional
+        The network to rebuild, by name or as it is (unchanged; its weights do not matter). By default the one
+        that the file names, if it is one of torchvision's or the shipped one: no module is imported on a
+        file's word.
+    resident : {"packed", "dense"}
+        Whether it keeps packed indices while it runs, or ordinary weights (`compression.expand`).
+    block_bytes : int
+        As in `compression.compress`.
+    device : str or torch.device
+
+    Raises
+    ------
+    MissingFileError
+    DamagedFileError
+        The file is truncated, tampered with, or no compressed model.
+    InvalidValueError, UnknownNameError
+        It was written by a newer version; it does not fit the architecture; no architecture is known.
+    """
+    if resident not in _RESIDENT:
+        raise UnknownNameError("kind of residence", resident, _RESIDENT)
+    path = Path(path)
+    description, _, tensors = container.read(path)
+    model = skeleton.of(path, description.get("architecture"), architecture)
+    try:
+        network = _with_layers(path, model.network, description, tensors, block_bytes)
+        skeleton.fill(path, network, tensors)
+    except KclibError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DamagedFileError(f"{path} does not describe itself as this version does: {error!r}.") from error
+    network = network.to(device).eval()
+    return replace(model, network=compression.expand(network) if resident == "dense" else network)
+
+
+def coded(codebook: Codebook, members: Mapping[str, ClusteredConv2d]) -> coding.Coded | None:
+    """Return the entropy-coded indices of a group's layers, or None where fixed width takes fewer bytes."""
+    result = coding.coded([module.members() for module in members.values()], codebook.n_members)
+    fixed = sum(module.indices.numel() for module in members.values())
+    return result if result.index_bytes + result.table_bytes < fixed else None
+
+
+def _stored_indices(group, codebook, members, indices: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors that hold a group's indices, and how each layer's are coded."""
+    found = coded(codebook, members) if indices == "entropy" else None
+    if found is None:
+        return {f"indices {name}": x.indices for name, x in members.items()}, dict.fromkeys(members, "fixed")
+    tensors = {f"indices {name}": _bytes(words) for name, words in zip(members, found.words, strict=True)}
+    codings = dict.fromkeys(members, "group")
+    if found.table.size:
+        tensors[f"frequencies group {group}"] = _bytes(found.table)
+    for name, table in zip(members, found.tables, strict=True):
+        if table.size:
+            tensors[f"frequencies layer {name}"] = _bytes(table)
+            codings[name] = "layer"
+    return tensors, codings
+
+
+def _with_layers(path, network: nn.Module, description: dict, tensors, block_bytes: int) -> nn.Module:
+    """Return an empty network with clustered convolutions in place of those that the file describes."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    codebooks = {name: _codebook(path, name, group, tensors) for name, group in description["groups"].items()}
+    replaced, made = {}, {}
+    for name, layer in description["layers"].items():
+        convolution, codebook = modules.get(name), codebooks[layer["group"]]
+        expected = tuple(layer["shape"]), layer["transposed"]
+        if (
+            not isinstance(convolution, (nn.Conv2d, nn.ConvTranspose2d))
+            or kernels.form(convolution) != expected
+        ):
+            raise InvalidValueError(
+                f"{path} holds layer {name} of shape {expected[0]}, which this architecture does not have; "
+                "load it into the architecture it was made from."
+            )
+        owner, kind = layer["same_as"], ("group", "shape", "transposed", "coding")
+        if any(description["layers"][owner][part] != layer[part] for part in kind):
+            raise DamagedFileError(f"{path}: layers {name} and {owner} share indices but differ in kind.")
+        if owner not in made:
+            made[owner] = _layer_values(path, owner, layer, codebook, tensors)
+        indices, scales = made[owner]
+        clustered = ClusteredConv2d(
+            convolution, codebook, indices, scales=scales, bias=convolution.bias, block_bytes=block_bytes
+        )
+        replaced[id(convolution)] = clustered
+        if convolution.bias is not None:
+            replaced[id(convolution.bias)] = convolution.bias
+    return kernels.copied(network, replaced)
+
+
+def _codebook(path, name: str, group: dict, tensors: Mapping[str, Tensor]) -> Codebook:
+    stored = {part: tensors.get(f"codebook {part} {name}") for part in ("values", "steps")}
+    dtype, precision, turned = quantization.named(group["dtype"]), group["precision"], bool(group["turned"])
+    quantization.float_type(precision)
+    values = quantization.restore({part: value for part, value in stored.items() if value is not None}).to(
+        dtype
+    )
+    if values.dim() != 3 or not len(values) or not torch.isfinite(values).all():
+        raise DamagedFileError(f"{path}: the codebook of group {name} is not finite kernels (K, kh, kw).")
+    if turned and values.shape[1] != values.shape[2]:
+        raise DamagedFileError(f"{path}: the kernels of group {name} are turned but not square.")
+    return Codebook(values, group=name, precision=precision, turned=turned, seed=group["seed"])
+
+
+def _layer_values(
+    path, name: str, layer: dict, codebook: Codebook, tensors
+) -> tuple[Tensor, nn.Parameter | None]:
+    """Return a layer's packed indices and its scales."""
+    n, stored = int(np.prod(layer["shape"][:2])), tensors[f"indices {name}"]
+    if tuple(codebook.values.shape[1:]) != tuple(layer["shape"][2:]):
+        raise DamagedFileError(f"{path}: the codebook of layer {name} has kernels of another size.")
+    if layer["coding"] == "fixed":
+        if stored.dtype != torch.uint8 or stored.shape != (packing.index_bytes(n, codebook.bits),):
+            raise DamagedFileError(f"{path}: layer {name} has not {n} indices of {codebook.bits} bits.")
+        members = packing.unpack(stored, codebook.bits, 0, n).numpy()
+    else:
+        owner = {"layer": f"layer {name}", "group": f"group {layer['group']}"}[layer["coding"]]
+        frequencies = coding.unpacked_counts(tensors[f"frequencies {owner}"].numpy(), codebook.n_members)
+        members = coding.decode(stored.numpy().view(np.uint32), frequencies, n)
+    if members.size and members.max() >= codebook.n_members:
+        raise DamagedFileError(f"{path}: layer {name} has an index beyond its {codebook.n_members} entries.")
+    scales = tensors.get(f"scales {name}")
+    if scales is not None:
+        if scales.shape != (n,) or not torch.isfinite(scales).all():
+            raise DamagedFileError(f"{path}: layer {name} has not {n} finite scales.")
+        scales = nn.Parameter(scales.to(codebook.values.dtype))
+    return torch.from_numpy(packing.pack(members, codebook.bits)), scales
+
+
+def _described(codebook: Codebook, members: Mapping[str, ClusteredConv2d]) -> dict:
+    return {
+        "clusters": len(codebook.values),
+        "kernels": sum(module.n_kernels for module in members.values()),
+        "bits": codebook.bits,
+        "precision": codebook.precision,
+        "turned": codebook.turned,
+        "seed": codebook.seed,
+        "dtype": str(codebook.values.dtype).removeprefix("torch."),
+    }
+
+
+def _described_layers(network, group: str, codebook: Codebook, members, codings: Mapping[str, str]) -> dict:
+    """Return what the file says of each layer of a group, those that share another's indices among them."""
+    owners = {id(module.indices): name for name, module in members.items()}
+    return {
+        name: {
+            "group": group,
+            "shape": list(module.shape),
+            "transposed": module.transposed,
+            "coding": codings[owners[id(module.indices)]],
+            "same_as": owners[id(module.indices)],
+        }
+        for name, module in layers.clustered(network).items()
+        if module.codebook is codebook
+    }
+
+
+def _stored_scales(codebook: Codebook, members: Mapping[str, ClusteredConv2d]) -> dict[str, Tensor]:
+    kind = quantization.scale_type(codebook.precision)
+    return {
+        f"scales {name}": quantization.checked(module.scales.detach().to("cpu", kind), codebook.precision)
+        for name, module in members.items()
+        if module.scales is not None
+    }
+
+
+def _bytes(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.view(np.uint8).copy())
+
+
+def _unused(name: str, taken: Mapping) -> str:
+    """Return a group's name, numbered if another codebook already has it."""
+    number, result = 1, name
+    while result in taken:
+        number += 1
+        result = f"{name} {number}"
+    return result

@@ -1,0 +1,110 @@
+"""An architecture without values, and the values put into it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kclib import kernels, layers, models
+from kclib.errors import DamagedFileError, InvalidValueError
+
+STATE = "state "
+
+
+def of(path: Path, named: object, given: str | nn.Module | models.Model | None) -> models.Model:
+    """Return the architecture of a file with every parameter and buffer on the meta device.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file, to be named in errors.
+    named : object
+        What the file says; nothing is imported on its word.
+    given : str or torch.nn.Module or Model, optional
+        What the caller says, which counts first.
+
+    Raises
+    ------
+    DamagedFileError, InvalidValueError, UnknownNameError
+    """
+    if isinstance(given, models.Model):
+        return replace(given, network=_without_values(given.network))
+    if isinstance(given, nn.Module):
+        return models.plain(type(given).__name__, _without_values(given))
+    if isinstance(given, str):
+        return _built(given)
+    if given is not None:
+        raise InvalidValueError(
+            f"architecture is {given!r}; it must be a name, a torch.nn.Module or a Model."
+        )
+    if named is None:
+        raise InvalidValueError(f"{path} does not name its architecture; pass the network, or its name.")
+    if not isinstance(named, str):
+        raise DamagedFileError(f"{path} says that its architecture is {named!r}; it must be a name.")
+    if ":" in named:
+        raise InvalidValueError(
+            f"{path} was made from {named}, and no module is imported on a file's word; "
+            f"pass architecture={named!r} if you trust it."
+        )
+    return _built(named)
+
+
+def others(network: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers but those that clustered convolutions have in place of weights."""
+    own = set()
+    for module in layers.clustered(network).values():
+        own |= {id(x) for x in (module.indices, module.scales, module.codebook.values, module.codebook.turns)}
+    named = (*network.named_parameters(), *network.named_buffers())
+    return {name: value for name, value in named if id(value) not in own}
+
+
+def fill(path: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put a file's other parameters and buffers into a network of ours, wherever each is used.
+
+    Raises
+    ------
+    InvalidValueError
+        They are not those of this architecture.
+    """
+    state = {name.removeprefix(STATE): x for name, x in tensors.items() if name.startswith(STATE)}
+    places = others(network)
+    if wrong := set(state) ^ set(places):
+        raise InvalidValueError(
+            f"{path} does not fit this architecture; only one of them has: {', '.join(sorted(wrong)[:5])}."
+        )
+    filled = {}
+    for name, old in places.items():
+        if old.shape != state[name].shape:
+            raise InvalidValueError(
+                f"{path} has {name} of shape {tuple(state[name].shape)}, "
+                f"this architecture {tuple(old.shape)}."
+            )
+        is_parameter = isinstance(old, nn.Parameter)
+        filled[id(old)] = nn.Parameter(state[name], old.requires_grad) if is_parameter else state[name]
+    for module in network.modules():
+        for place in (module._parameters, module._buffers):
+            for name, old in place.items():
+                place[name] = filled.get(id(old), old)
+
+
+def _built(name: str) -> models.Model:
+    """Build a named network, without ever allocating its weights where its code allows that."""
+    if ":" not in name:
+        try:
+            with torch.device("meta"):
+                return models.architecture(name)
+        except NotImplementedError:  # it computes with values while it is built (RegNet)
+            pass
+    model = models.architecture(name)
+    return replace(model, network=_without_values(model.network))
+
+
+def _without_values(network: nn.Module) -> nn.Module:
+    named = (*network.named_parameters(), *network.named_buffers())
+    if lazy := [name for name, x in named if isinstance(x, nn.parameter.UninitializedTensorMixin)]:
+        raise InvalidValueError(f"the architecture's {lazy[0]} has no shape yet (lazy); run it once first.")
+    empty = {id(x): x.detach().to("meta") for x in network.buffers()}
+    empty |= {id(x): nn.Parameter(x.detach().to("meta"), x.requires_grad) for x in network.parameters()}
+    return kernels.copied(network, empty)
