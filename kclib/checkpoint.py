@@ -114,7 +114,7 @@ def load(
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DamagedFileError(f"{path} does not describe itself as this version does: {error!r}.") from error
-    network = network.to(device).eval()
+    network = models.moved(network, device).eval()
     return replace(model, network=compression.expand(network) if resident == "dense" else network)
 
 

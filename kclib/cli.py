@@ -87,7 +87,7 @@ def compress(
     network = compression.compress(loaded.network, result, precision=precision)
     accuracy = _accuracy(replace(loaded, network=network), data, None, "cpu") if data else None
     contents = checkpoint.save(network, out, architecture=model, indices=indices, accuracy=accuracy)
-    dense = sum(x.nbytes for x in loaded.network.state_dict().values())
+    dense = sum(x.nbytes for x in (*loaded.network.parameters(), *loaded.network.buffers()))
     _show_bytes(contents)
     typer.echo(
         f"{dense / contents.bytes.sum():.2f} times smaller than the {dense:,} bytes of the dense weights"

@@ -63,7 +63,7 @@ def compress(
         network, clustering, precision=precision, block_bytes=block_bytes
     ).items():
         convolution = modules[name]
-        if type(convolution).forward not in (nn.Conv2d.forward, nn.ConvTranspose2d.forward):
+        if not _computes_as_torch(convolution):
             raise InvalidValueError(
                 f"layer {name} is a {type(convolution).__name__} that computes in a way of its own; "
                 "replace its kernels with compression.replaced instead."
@@ -148,6 +148,16 @@ def output_order(convolution: nn.Module) -> Order:
     """Return the order in which a convolution's kernels are packed."""
     first, second = convolution.weight.shape[:2]
     return Order((convolution.groups, -1, second) if convolution.transposed else (1, 1, first * second))
+
+
+def _computes_as_torch(convolution: nn.Module) -> bool:
+    """Tell whether neither a convolution nor its class has replaced what torch does in it."""
+    base = nn.ConvTranspose2d if isinstance(convolution, nn.ConvTranspose2d) else nn.Conv2d
+    methods = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
+    return all(
+        name not in vars(convolution) and getattr(type(convolution), name) is getattr(base, name)
+        for name in methods
+    )
 
 
 def _codebook(group: Group, convolutions, precision: str | None, seed: int) -> tuple[Codebook, np.ndarray]:

@@ -146,7 +146,8 @@ class ClusteredConv2d(nn.Module):
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the ranges of output channels that are decoded together."""
         item, area = self.codebook.values.element_size(), self.kernel_size[0] * self.kernel_size[1]
-        kernel = 4 + area * (item * (1 + (self.scales is not None)) + (8 + item) * self.codebook.turned)
+        copies = 1 + (self.scales is not None) + (self.transposed and self.groups > 1)
+        kernel = 4 + area * (item * copies + (8 + item) * self.codebook.turned)
         fits = max(1, self.block_bytes // (kernel * self._fan_in))
         group = self.out_channels // self.groups
         if fits >= group:

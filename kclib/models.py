@@ -89,8 +89,24 @@ def load(
         )
     elif name in torchvision_names():
         _fill(model.network, _published(name), name)
-    model.network.to(device).eval()
+    moved(model.network, device).eval()
     return model
+
+
+def moved(network: nn.Module, device: str | torch.device) -> nn.Module:
+    """Move a network, in place, and return it.
+
+    Raises
+    ------
+    InvalidValueError
+        If there is no such device here.
+    """
+    try:
+        return network.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch says which in many ways
+        raise InvalidValueError(
+            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); cpu always can."
+        ) from error
 
 
 def architecture(name: str) -> Model:

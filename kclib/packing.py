@@ -79,7 +79,7 @@ def unpack(packed: Tensor, bits: int, start: int, count: int) -> Tensor:
     torch.Tensor
         int32 ``(count,)``. What lies beyond the end of `packed` is 0.
     """
-    _check_bits(bits)
+    _check_window(bits, start, count)
     result = np.empty(count, np.int32)
     _unpack(packed.contiguous().numpy(), bits, start, result)
     return torch.from_numpy(result)
@@ -88,7 +88,7 @@ def unpack(packed: Tensor, bits: int, start: int, count: int) -> Tensor:
 @unpack.register_kernel(None)
 def _unpack_anywhere(packed: Tensor, bits: int, start: int, count: int) -> Tensor:
     """Do as `unpack` with torch's own operators."""
-    _check_bits(bits)
+    _check_window(bits, start, count)
     bit = (start + torch.arange(count, dtype=torch.int64, device=packed.device)) * bits
     padded = torch.nn.functional.pad(packed, (0, max(0, int((start + count) * bits // 8) + 4 - len(packed))))
     word = sum(padded[(bit >> 3) + byte].to(torch.int64) << (8 * byte) for byte in range(4))
@@ -132,3 +132,9 @@ def _unpack(packed, bits, start, result):
 def _check_bits(bits: int) -> None:
     if not 0 <= bits <= MAX_BITS:
         raise InvalidValueError(f"an index of {bits} bits; it must have 0 to {MAX_BITS}.")
+
+
+def _check_window(bits: int, start: int, count: int) -> None:
+    _check_bits(bits)
+    if start < 0 or count < 0:
+        raise InvalidValueError(f"{count} indices from {start} on; neither may be negative.")

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def _resident(process: psutil.Process) -> int | None:
 def _residence(looks: list[tuple[float, int]], ends: dict[str, float]) -> Residence:
     """Put looks into the phases whose ends the process told."""
     trace = pd.DataFrame(looks, columns=["seconds", "bytes"])
-    before = trace.bytes[trace.seconds < ends["begin"]].median()
+    resting = trace.seconds.between(ends.get("rest", -math.inf), ends["begin"], inclusive="left")
+    before = trace.bytes[resting].median()
     names = ["loading", "loaded", "answering", "answered"]
     edges = [ends[name] for name in ("begin", *names)]
     trace["phase"] = pd.cut(trace.seconds, edges, labels=names, right=False).astype(object)
@@ -143,8 +145,9 @@ def _main() -> None:
     print("warm", flush=True)
     sys.stdin.readline()
     _give_back()
+    rest = {"rest": time.time()}
     time.sleep(_PAUSE)
-    print(json.dumps(_run(path, architecture, resident, answers)))
+    print(json.dumps(rest | _run(path, architecture, resident, answers)))
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_a_network_of_everything_comes_back(path, indices, scope):
     save(expected, path, indices=indices)
     found = load(path, architecture=built(*PARTS, seed=1)).network
     assert_same(found, expected)
-    assert found[0].bias is found[9].bias
+    assert found[0].bias is found[9].bias is found[10].bias
     assert found[0].indices is found[7].indices
     assert found[-1].weight is found[-2].weight
 
@@ -716,6 +716,7 @@ DAMAGED = {
     "indices short": tensor("indices 0", lambda old: old[:-1]),
     "indices long": tensor("indices 0", lambda old: torch.cat([old, old[:1]])),
     "indices signed": tensor("indices 0", lambda old: old.view(torch.int8)),
+    "indices of another type": tensor("indices 0", lambda old: old.float()),
     "indices of several axes": tensor("indices 0", lambda old: old[:, None]),
     "indices of no axis": tensor("indices 0", lambda old: old[0]),
     "codebook missing": without(VALUES),

@@ -230,7 +230,6 @@ def test_compressing_writes_a_file_and_says_what_its_bytes_are(made, options):
     assert out.splitlines()[-1] == str(path.resolve())
 
 
-@pytest.mark.xfail(strict=True, reason="a shared weight is counted as often as it is used")
 def test_a_shared_weight_counts_once_among_the_dense_bytes(made):
     out, _ = made(name="tied")
     assert f"than the {4 * (3 * 3 * 9 + 2 * 3)} bytes" in out
@@ -448,7 +447,6 @@ def test_a_compressed_file_that_cannot_be_written_is_exit_code_2(kclib, factorie
     assert "could not be written" in said
 
 
-@pytest.mark.xfail(strict=True, reason="torch's own error goes through", raises=RuntimeError)
 def test_a_device_that_is_none_is_one_sentence(kclib, made, factories):
     code, _, said = kclib("evaluate", made()[1], "--model", f"{factories}:make", "--device", "nope")
     assert code == 2

@@ -11,13 +11,22 @@ from torch import nn
 
 from kclib import kernels, packing, quantization
 from kclib.clustering import cluster, quantized
-from kclib.compression import compress, expand
+from kclib.compression import compress, expand, replaced
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import extract
 from kclib.layers import ClusteredConv2d, by_codebook, clustered
 
 HOW = [{}, {"scaled": True}, {"turned": True}, {"scaled": True, "turned": True}]
 EACH = pytest.mark.parametrize("how", HOW, ids=["plain", "scaled", "turned", "both"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Networks this small only wait for more, and longest where other processes run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -380,15 +389,13 @@ def test_expanded_weights_lie_in_one_piece_as_files_want_them(network):
 
 
 @pytest.mark.parametrize("how", [{}, {"scaled": True}], ids=["plain", "scaled"])
-def test_a_convolution_whose_weight_was_cut_is_refused_or_answers_like_it(how):
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False))
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_whose_weight_was_cut_is_refused(kind, how):
+    network = nn.Sequential(kind(8, 8, 3, bias=False))
     network[0].weight = nn.Parameter(network[0].weight[:4])  # as structured pruning may leave it
-    x = torch.randn(1, 3, 6, 6)
-    try:
-        kept = compress(network, cluster(extract(network), 12, **how))
-    except InvalidValueError:
-        return
-    torch.testing.assert_close(kept(x), network(x))
+    result = cluster(extract(network), 12, **how)
+    with pytest.raises(InvalidValueError, match=r"layer 0 says .* \(8, 8, 3, 3\), but it has \(4, 8, 3, 3\)"):
+        compress(network, result)
 
 
 class Standardised(nn.Conv2d):
@@ -399,14 +406,45 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, centred, self.bias)
 
 
-def test_a_convolution_with_a_forward_of_its_own_is_refused_or_answers_like_it():
+def test_a_convolution_with_a_forward_of_its_own_is_refused_but_its_kernels_are_replaced():
     network = nn.Sequential(Standardised(3, 4, 3))
-    x = torch.randn(1, 3, 6, 6)
-    try:
-        kept = compress(network, cluster(extract(network), 12))
-    except InvalidValueError:
-        return
-    torch.testing.assert_close(kept(x), network(x))
+    x, result = torch.randn(1, 3, 6, 6), cluster(extract(network), 3)
+    with pytest.raises(
+        InvalidValueError, match="layer 0 is a Standardised that computes in a way of its own"
+    ):
+        compress(network, result)
+    dense = replaced(network, result)
+    np.testing.assert_array_equal(extract(dense).weights, quantized(result))
+    weight = dense[0].weight - dense[0].weight.mean(dim=(1, 2, 3), keepdim=True)
+    assert torch.equal(dense(x), nn.functional.conv2d(x, weight, network[0].bias))
+
+
+class Doubled(nn.Conv2d):
+    """A convolution whose way of its own is in another method than its forward."""
+
+    def _conv_forward(self, x, weight, bias):
+        return 2 * super()._conv_forward(x, weight, bias)
+
+
+@pytest.mark.parametrize("where", ["method", "instance"])
+def test_a_way_of_its_own_is_refused_wherever_it_is(where):
+    network = nn.Sequential(Doubled(3, 4, 3) if where == "method" else nn.Conv2d(3, 4, 3))
+    if where == "instance":
+        network[0].forward = lambda x: 2 * nn.Conv2d.forward(network[0], x)
+    with pytest.raises(InvalidValueError, match="a way of its own"):
+        compress(network, cluster(extract(network), 3))
+
+
+@EACH
+def test_replaced_kernels_are_those_of_the_expanded_network_also_where_layers_share(how):
+    network = back_and_forth(groups=2)
+    before = copy.deepcopy(network.state_dict())
+    result = cluster(extract(network), 3, scope="global", **how)
+    dense = replaced(network, result)
+    assert dense[0].weight is dense[1].weight
+    assert_same_bits(dense.state_dict(), expand(compress(network, result)).state_dict())
+    assert_same_bits(network.state_dict(), before)
+    assert not placed(dense) & placed(network)
 
 
 @pytest.mark.parametrize("precision", quantization.PRECISIONS)

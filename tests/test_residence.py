@@ -69,9 +69,6 @@ def test_a_packed_model_takes_a_fraction_of_the_dense_ones_memory(measured):
     assert measured["packed"].peak < 0.5 * measured["dense"].peak
 
 
-@pytest.mark.xfail(
-    reason="what is looked at before loading is still held where collecting takes more than 0.15 s"
-)
 def test_a_packed_model_takes_the_bytes_of_its_tensors(measured, network):
     held = sum(x.nbytes for x in network.state_dict().values())
     assert 0.9 * held < measured["packed"].model < 1.5 * held
