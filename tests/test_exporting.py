@@ -223,12 +223,12 @@ def large():
     ).eval()  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[("plain", "fp32"), ("both", "int8")], ids=["plain", "both"])
+@pytest.fixture(scope="module", params=[("plain", "fp32", 16), ("both", "int8", 400)], ids=["plain", "both"])
 def exported(request, large, tmp_path_factory):
-    """A compressed network and its file; how it is compressed."""
-    kind, precision = request.param
-    network = compressed(large, 16, precision=precision, **KINDS[kind])
-    return network, written(network, tmp_path_factory.mktemp("exported") / "model.onnx"), request.param
+    """A compressed network and its file, with few representatives or so many that they count; how it is so."""
+    kind, precision, k = request.param
+    network = compressed(large, k, precision=precision, **KINDS[kind])
+    return network, written(network, tmp_path_factory.mktemp("exported") / "model.onnx"), (kind, precision)
 
 
 def optimized(path, level, out):
@@ -275,7 +275,7 @@ def test_file_takes_indices_codebooks_the_rest_and_little_else(exported, large):
     rest = sum(x.nbytes for name, x in large.state_dict().items() if name not in weights)
     least = indices + codebooks + scales + rest - 8  # batch norm's counter of batches is not exported
     assert least < path.stat().st_size < least + 24_000
-    assert path.stat().st_size < 0.2 * sum(x.nbytes for x in large.state_dict().values())
+    assert path.stat().st_size < 0.3 * sum(x.nbytes for x in large.state_dict().values())
 
 
 @pytest.mark.parametrize("level", [DISABLED, *FOLDING], ids=lambda level: level.name)

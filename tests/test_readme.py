@@ -66,3 +66,19 @@ def test_the_checksums_of_the_data_are_those_the_code_checks():
     )
     expected = {f"FashionMNIST/raw/{name}": digest for name, digest in datasets.FASHION_FILES.items()}
     assert listed == expected | {models.FASHION_FILE: models.FASHION_SHA256}
+
+
+def test_its_sizes_are_those_of_the_benchmark():
+    run = json.loads((ROOT / "docs" / "memory.json").read_text())
+    names = {"global": "one for all", "layer": "one a layer"}
+    text = (ROOT / "README.md").read_text()
+    for r in run["rows"]:
+        sizes = [r["file (bytes)"], r["entropy of the indices (bytes)"], r["indices and tables (bytes)"]]
+        sizes.append(min(r[f"{name} (bytes)"] for name in ("zip -9", "zstd -19", "7z")))
+        ratios = [r[f"latency ratio, batch {batch}"] for batch in (1, 16, 64)]
+        row = [names[r["scope"]], f"{r['K']:,}", *(f"{n_bytes / 1e6:.2f}" for n_bytes in sizes)]
+        row += [f"{r['resident (bytes)'] / 1e6:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
+        assert f"| {' | '.join(row)} |" in text
+    for r in run["reuse"]:
+        ways = [r[way] for way in ("dense", "packed", "convolve then gather", "add then convolve")]
+        assert f"| {r['layer']} | {r['pixels']} | {' | '.join(f'{ms:.2f}' for ms in ways)} |" in text
