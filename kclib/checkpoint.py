@@ -54,6 +54,10 @@ def save(
         raise InvalidValueError("the network has no clustered convolutions; compress it first.")
     if indices not in CODINGS:
         raise UnknownNameError("coding of indices", indices, CODINGS)
+    if not isinstance(architecture, (str, type(None))):
+        raise InvalidValueError(
+            f"architecture is {architecture!r}; it must be a name that models.load knows."
+        )
     groups, described = {}, {}
     tensors = {f"{skeleton.STATE}{name}": value for name, value in skeleton.others(network).items()}
     for codebook, members in layers.by_codebook(network):

@@ -117,7 +117,7 @@ def read(path: Path) -> tuple[dict, str, dict[str, Tensor]]:
         version = description["format"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise DamagedFileError(f"the description in {path} is not whole: {error!r}.") from error
-    if not isinstance(version, int) or version > FORMAT:
+    if type(version) is not int or not 1 <= version <= FORMAT:
         raise InvalidValueError(
             f"{path} has format {version!r}, and this kclib ({__version__}) reads up to {FORMAT}; "
             "use the version that wrote it, or a newer one."

@@ -175,6 +175,7 @@ def fashion_preprocess() -> Callable:
     mean = (123.68 / 255, 116.779 / 255, 103.939 / 255)
     return v2.Compose(
         [
+            v2.RGB(),
             v2.ToImage(),
             v2.Pad(2),
             v2.RGB(),

@@ -716,7 +716,7 @@ DAMAGED = {
     "indices short": tensor("indices 0", lambda old: old[:-1]),
     "indices long": tensor("indices 0", lambda old: torch.cat([old, old[:1]])),
     "indices signed": tensor("indices 0", lambda old: old.view(torch.int8)),
-    "indices of another type": tensor("indices 0", lambda old: old.float()),
+    "indices of truths": tensor("indices 0", lambda old: old.bool()),
     "indices of several axes": tensor("indices 0", lambda old: old[:, None]),
     "indices of no axis": tensor("indices 0", lambda old: old[0]),
     "codebook missing": without(VALUES),

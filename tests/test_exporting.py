@@ -225,7 +225,7 @@ def large():
 
 @pytest.fixture(scope="module", params=[("plain", "fp32", 16), ("both", "int8", 400)], ids=["plain", "both"])
 def exported(request, large, tmp_path_factory):
-    """A compressed network and its file, with few representatives or so many that they count; how it is so."""
+    """A compressed network and its file, with few representatives or with many; how it is compressed."""
     kind, precision, k = request.param
     network = compressed(large, k, precision=precision, **KINDS[kind])
     return network, written(network, tmp_path_factory.mktemp("exported") / "model.onnx"), (kind, precision)
