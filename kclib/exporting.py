@@ -45,15 +45,15 @@ def to_onnx(
         torch cannot export this network, or not for images of this shape.
     StorageError
     """
-    example = _example(network, shape)
-    network = (expand(network) if dense else _gathering(network)).eval()
+    exported = (expand(network) if dense else _gathering(network)).eval()
     with _explained():
+        example = _example(network, shape)
         program = torch.onnx.export(
-            network, (example,), dynamo=True, optimize=False, verbose=False, external_data=False,
+            exported, (example,), dynamo=True, optimize=False, verbose=False, external_data=False,
             input_names=[_INPUT], output_names=[_OUTPUT], dynamic_shapes=_FREE_BATCH,
         )  # fmt: skip
     graph = program.model_proto
-    _guard(graph.graph, _stored_names(network))
+    _guard(graph.graph, _stored_names(exported))
     for part in (*graph.graph.node, *graph.graph.value_info, graph.graph, graph):
         del part.metadata_props[:]  # where in the source each came from: more bytes than the small layers
     onnx.checker.check_model(graph)
@@ -76,9 +76,9 @@ def to_program(network: nn.Module, path: str | Path, shape: tuple[int, int, int]
         torch cannot export this network, or not for images of this shape.
     StorageError
     """
-    example, network = _example(network, shape), expand(network).eval()
     with _explained():
-        program = torch.export.export(network, (example,), dynamic_shapes=_FREE_BATCH)
+        example = _example(network, shape)
+        program = torch.export.export(expand(network).eval(), (example,), dynamic_shapes=_FREE_BATCH)
     with files.replacing(Path(path)) as temporary, open(temporary, "wb") as file:
         torch.export.save(program, file)
     return Path(path)

@@ -176,7 +176,7 @@ def index_bits(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     places = np.arange(len(table))
     ax.bar(places, table.fixed, width=0.8, color="0.88", label="fixed width")
-    ax.bar(places, table.coded, width=0.5, label="as stored, tables of frequencies included")
+    ax.bar(places, table.coded, width=0.5, label="entropy-coded, tables of frequencies included")
     ax.plot(places, table.entropy, "k_", markersize=16, label="entropy of the layer's indices")
     ax.set_xticks(places, table.layer, rotation=90)
     ax.set(ylabel="bits a kernel", ylim=(0, 1.2 * table[["fixed", "coded"]].to_numpy().max()))

@@ -12,6 +12,7 @@ from kclib.breakeven import Count, break_even, orbit, pays_up_to
 from kclib.clustering import Clustering, Group
 from kclib.compression import output_order, packed_layers, users
 from kclib.container import Contents
+from kclib.errors import UnknownNameError
 from kclib.layers import N_TURNS, by_codebook
 from kclib.packing import index_bits, index_bytes
 from kclib.quantization import row_bytes, scale_type
@@ -67,6 +68,8 @@ def ledger(
     dense = sum(x.n_kernels * int(np.prod(x.shape[2:])) * x.itemsize for x in clustering.layers)
     other, biases, rest = _others(network, {f"{layer.name}.weight" for layer in clustering.layers})
     columns = {"dense": (dense, 0, 0, 0, 0, other, biases, rest)}
+    if unknown := set(codings) - set(checkpoint.CODINGS):
+        raise UnknownNameError("coding of indices", min(unknown), checkpoint.CODINGS)
     copies = _copies(network, clustering)
     scaled = {layer.name for group in clustering.groups if group.scales is not None for layer in group.layers}
     n_scales = sum(copies[x.name] * x.n_kernels for x in clustering.layers if x.name in scaled)

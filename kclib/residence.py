@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,10 +75,11 @@ def measure(
     """
     checkpoint.inspect(path)
     command = [sys.executable, "-m", "kclib.residence", str(path), architecture or "", resident, str(answers)]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
     looks = []
     with (
-        subprocess.Popen(command, text=True, env=os.environ | _GIVE_BACK, **pipes) as child,
+        tempfile.TemporaryFile("w+") as errors,  # a pipe that nobody empties would hold the process up
+        subprocess.Popen(command, text=True, env=os.environ | _GIVE_BACK, stderr=errors, **pipes) as child,
         ThreadPoolExecutor(1) as pool,
     ):
         watched = psutil.Process(child.pid)
@@ -88,9 +90,10 @@ def measure(
             if now is not None:
                 looks.append((time.time(), now))
             time.sleep(_INTERVAL)
-        out, errors = said.result()
+        out, _ = said.result()
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or [f"exit code {child.returncode}"])[-1]
     if child.returncode:
-        last = errors.strip().splitlines()[-1] if errors.strip() else f"exit code {child.returncode}"
         raise KclibError(f"the process that was to run {path} failed: {last}")
     return _residence(looks, json.loads(out))
 

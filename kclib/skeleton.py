@@ -46,7 +46,7 @@ def of(path: Path, named: object, given: str | nn.Module | models.Model | None) 
     if ":" in named:
         raise InvalidValueError(
             f"{path} was made from {named}, and no module is imported on a file's word; "
-            f"pass architecture={named!r} if you trust it."
+            f"pass architecture={named!r} (--model on the command line) if you trust it."
         )
     return _built(named)
 

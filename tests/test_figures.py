@@ -196,3 +196,24 @@ def test_byte_bars_stack_to_the_models_megabytes():
     assert names == ["dense", "fixed-width indices, fp32 codebook", "fixed-width indices, fp16 codebook"]
     assert ax.yaxis_inverted()
     assert max(text.get_position()[0] for text in ax.texts) < ax.get_xlim()[1]
+
+
+def test_index_bits_show_width_code_and_entropy_of_each_layer():
+    table = pd.DataFrame({"layer": ["a", "b"], "fixed": [8, 8], "coded": [9.5, 7], "entropy": [5, 6.5]})
+    ax = figures.index_bits(table, ax=plt.figure().gca())
+    heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
+    assert heights == [[8, 8], [9.5, 7]]
+    assert ax.lines[0].get_ydata().tolist() == [5, 6.5]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b"]
+    assert ax.get_ylim()[1] > 1.1 * 9.5  # the legend lies above the bars
+    assert ax.get_ylabel() == "bits a kernel"
+
+
+def test_memory_traces_are_lines_in_megabytes_shaded_while_answering():
+    phases = ["loading", "answering", "answering", "answered"]
+    trace = pd.DataFrame({"seconds": [0, 1, 2, 3], "bytes": [1e6, 3e6, 4e6, 2e6], "phase": phases})
+    ax = figures.memory_traces({"packed": trace, "dense": trace}, ax=plt.figure().gca())
+    assert [line.get_label() for line in ax.lines] == ["packed", "dense"]
+    assert ax.lines[0].get_ydata().tolist() == [1, 3, 4, 2]
+    assert [(patch.get_x(), patch.get_width()) for patch in ax.patches] == [(1, 1), (1, 1)]
+    assert "MB" in ax.get_ylabel()

@@ -51,7 +51,7 @@ def convolutions(draw):
 
 
 @given(convolutions(), st.integers(1, 30), st.integers(1, 3), st.integers(7, 10), st.integers(7, 10))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @torch.no_grad()
 def test_both_ways_answer_like_the_dense_convolution(convolution, n_clusters, batch, height, width):
     layer = compressed(convolution, n_clusters)

@@ -107,6 +107,13 @@ def test_looks_are_put_into_the_phases_in_which_they_fell():
     assert (result.model, result.peak) == (330, 600)
 
 
+def test_what_was_held_before_the_rest_is_not_what_there_was_before_loading():
+    ends = {"rest": 5.0, "begin": 6.0, "loading": 7.0, "loaded": 8.0, "answering": 9.0, "answered": 10.0}
+    looks = [(4.0, 900), (4.3, 900), (4.6, 900), (4.9, 900), (5.0, 100), (5.5, 120), (5.9, 110)]
+    looks += [(second, 410) for second in (6.5, 7.5, 8.5, 9.5)]
+    assert residence._residence(looks, ends).model == 300
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [
