@@ -109,7 +109,7 @@ class _Stored(Codebook):
             codebook.values.detach().cpu(), group=codebook.group, precision=codebook.precision,
             turned=codebook.turned, seed=codebook.seed,
         )  # fmt: skip
-        self.dtype, self.n_entries = codebook.values.dtype, len(codebook.values)
+        self.dtype = codebook.values.dtype
         del self.values
         for part, value in quantization.store(codebook.values, codebook.precision).items():
             self.register_buffer(part, value.flatten(1) if part == "values" else value.float()[:, None])

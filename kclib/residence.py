@@ -86,9 +86,8 @@ def measure(
         child.stdout.readline()  # it is warm
         said = pool.submit(child.communicate, "go\n")
         while not said.done():
-            now = _resident(watched)
-            if now is not None:
-                looks.append((time.time(), now))
+            if (held := _resident(watched)) is not None:
+                looks.append((time.time(), held))
             time.sleep(_INTERVAL)
         out, _ = said.result()
         errors.seek(0)

@@ -1,7 +1,6 @@
 import contextlib
 import copy
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections import OrderedDict, defaultdict
 import numpy as np
 import pytest
 import torch
+from disks import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -937,17 +937,6 @@ def test_a_process_killed_while_it_saves_leaves_the_old_file(path):
     assert_same(load(path, architecture=nn.Conv2d(2, 3, 3)).network, network)
     save(network, path, accuracy=3)
     assert inspect(path).description["accuracy"] == 3
-
-
-@contextlib.contextmanager
-def full_disk():
-    """The file system refuses any file above 20,000 bytes (as in test_store.py)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_scraps(path, small, dense):

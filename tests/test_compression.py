@@ -20,13 +20,7 @@ HOW = [{}, {"scaled": True}, {"turned": True}, {"scaled": True, "turned": True}]
 EACH = pytest.mark.parametrize("how", HOW, ids=["plain", "scaled", "turned", "both"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small only wait for more, and longest where other processes run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

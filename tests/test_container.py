@@ -1,12 +1,11 @@
-import contextlib
 import hashlib
 import json
 import os
-import resource
 
 import numpy as np
 import pytest
 import torch
+from disks import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -228,17 +227,6 @@ def test_a_file_without_a_hash_or_with_anothers_is_damaged(path):
     save_file(tensors, path, metadata={"kclib": text})
     with pytest.raises(DamagedFileError, match="description"):
         read(path)
-
-
-@contextlib.contextmanager
-def full_disk():
-    """The file system refuses any file above 20,000 bytes (as in test_store.py)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_scraps(path):

@@ -21,13 +21,7 @@ EACH = pytest.mark.parametrize("how", HOW, ids=["plain", "scaled", "turned", "bo
 HALVES = [torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small only wait for more, and longest where other processes run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layer_of(

@@ -1,10 +1,9 @@
-import contextlib
 import os
-import resource
 import tempfile
 
 import numpy as np
 import pytest
+from disks import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -101,22 +100,6 @@ def test_an_entry_of_other_bytes_is_a_miss(store):
     path = store.put(entry())
     path.write_bytes(b"\xff" * path.stat().st_size)
     assert store.get(KEY) is None
-
-
-@contextlib.contextmanager
-def full_disk():
-    """
-    The file system refuses any file above 20,000 bytes.
-
-    The limit holds for the whole process, so for pytest's own output too where that goes to a long log file:
-    it is lifted before the test ends, not by a fixture after pytest has written the test's dot.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_write_that_fails_leaves_the_old_entry_and_no_scraps(store):
