@@ -4,7 +4,7 @@ PROFILE ?= smoke
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab test lint bench train clean
+.PHONY: help setup run lab dashboard test lint bench train clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -21,6 +21,9 @@ run: setup  ## Run all notebooks and write the report (PROFILE=smoke|full|imagen
 lab: setup  ## Open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
+dashboard: setup  ## Serve notebook 04's explorer alone, as a page (Voila)
+	$(BIN)/voila notebooks/04-clustering.ipynb --Voila.config_file_paths=notebooks/dashboard
+
 test: setup  ## Run the tests
 	$(BIN)/python -m pytest
 
@@ -33,6 +36,7 @@ lint: setup  ## Check style, import order, and that notebooks carry no outputs
 bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of other kernels; about an hour, resumable)
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.similarity
 	$(BIN)/python -m benchmarks.kmeans $(WEIGHTS)
 
 train: setup  ## Train the shipped model again (START=features.safetensors; resumable, about an hour)

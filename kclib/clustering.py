@@ -1,15 +1,12 @@
 """Cluster the kernels of a bank: per layer, globally, or in any grouping of layers."""
 
 import functools
-import math
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from kclib import kmeans, parallel, symmetry
+from kclib import bars, kmeans, parallel, symmetry
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
 
@@ -157,7 +154,7 @@ def cluster(
     if scaled or turned:
         method = functools.partial(symmetry.kmeans, scaled=scaled, turned=turned)
     inside = 1 if len(members) >= n_threads else n_threads
-    with _Bar(len(bank), kmeans.memory(*bank.points.shape, max(wanted.values())), progress) as bar:
+    with bars.Fits(len(bank), kmeans.memory(*bank.points.shape, max(wanted.values())), progress) as bar:
 
         def fit(i: int) -> kmeans.KMeans | symmetry.SymmetricKMeans:
             name = largest_first[i]
@@ -166,8 +163,33 @@ def cluster(
             return method(points[name], k, seed=seed, n_threads=inside, progress=report)
 
         found = dict(zip(largest_first, parallel.side_by_side(fit, len(members), n_threads), strict=True))
+    return of_fits(bank, found, wanted, scope=scope, scaled=scaled, turned=turned, seed=seed)
+
+
+def of_fits(
+    bank: KernelBank,
+    found: Mapping[str, kmeans.KMeans | symmetry.SymmetricKMeans],
+    wanted: Mapping[str, int],
+    *,
+    scope: str | Mapping[str, str],
+    scaled: bool = False,
+    turned: bool = False,
+    seed: int = 0,
+) -> Clustering:
+    """Return fits of each group's kernels (rungs of a `kmeans.ladder`, say) as the clustering of a bank.
+
+    Parameters
+    ----------
+    bank, scope, scaled, turned, seed
+        As in `cluster`.
+    found : mapping of str to KMeans or SymmetricKMeans
+        By group.
+    wanted : mapping of str to int
+        Clusters that each group was asked for.
+    """
     groups = tuple(
-        _group(bank, name, layers, found[name], scaled, turned) for name, layers in members.items()
+        _group(bank, name, layers, found[name], scaled, turned)
+        for name, layers in grouping(bank, scope).items()
     )
     notes = tuple(
         f"{group.name}: {group.n_clusters} clusters in place of {wanted[group.name]}, "
@@ -178,46 +200,12 @@ def cluster(
     return Clustering(groups, scope if isinstance(scope, str) else "mapping", seed, notes)
 
 
-def of_all(bank: KernelBank, found: kmeans.KMeans, seed: int) -> Clustering:
-    """Return a fit of all kernels of a bank (a rung of `kmeans.ladder`, say) as one of scope ``global``."""
-    return Clustering((_group(bank, "global", bank.layers, found),), "global", seed)
-
-
 def _group(
-    bank: KernelBank, name: str, layers: tuple[Layer, ...], found, scaled=False, turned=False
+    bank: KernelBank, name: str, layers: tuple[Layer, ...], found, scaled: bool, turned: bool
 ) -> Group:
     codebook = found.centres.reshape(-1, *bank.size)
     scales, turns = found.scales if scaled else None, found.transforms if turned else None
     return Group(name, layers, codebook, found.labels, found.inertia, scales, turns)
-
-
-class _Bar:
-    """A progress bar over kernels that several fits advance from their threads."""
-
-    def __init__(self, total: int, memory: int, shown: bool):
-        self.inertias, self.lock = {}, threading.Lock()
-        self.bar = tqdm(
-            total=total, desc=f"clustering (up to {memory / 2**30:.1f} GiB)", unit="kernel", unit_scale=True,
-            delay=2, leave=False, disable=not shown,
-        )  # fmt: skip
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def of(self, name: str, n: int) -> Callable[[kmeans.Step], None]:
-        """Return what the fit of one group of n kernels calls."""
-
-        def step(step: kmeans.Step) -> None:
-            with self.lock:
-                if not math.isnan(step.inertia):
-                    self.inertias[name] = step.inertia
-                    self.bar.set_postfix_str(f"inertia {sum(self.inertias.values()):.4g}", refresh=False)
-                self.bar.update(min(step.share * n, self.bar.total - self.bar.n))  # shares are rounded
-
-        return step
 
 
 def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tuple[Layer, ...]]:

@@ -78,7 +78,7 @@ def load(name: str = "fashion-mnist", split: str = "test", *, limit: int | None 
         loaded = _LOADERS[name](split)
     else:
         raise UnknownNameError("data set", name, names())
-    return loaded if limit is None else _limited(loaded, limit)
+    return loaded if limit is None else limited(loaded, limit)
 
 
 def names() -> tuple[str, ...]:
@@ -152,7 +152,14 @@ class _Preprocessed(Dataset):
         return self.preprocess(self.images[index][0])
 
 
-def _limited(data: ImageSet, limit: int) -> ImageSet:
+def limited(data: ImageSet, limit: int) -> ImageSet:
+    """Return `limit` images drawn at random, the same whenever it is asked.
+
+    Raises
+    ------
+    InvalidValueError
+        A limit below 1 or above the number of images.
+    """
     if not 1 <= limit <= len(data):
         raise InvalidValueError(f"limit is {limit}; {data.name} has 1 to {len(data)} images.")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))

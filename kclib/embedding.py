@@ -1,59 +1,212 @@
-"""Two-dimensional maps of kernels (UMAP), fitted once and kept in the store."""
+"""Two-dimensional maps of kernels (UMAP): neighbours and layouts, found once and kept in the store."""
 
 import hashlib
+import warnings
+from dataclasses import dataclass
 
 import numpy as np
 from sklearn import manifold
+from tqdm.auto import tqdm
 
+from kclib import distances, neighbours
+from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.store import Entry, Store
 
+# What is compared, by the name of a map: the kernels, their shapes, or the kernels up to flips and rotations.
+named_maps = {"raw": "euclidean", "unit": "cosine", "symmetric": "symmetric"}
+_BLOCK = 1 << 15  # kernels placed at a time; below ten thousand, UMAP takes thrice the rounds
+_METHOD = 2  # part of every key: raise it when the same inputs would give other results
 
-def unit(points: np.ndarray) -> np.ndarray:
-    """Return `points` ``(n, d)`` scaled to length 1; all-zero rows stay zero."""
-    length = np.linalg.norm(points, axis=1, keepdims=True)
-    return points / np.where(length > 0, length, 1)
+
+@dataclass(frozen=True)
+class Graph:
+    """Kernels and their exact nearest neighbours: what every layout of them starts from.
+
+    Attributes
+    ----------
+    kind : str
+        One of `named_maps`.
+    points : numpy.ndarray
+        float32 ``(n, d)``: the kernels as they are compared.
+    indices : numpy.ndarray
+        int32 ``(n, k)``: each kernel itself, and its nearest others.
+    distances : numpy.ndarray
+        float32 ``(n, k)``.
+    """
+
+    kind: str
+    points: np.ndarray
+    indices: np.ndarray
+    distances: np.ndarray
+
+
+def graph(
+    points: np.ndarray, *, kind: str = "unit", n_neighbors: int = 15, store: Store | None = None
+) -> Graph:
+    """Find the nearest neighbours of kernels, as many as the widest layout will ask for.
+
+    Parameters
+    ----------
+    points : numpy.ndarray
+        float32 ``(n, d)``.
+    kind : {"raw", "unit", "symmetric"}
+        Compare kernels as they are, scaled to length 1, or as they are up to flips and rotations. Kernels of
+        zeros have no shape and lie at the centre of a ``unit`` map's points.
+    n_neighbors : int
+        Neighbours, each kernel itself counted as one (as UMAP does).
+    store : Store, optional
+        The default store if None.
+
+    Raises
+    ------
+    UnknownNameError, InvalidValueError
+        `n_neighbors` below 2 or above n; kernels to be turned that are not square.
+    """
+    if kind not in named_maps:
+        raise UnknownNameError("kind of map", kind, named_maps)
+    if not 2 <= n_neighbors <= len(points):
+        raise InvalidValueError(f"n_neighbors is {n_neighbors}; it must be 2 to {len(points)}, the kernels.")
+    store, named = store or Store(), distances.named(named_maps[kind])
+    prepared = np.ascontiguousarray(named.prepare(points))
+    key = {"neighbours": _hash(prepared), "kind": kind, "n_neighbors": n_neighbors, "method": _METHOD}
+    entry = store.get(key)
+    if entry is None:
+        turns, signs = named.orbit(prepared.shape[1])
+        found = neighbours.nearest(prepared, k=n_neighbors - 1, turns=turns, signs=signs)
+        itself = np.arange(len(prepared), dtype=np.int32)[:, None]
+        arrays = {
+            "indices": np.hstack([itself, found.indices]),
+            "distances": np.hstack([np.zeros_like(itself, np.float32), np.sqrt(found.squared)]),
+        }
+        entry = Entry(key, {"n": len(prepared)}, arrays)
+        store.put(entry)
+    return Graph(kind, prepared, entry.arrays["indices"], entry.arrays["distances"])
 
 
 def layout(
-    points: np.ndarray,
+    graph: Graph,
     *,
     n_neighbors: int = 15,
     min_dist: float = 0.1,
     seed: int = 0,
     store: Store | None = None,
 ) -> np.ndarray:
-    """Return a UMAP embedding (McInnes, Healy, Melville 2018) of `points` ``(n, d)``, float32 ``(n, 2)``.
+    """Return a UMAP embedding (McInnes, Healy, Melville 2018) of a graph's kernels, float32 ``(n, 2)``.
 
-    Euclidean distances; pass `unit` points to compare shapes. Fitted on one thread, for a seed's sake,
-    and kept in `store` (the default store if None). Coordinates differ between machines; neighbourhoods
-    do not.
+    Fitted on one thread, for a seed's sake, and kept in `store` (the default store if None). Coordinates
+    differ between machines; neighbourhoods do not.
+
+    Parameters
+    ----------
+    graph : Graph
+    n_neighbors : int
+        How many of the graph's neighbours shape the map, 2 to all; more show coarser structure.
+    min_dist : float
+        How close points may lie, 0 to 1.
+    seed : int
+    store : Store, optional
+
+    Raises
+    ------
+    InvalidValueError
     """
-    store = store or Store()
+    _check_settings(graph, n_neighbors, min_dist)
+    store, nearest = store or Store(), _nearest(graph, n_neighbors)
     key = {
-        "umap": hashlib.sha256(np.ascontiguousarray(points)).hexdigest(),
-        "shape": list(points.shape),
+        "umap": [_hash(x) for x in (graph.points, *nearest)],
         "n_neighbors": n_neighbors,
         "min_dist": min_dist,
         "seed": seed,
+        "method": _METHOD,
     }
     if (entry := store.get(key)) is not None:
         return entry.arrays["layout"]
-    import umap  # takes many seconds to import, so only where a fit is needed
-
-    model = umap.UMAP(
-        n_neighbors=n_neighbors, min_dist=min_dist, random_state=seed, n_jobs=1,
-        tqdm_kwds={"desc": "UMAP", "leave": False}, verbose=False,
-    )  # fmt: skip
-    placed = model.fit_transform(points).astype(np.float32)
-    store.put(Entry(key, {"n": len(points)}, {"layout": placed}))
+    placed = _fitted(graph, n_neighbors, min_dist, seed).embedding_.astype(np.float32)
+    store.put(Entry(key, {"n": len(placed)}, {"layout": placed}))
     return placed
 
 
-def trustworthiness(points: np.ndarray, layout: np.ndarray, *, limit: int = 2000, seed: int = 0) -> float:
+def placed(
+    graph: Graph, others: np.ndarray, *, n_neighbors: int = 15, min_dist: float = 0.1, seed: int = 0
+) -> np.ndarray:
+    """Return where other kernels fall on a map of `graph`, float32 ``(m, 2)``, by UMAP's `transform`.
+
+    Parameters
+    ----------
+    graph : Graph
+        Of kind ``raw`` or ``unit``.
+    others : numpy.ndarray
+        float32 ``(m, d)``: any number of kernels, taken in blocks.
+    n_neighbors, min_dist, seed
+        As in `layout`.
+
+    Raises
+    ------
+    InvalidValueError
+        A symmetric graph: UMAP's search does not turn kernels.
+    """
+    if graph.kind == "symmetric":
+        raise InvalidValueError("UMAP can place kernels on a raw or a unit map, not on a symmetric one.")
+    _check_settings(graph, n_neighbors, min_dist)
+    import pynndescent
+
+    index = pynndescent.NNDescent(graph.points, n_neighbors=n_neighbors, random_state=seed, n_jobs=1)
+    model = _fitted(graph, n_neighbors, min_dist, seed, index)
+    prepare, result = distances.named(named_maps[graph.kind]).prepare, np.empty((len(others), 2), np.float32)
+    parts = np.array_split(np.arange(len(others)), max(1, len(others) // _BLOCK)) if len(others) else ()
+    with tqdm(total=len(others), desc="placing", unit="kernel", unit_scale=True, delay=2, leave=False) as bar:
+        for rows in parts:
+            result[rows] = model.transform(np.ascontiguousarray(prepare(others[rows])))
+            bar.update(len(rows))
+    return result
+
+
+def trustworthiness(graph: Graph, layout: np.ndarray, *, limit: int = 2000, seed: int = 0) -> float:
     """Return how far neighbours on the map are neighbours in kernel space, 0 to 1.
 
-    Venna and Kaski 2001, over 15 neighbours, on at most `limit` points drawn at random (its cost in memory
-    grows with their square).
+    Venna and Kaski 2001, over 15 neighbours (fewer than half the points where those are few), in the graph's
+    own distance, on at most `limit` points drawn at random (its cost in memory grows with their square).
     """
-    chosen = np.random.default_rng(seed).permutation(len(points))[:limit]
-    return float(manifold.trustworthiness(points[chosen], layout[chosen], n_neighbors=15))
+    chosen = np.random.default_rng(seed).permutation(len(layout))[:limit]
+    points = graph.points[chosen]
+    turns, signs = distances.named(named_maps[graph.kind]).orbit(points.shape[1])
+    apart = np.full((len(points), len(points)), np.inf)
+    for turn, sign in zip(turns, signs, strict=True):
+        turned = sign * points[:, turn]
+        apart = np.minimum(apart, np.square(points[:, None] - turned[None]).sum(axis=2))
+    apart = np.sqrt(np.minimum(apart, apart.T))  # rounding may tell the two directions apart
+    n_neighbors = min(15, (len(chosen) - 1) // 2)
+    return float(
+        manifold.trustworthiness(apart, layout[chosen], n_neighbors=n_neighbors, metric="precomputed")
+    )
+
+
+def _check_settings(graph: Graph, n_neighbors: int, min_dist: float) -> None:
+    known = graph.indices.shape[1]
+    if not 2 <= n_neighbors <= known:
+        raise InvalidValueError(f"n_neighbors is {n_neighbors}; it must be 2 to {known}, the graph's.")
+    if not 0 <= min_dist <= 1:
+        raise InvalidValueError(f"min_dist is {min_dist}; it must be from 0 to 1.")
+
+
+def _fitted(graph: Graph, n_neighbors: int, min_dist: float, seed: int, *index):
+    """Return a UMAP model that took its neighbours from the graph; with their index it can place others."""
+    import umap  # takes many seconds to import, so only where a fit is needed
+
+    nearest = (*_nearest(graph, n_neighbors), *index)
+    model = umap.UMAP(
+        n_neighbors=n_neighbors, min_dist=min_dist, random_state=seed, n_jobs=1, precomputed_knn=nearest,
+        tqdm_kwds={"desc": "UMAP", "leave": False}, verbose=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():  # that without an index it cannot place others, and that few are few
+        warnings.filterwarnings("ignore", "precomputed_knn")
+        return model.fit(graph.points)
+
+
+def _nearest(graph: Graph, n_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
+    return graph.indices[:, :n_neighbors].copy(), graph.distances[:, :n_neighbors].copy()
+
+
+def _hash(array: np.ndarray) -> str:
+    array = np.ascontiguousarray(array)
+    return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()

@@ -28,6 +28,10 @@ class NotEnoughMemoryError(KclibError, MemoryError):
     """A computation would not fit into the memory that is free; the sentence says how much it takes."""
 
 
+class StoppedError(KclibError):
+    """Work ended early because its caller said so."""
+
+
 class NotebookError(KclibError):
     """A notebook of a batch failed; the executed copy with its error is kept."""
 

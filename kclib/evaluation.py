@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from kclib import datasets, kernels
-from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.errors import InvalidValueError, StoppedError, UnknownNameError
 from kclib.models import Model
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,7 +104,7 @@ def evaluate(
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
-    progress: bool = True,
+    progress: bool | Callable[[float], object] = True,
 ) -> Evaluation:
     """Run `model` over all images of `data`.
 
@@ -116,13 +117,16 @@ def evaluate(
     device : str or torch.device
     precision : {"fp32", "bf16", "fp16"}
         Autocast precision of the convolutions.
-    progress : bool
-        Whether to show a progress bar.
+    progress : bool or callable
+        Whether to show a progress bar; or, in place of one, what is called with the share of the images done.
+        A true answer ends the evaluation.
 
     Raises
     ------
     InvalidValueError, UnknownNameError
         A model that answers other classes than the data set has; an unknown precision.
+    StoppedError
+        `progress` ended it.
     """
     if precision not in _AUTOCAST:
         raise UnknownNameError("precision", precision, _AUTOCAST)
@@ -132,11 +136,11 @@ def evaluate(
         data = datasets.aligned(data, model.classes)
     network = kernels.copied(model.network).eval().to(device, memory_format=torch.channels_last)
     start = time.perf_counter()
-    predictions, in_top5 = [], []
+    predictions, in_top5, done = [], [], 0
     with (
         torch.inference_mode(),
         torch.autocast(torch.device(device).type, _AUTOCAST[precision], enabled=precision != "fp32"),
-        tqdm(total=len(data), desc=model.name, unit="image", delay=2, disable=not progress) as bar,
+        tqdm(total=len(data), desc=model.name, unit="image", delay=2, disable=progress is not True) as bar,
     ):
         for inputs, labels in datasets.batches(
             data, model.preprocess, batch_size, workers=min(4, os.cpu_count() or 1)
@@ -147,6 +151,9 @@ def evaluate(
             predictions.append(top[:, 0])
             in_top5.append((top == labels[:, None]).any(1))
             bar.update(len(labels))
+            done += len(labels)
+            if callable(progress) and progress(done / len(data)):
+                raise StoppedError(f"the evaluation was stopped after {done:,} of {len(data):,} images.")
     return Evaluation(
         torch.cat(predictions).numpy(),
         data.labels.numpy(),

@@ -1,124 +1,189 @@
-"""Widgets: a controller that can be tested without a browser, under a thin ipywidgets view."""
+"""The explorers of similarity and of maps, in plain Python; `views` shows them."""
 
-import io
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 
-import ipywidgets as widgets
-import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
-from kclib import clustering, figures, kmeans
-from kclib.clustering import Clustering
+from kclib import distances, embedding, figures, kmeans, nulls, pairs, similarity, symmetry
+from kclib.errors import InvalidValueError, StoppedError, UnknownNameError
 from kclib.kernels import KernelBank
+from kclib.questions import Answer, Explorer, Stale
 
-ALL_LAYERS = "all layers, one codebook"
-RUNGS = (16, 64, 256, 1024, 4096)
+_MOST = 3000  # kernels compared at once: an answer within a second or two
+COLOURS = ("layer", "norm", "cluster")
 
 
-class ClusterExplorer:
-    """The state behind the cluster-count slider: one layer or all of them, clustered at any K.
+@dataclass(frozen=True)
+class SimilarityQuestion:
+    """How alike the kernels of these layers are by this distance."""
+
+    layers: tuple[str, ...]
+    distance: str = "cosine"
+
+
+class SimilarityExplorer(Explorer[SimilarityQuestion]):
+    """Pairs of sampled kernels by distance, over the null models.
 
     Parameters
     ----------
     bank : KernelBank
+    rows : numpy.ndarray
+        Sampled rows of the bank.
+    n_bins, seed : int
+    """
+
+    def __init__(self, bank: KernelBank, rows: np.ndarray, *, n_bins: int = 80, seed: int = 0):
+        super().__init__(SimilarityQuestion((bank.layers[len(bank.layers) // 2].name,)))
+        self.bank, self.rows, self.n_bins, self.seed = bank, rows, n_bins, seed
+
+    def check(self, question: SimilarityQuestion) -> None:
+        """Raise a KclibError for an unknown layer or distance, or no layer."""
+        self.bank.only(*question.layers)
+        distances.named(question.distance)
+
+    def answered(self, question: SimilarityQuestion, stale: Stale) -> Answer[SimilarityQuestion]:
+        """Return the histogram over its null models, and how much closer real kernels are."""
+        named = distances.named(question.distance)
+        rows = rows_of(self.bank, self.rows, question.layers)
+        points = self.bank.points[rows[:: -(-len(rows) // _MOST) or 1]]
+        points = points[named.comparable(points)]
+        if len(points) < 3:
+            raise InvalidValueError(
+                f"{len(points)} sampled kernels of {called(self.bank, question.layers)} can be compared; "
+                "give at least 3."
+            )
+        sets = {"real kernels": points}
+        sets |= {null: nulls.drawn(null, points, seed=self.seed) for null in nulls.named_nulls}
+        largest = named.largest
+        if np.isinf(largest):
+            largest = 2 * np.linalg.norm(points, axis=1).max()
+        edges, found, nearest = np.linspace(0, largest, self.n_bins + 1), {}, {}
+        for name, kernels_ in sets.items():
+            if stale():
+                raise StoppedError("a newer question came.")
+            found[name] = pairs.pair_histogram(kernels_, edges, distance=question.distance)
+            nearest[name] = np.median(similarity.nearest_distances(kernels_, distance=question.distance))
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        ax = figures.distance_histograms(found, xlabel=axis(named), ax=figure.subplots())
+        ax.set_title(
+            f"{called(self.bank, question.layers)}: all pairs of {len(points):,} kernels", fontsize=10
+        )
+        real = nearest.pop("real kernels")
+        facts = {"kernels compared": f"{len(points):,}", "median distance to the nearest": f"{real:.3g}"}
+        facts |= {f"in “{name}”": f"{value:.3g}" for name, value in nearest.items()}
+        return Answer(question, figure, facts)
+
+
+@dataclass(frozen=True)
+class MapQuestion:
+    """Which map, of which layers, in which colours."""
+
+    layers: tuple[str, ...]
+    kind: str
+    colour: str = "layer"
+    n_clusters: int = 16
+
+
+class MapExplorer(Explorer[MapQuestion]):
+    """Maps of the same sampled kernels, coloured by layer, norm or cluster.
+
+    Parameters
+    ----------
+    bank : KernelBank
+    rows : numpy.ndarray
+        Sampled rows of the bank, int ``(n,)``.
+    graphs : mapping of str to embedding.Graph
+        By kind of map.
+    layouts : mapping of str to numpy.ndarray
+        float32 ``(n, 2)`` for each.
     seed : int
-    shown : int
-        Representatives drawn on the codebook sheet, the most used first.
-    progress : callable, optional
-        Called with the share of the work done, 0 to 1, while a choice is clustered for the first time.
+        Of the clusters.
     """
 
     def __init__(
         self,
         bank: KernelBank,
+        rows: np.ndarray,
+        graphs: Mapping[str, embedding.Graph],
+        layouts: Mapping[str, np.ndarray],
         *,
         seed: int = 0,
-        shown: int = 64,
-        progress: Callable[[float], None] | None = None,
     ):
-        self.bank, self.seed, self.shown, self.progress = bank, seed, shown, progress
-        self.ladder = lru_cache(maxsize=None)(self._ladder)
-        self.cluster = lru_cache(maxsize=64)(self._cluster)
+        kind = "unit" if "unit" in graphs else next(iter(graphs))
+        every = tuple(layer.name for layer in bank.layers)
+        super().__init__(MapQuestion(every, kind, n_clusters=min(16, len(rows))))
+        self.bank, self.rows, self.graphs, self.layouts, self.seed = bank, rows, graphs, layouts, seed
+        self.labels = lru_cache(maxsize=64)(self._labels)
 
     @property
-    def choices(self) -> tuple[str, ...]:
-        """What can be clustered: all layers at once, or each by name."""
-        return (ALL_LAYERS, *(layer.name for layer in self.bank.layers))
+    def largest(self) -> int:
+        """The largest number of clusters: as many as kernels on the map."""
+        return len(self.rows)
 
-    def largest(self, choice: str) -> int:
-        """Return the number of kernels of a choice, its largest K."""
-        return len(self.bank) if choice == ALL_LAYERS else self.bank.layer(choice).n_kernels
+    def check(self, question: MapQuestion) -> None:
+        """Raise a KclibError for what is not there."""
+        self.bank.only(*question.layers)
+        known("kind of map", question.kind, self.graphs)
+        known("colour", question.colour, COLOURS)
+        between(question.n_clusters, self.largest)
 
-    def figure(self, choice: str, n_clusters: int) -> Figure:
-        """Return the codebook by use, and the cluster sizes, as a new figure."""
-        result = self.cluster(choice, min(n_clusters, self.largest(choice)))
-        codebook, counts = clustering.by_use(result.groups[0])
-        fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-        shown = min(self.shown, len(codebook))
-        figures.kernel_sheet(codebook[:shown], counts=counts[:shown], columns=8, ax=left)
-        left.set_title(f"the {shown} most used of {len(codebook):,} representatives", fontsize=10)
-        figures.cluster_sizes(counts, ax=right)
-        fig.suptitle(
-            f"{choice}: {result.n_kernels:,} kernels, K = {result.n_clusters:,}, "
-            f"{100 * result.kernels_removed:.3f} % removed, inertia {result.inertia:.4g}",
-            fontsize=11,
-        )
-        return fig
+    def answered(self, question: MapQuestion, stale: Stale) -> Answer[MapQuestion]:
+        """Return the map."""
+        shown = np.isin(self.rows, rows_of(self.bank, self.rows, question.layers))
+        rows, layout = self.rows[shown], self.layouts[question.kind][shown]
+        figure = Figure(figsize=(10, 5.5), layout="constrained")
+        ax = figure.subplots()
+        facts = {"kernels on the map": f"{len(rows):,}"}
+        if question.colour == "layer":
+            names = [layer.name for layer in self.bank.layers]
+            colour, label = pd.Categorical(self.bank.origin(rows).layer, names), "layer"
+        elif question.colour == "norm":
+            norms = np.linalg.norm(self.bank.points[rows], axis=1)
+            colour, label = np.log10(np.maximum(norms, 1e-8)), "log10 of the kernel norm (weight units)"
+        else:
+            labels = self.labels(question.kind, question.n_clusters)
+            colour, label = labels[shown], f"{labels.max() + 1:,} clusters (colours repeat after 20)"
+        figures.embedding(layout, colour, label=label, limits=self.layouts[question.kind], ax=ax)
+        figure.suptitle(f"{question.kind} kernels, {called(self.bank, question.layers)}", fontsize=11)
+        return Answer(question, figure, facts)
 
-    def _bank(self, choice: str) -> KernelBank:
-        return self.bank if choice == ALL_LAYERS else self.bank.only(choice)
-
-    def _ladder(self, choice: str) -> kmeans.Ladder:
-        """Cluster a choice at a few K, from which any other K is a fraction of a second away."""
-        bank, done = self._bank(choice), 0.0
-
-        def report(step: kmeans.Step) -> None:
-            nonlocal done
-            done += step.share
-            if self.progress:
-                self.progress(min(done, 1.0))
-
-        ks = [k for k in RUNGS if k <= len(bank)] or [len(bank)]
-        return kmeans.ladder(bank.points, ks, tol=0.01, seed=self.seed, progress=report)
-
-    def _cluster(self, choice: str, n_clusters: int) -> Clustering:
-        found = self.ladder(choice).at(n_clusters)
-        return clustering.of_all(self._bank(choice), found, self.seed)
+    def _labels(self, kind: str, n_clusters: int) -> np.ndarray:
+        points = self.graphs[kind].points
+        if kind == "symmetric":
+            return symmetry.kmeans(points, n_clusters, turned=True, seed=self.seed).labels
+        return kmeans.kmeans(points, n_clusters, seed=self.seed).labels
 
 
-def cluster_explorer(explorer: ClusterExplorer, *, n_clusters: int = 64) -> widgets.VBox:
-    """Return the view: a choice of layer and a slider for K, and the picture they lead to.
-
-    The picture is an image widget, not an output area: it does not flicker, and in batch a client that
-    fills output areas can miss the kernel's reply and wait for ever (nbclient issue 312).
-    """
-    choice = widgets.Dropdown(
-        options=explorer.choices, description="layer", value=explorer.choices[len(explorer.choices) // 2]
-    )
-    counts = sorted({n_clusters, *(2**power for power in range(1, 15))})
-    count = widgets.SelectionSlider(
-        options=[(f"{k:,}", k) for k in counts], value=n_clusters,
-        description="clusters K", continuous_update=False,
-    )  # fmt: skip
-    status = widgets.Label()
-    picture = widgets.Image(format="png")
-    explorer.progress = lambda share: setattr(status, "value", f"clustering … {share:.0%}")
-
-    def show(_=None) -> None:
-        status.value = "clustering …"
-        picture.value = _png(explorer.figure(choice.value, count.value))
-        status.value = ""
-
-    choice.observe(show, "value")
-    count.observe(show, "value")
-    show()
-    return widgets.VBox([widgets.HBox([choice, count, status]), picture])
+def known(kind: str, name: str, names: Iterable[str]) -> None:
+    """Raise UnknownNameError if `name` is none of `names`."""
+    if name not in names:
+        raise UnknownNameError(kind, name, names)
 
 
-def _png(fig: Figure) -> bytes:
-    """Return a figure as PNG and close it."""
-    png = io.BytesIO()
-    fig.savefig(png, format="png")
-    plt.close(fig)
-    return png.getvalue()
+def between(n_clusters: int, largest: int) -> None:
+    """Raise InvalidValueError if a number of clusters is not from 2 to `largest`."""
+    if not isinstance(n_clusters, Integral) or not 2 <= n_clusters <= largest:
+        raise InvalidValueError(f"K is {n_clusters}; it must be from 2 to {largest:,}.")
+
+
+def called(bank: KernelBank, layers: tuple[str, ...]) -> str:
+    """Name a choice of layers for a title."""
+    layers = tuple(dict.fromkeys(layers))
+    if len(layers) == len(bank.layers):
+        return f"all {len(layers)} layers" if len(layers) > 1 else layers[0]
+    return layers[0] if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} … {layers[-1]}"
+
+
+def axis(named: distances.Distance) -> str:
+    """Label an axis with a distance and its unit."""
+    return f"{named.name} distance ({named.unit})"
+
+
+def rows_of(bank: KernelBank, rows: np.ndarray, layers: Iterable[str]) -> np.ndarray:
+    """Return those of the rows that belong to some layers, in their order."""
+    return rows[np.isin(rows, np.concatenate([bank.layer(name).of(rows) for name in layers]))]

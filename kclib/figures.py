@@ -1,7 +1,7 @@
 """Pictures: each function draws given values on an axes and returns it; none computes, saves or shows."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,36 +10,50 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from kclib.pairs import PairHistogram
+
 # Matsui et al., IPSJ SIG Technical Report 2018-SLDM-183 no. 32: VGG-16 on ImageNet.
 REPORT_POINT = {"kernels_removed": 85.6, "bytes_removed": 79.35, "drop": 9.0}
 
 
 def kernel_sheet(
-    weights: np.ndarray, *, counts: np.ndarray | None = None, columns: int = 16, ax: Axes | None = None
+    weights: np.ndarray,
+    *,
+    counts: np.ndarray | None = None,
+    captions: Sequence[str] | None = None,
+    columns: int = 16,
+    one_scale: bool = False,
+    ax: Axes | None = None,
 ) -> Axes:
-    """Draw kernels as small images, row by row, each scaled to its own largest absolute weight.
+    """Draw kernels as small images, row by row.
 
     Parameters
     ----------
     weights : numpy.ndarray
         ``(m, kh, kw)``. Blue is negative, white zero, red positive.
     counts : numpy.ndarray, optional
-        int ``(m,)``, written under each kernel.
+        int ``(m,)``, written under each kernel in short form.
+    captions : sequence of str, optional
+        Written under each kernel as they are, in place of counts.
     columns : int
         Kernels a row.
+    one_scale : bool
+        Whether colours compare between kernels; by default each is scaled to its own largest absolute weight.
     """
     ax = ax or plt.gca()
     m, height, width = weights.shape
     rows = -(-m // columns)
-    gap = 1 if counts is None else 2
+    if counts is not None:
+        captions = [_short(count) for count in counts]
+    gap = 1 if captions is None else 2
     sheet = np.full((rows * (height + gap), columns * (width + 1) - 1), np.nan)
-    scale = np.abs(weights).max(axis=(1, 2), keepdims=True)
+    scale = np.abs(weights).max(axis=None if one_scale else (1, 2), keepdims=True)
     scaled = weights / np.where(scale > 0, scale, 1)
     for i, kernel in enumerate(scaled):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + 1)
         sheet[top : top + height, left : left + width] = kernel
-        if counts is not None:
-            ax.text(left + width / 2 - 0.5, top + height, _short(counts[i]), ha="center", va="center",
+        if captions is not None:
+            ax.text(left + width / 2 - 0.5, top + height, captions[i], ha="center", va="center",
                     fontsize=7)  # fmt: skip
     ax.imshow(sheet, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     ax.set_axis_off()
@@ -69,39 +83,98 @@ def norm_histogram(norms: dict[str, np.ndarray], *, ax: Axes | None = None) -> A
 
 
 def distance_histograms(
-    counts: dict[str, np.ndarray],
-    edges: np.ndarray,
-    *,
-    xlabel: str,
-    reference: np.ndarray | None = None,
-    ax: Axes | None = None,
+    histograms: Mapping[str, PairHistogram], *, xlabel: str, legend: bool = True, ax: Axes | None = None
 ) -> Axes:
-    """Draw the share of pairs by distance, one curve a name, coloured in order.
+    """Draw the share of pairs by distance, one curve a name, in a band of two standard errors.
 
     Parameters
     ----------
-    counts : dict of str to numpy.ndarray
-        Pairs ``(b,)`` in each bin.
-    edges : numpy.ndarray
-        ``(b + 1,)`` bin edges, of equal width on the axis they are drawn on.
-    reference : numpy.ndarray, optional
-        ``(b,)`` shares of pairs that unrelated kernels would show, drawn dashed.
+    histograms : mapping of str to PairHistogram
+        All with the same edges, of equal width on the axis they are drawn on. Up to four are told apart as
+        kinds, the first filled; more as an order, from dark to bright.
+    xlabel : str
+    legend : bool
     """
     ax = ax or plt.gca()
-    colours = sns.color_palette("viridis", len(counts))
-    for (name, pairs), colour in zip(counts.items(), colours, strict=True):
-        ax.stairs(100 * pairs / max(pairs.sum(), 1), edges, color=colour, label=name, linewidth=1.3)
-    if reference is not None:
-        ax.stairs(100 * reference, edges, color="k", linestyle="--", label="unrelated shapes")
+    few = len(histograms) <= 4
+    colours = sns.color_palette() if few else sns.color_palette("viridis", len(histograms))
+    for i, (name, found) in enumerate(histograms.items()):
+        shares, band = 100 * found.shares, 200 * found.error
+        ax.stairs(shares, found.edges, color=colours[i], label=name, linewidth=1.3)
+        if few and i == 0:
+            ax.stairs(shares, found.edges, color=colours[i], fill=True, alpha=0.15)
+        if band.any():
+            low, high = (np.append(x, x[-1]) for x in (shares - band, shares + band))
+            strength = 0.2 if few else 0.1
+            ax.fill_between(
+                found.edges, low, high, step="post", color=colours[i], alpha=strength, linewidth=0
+            )
+    edges = found.edges
     ax.set(xlabel=xlabel, ylabel="pairs in each bin (%)", xlim=(edges[0], edges[-1]), ylim=(0, None))
+    if legend:
+        ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def closeness(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw how much closer kernels are to their nearest neighbours than null models say.
+
+    `table` is that of `similarity.closeness`; bars are its 95 % intervals.
+    """
+    ax = ax or plt.gca()
+    layers = list(dict.fromkeys(table.layer))
+    for i, (null, rows) in enumerate(table.groupby("null", sort=False)):
+        places = np.array([layers.index(layer) for layer in rows.layer]) + 0.18 * (i - 1)
+        bars = [rows.ratio - rows.low, rows.high - rows.ratio]
+        ax.errorbar(places, rows.ratio, bars, marker="osD^v"[i % 5], markersize=4, capsize=2, linestyle="",
+                    label=null)  # fmt: skip
+    ax.axhline(1, color="0.4", linestyle="--", linewidth=1, label="no closer than chance")
+    ax.set_xticks(range(len(layers)), layers, rotation=45, ha="right")
+    ax.set(yscale="log", ylabel="distance to the nearest kernel,\nby chance / as it is")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
+    ax.grid(axis="y", alpha=0.3)
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
+def layers_by_layers(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw how well each codebook describes each layer, as `similarity.explained` returns it, in percent."""
+    ax = ax or plt.gca()
+    sns.heatmap(
+        table, annot=True, fmt=".0f", annot_kws={"fontsize": 7}, cmap="viridis", vmin=0, vmax=100, ax=ax,
+        cbar_kws={"label": "squared weight described (%)"},
+    )  # fmt: skip
+    ax.set(xlabel="kernels of", ylabel="codebook of")
+    ax.set_xticks(np.arange(len(table.columns)) + 0.5, table.columns, rotation=45, ha="right")
+    ax.set_yticks(np.arange(len(table)) + 0.5, table.index, rotation=0)
+    return ax
+
+
+def density(layout: np.ndarray, *, limits: np.ndarray, ax: Axes | None = None) -> Axes:
+    """Draw how many of many kernels lie where on a map ``(n, 2)``, within the extent of `limits`."""
+    ax = ax or plt.gca()
+    (left, low), (right, high) = limits.min(axis=0), limits.max(axis=0)
+    cells = ax.hexbin(*layout.T, gridsize=160, bins="log", mincnt=1, cmap="magma",
+                      extent=(left, right, low, high))  # fmt: skip
+    ax.figure.colorbar(cells, ax=ax, label="kernels in a cell", shrink=0.6)
+    return _as_map(ax, limits)
+
+
 def embedding(
-    layout: np.ndarray, colour: np.ndarray | pd.Categorical, *, label: str, ax: Axes | None = None
+    layout: np.ndarray,
+    colour: np.ndarray | pd.Categorical,
+    *,
+    label: str,
+    limits: np.ndarray | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
-    """Draw a map ``(n, 2)`` coloured by category (in the categories' order) or by value."""
+    """Draw a map ``(n, 2)`` coloured by category (in the categories' order), by value, or by label.
+
+    Labels are whole numbers without an order: colours repeat after twenty. `limits` is another map, of which
+    this one is a part and whose extent is drawn.
+    """
     ax = ax or plt.gca()
     if isinstance(colour, pd.Categorical):
         names = list(colour.categories)
@@ -112,12 +185,16 @@ def embedding(
         )  # fmt: skip
         outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         ax.legend(title=label, fontsize=8, markerscale=3, frameon=False, **outside)
+    elif np.issubdtype(colour.dtype, np.integer):
+        ax.scatter(
+            *layout.T, c=colour % 20, s=5, linewidths=0, cmap="tab20", vmin=0, vmax=19, rasterized=True
+        )
+        ax.set_title(label, fontsize=10)
     else:
         x, y = layout.T
         dots = ax.scatter(x, y, c=colour, s=5, linewidths=0, cmap="magma", rasterized=True)
         ax.figure.colorbar(dots, ax=ax, label=label, shrink=0.6)
-    ax.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2", aspect="equal")
-    return ax
+    return _as_map(ax, layout if limits is None else limits)
 
 
 def accuracy_curve(table: pd.DataFrame, *, x: str = "kernels_removed", ax: Axes | None = None) -> Axes:
@@ -195,6 +272,14 @@ def memory_traces(traces: Mapping[str, pd.DataFrame], *, ax: Axes | None = None)
     ax.set_ylabel("resident memory above\nthe bare process (MB)")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
+    return ax
+
+
+def _as_map(ax: Axes, limits: np.ndarray) -> Axes:
+    (left, low), (right, high) = limits.min(axis=0), limits.max(axis=0)
+    across, up = 0.03 * (right - left or 1), 0.03 * (high - low or 1)
+    ax.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2", aspect="equal")
+    ax.set(xlim=(left - across, right + across), ylim=(low - up, high + up))
     return ax
 
 

@@ -104,6 +104,11 @@ def savings(network: nn.Module, clustering: Clustering) -> Savings:
     )
 
 
+def convolution_bytes(network: nn.Module) -> int:
+    """Return the bytes of all convolutions' weights and biases, dense; shared tensors count once."""
+    return sum(_others(network, set())[:2])
+
+
 def entropy_bound(clustering: Clustering) -> float:
     """Return the bytes that the empirical entropy of the indices, each group's on its own, comes to."""
     return sum(

@@ -53,6 +53,10 @@ class Layer:
         """Rows of the bank that hold this layer's kernels, in C order of the first two axes."""
         return slice(self.start, self.start + self.n_kernels)
 
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Return those rows of the bank, int ``(m,)``, that are this layer's kernels."""
+        return rows[(rows >= self.rows.start) & (rows < self.rows.stop)]
+
 
 @dataclass(frozen=True)
 class KernelBank:
@@ -92,10 +96,19 @@ class KernelBank:
         known = ", ".join(layer.name for layer in self.layers)
         raise InvalidValueError(f"no layer {name!r} in this kernel bank; it has {known}.")
 
-    def only(self, name: str) -> "KernelBank":
-        """Return the bank of one layer alone."""
-        layer = self.layer(name)
-        return KernelBank(self.weights[layer.rows], (replace(layer, start=0),), {})
+    def only(self, *names: str) -> "KernelBank":
+        """Return the bank of some layers alone, in the order of this one."""
+        wanted = {self.layer(name).name for name in names}
+        if not wanted:
+            raise InvalidValueError("no layer is named; name at least one.")
+        if len(wanted) == len(self.layers):
+            return self
+        chosen = [layer for layer in self.layers if layer.name in wanted]
+        starts = np.cumsum([0, *(layer.n_kernels for layer in chosen)]).tolist()
+        weights = np.concatenate([self.weights[layer.rows] for layer in chosen])
+        weights.flags.writeable = False
+        layers = tuple(replace(x, start=start) for x, start in zip(chosen, starts, strict=False))
+        return KernelBank(weights, layers, {})
 
     def origin(self, rows: np.ndarray) -> pd.DataFrame:
         """Return where kernels came from: columns ``layer``, ``out``, ``in`` for int ``(m,)`` rows.

@@ -1,97 +1,177 @@
-"""How alike kernels are: histograms of pairwise distances, streamed in blocks."""
+"""How alike kernels are: nearest neighbours against chance, layers described by layers."""
 
-from collections.abc import Mapping
+import warnings
 
 import numpy as np
+import pandas as pd
 from scipy import stats
-from sklearn.metrics import pairwise_distances_chunked
+from tqdm.auto import tqdm
 
-from kclib.errors import InvalidValueError, UnknownNameError
+from kclib import bars, distances, kmeans, neighbours, nulls, search
+from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 
-# What each distance means, and its largest value (None: unbounded).
-named_distances: Mapping[str, tuple[str, float | None]] = {
-    "euclidean": ("length of the difference, in weight units", None),
-    "cosine": ("1 - cosine of the angle: 0 same shape, 1 unrelated, 2 opposite sign", 2.0),
-}
+
+def near_zero(bank: KernelBank, share: float = 0.01) -> np.ndarray:
+    """Return which kernels are shorter than `share` of their layer's rms length, bool ``(n,)``."""
+    lengths = np.linalg.norm(bank.points.astype(np.float64), axis=1)
+    result = np.zeros(len(bank), bool)
+    for layer in bank.layers:
+        mine = lengths[layer.rows]
+        result[layer.rows] = mine < share * np.sqrt(np.square(mine).mean())
+    return result
 
 
-def pair_histogram(
-    points: np.ndarray,
-    edges: np.ndarray,
-    *,
-    others: np.ndarray | None = None,
-    distance: str = "euclidean",
+def nearest_distances(
+    points: np.ndarray, *, distance: str = "euclidean", progress: bool = False
 ) -> np.ndarray:
-    """Count pairs of points by distance, without ever holding an n×n matrix.
+    """Return each point's exact distance to its nearest other, float64 ``(m,)``, of those it can compare.
+
+    `progress` shows a bar when it takes longer than two seconds.
+    """
+    named = distances.named(distance)
+    prepared = named.prepared(points)
+    turns, signs = named.orbit(prepared.shape[1])
+    with bars.of_shares("nearest neighbours", progress) as bar:
+        found = neighbours.nearest(prepared, turns=turns, signs=signs, progress=bar.update)
+    return named.of_squared(found.squared[:, 0].astype(np.float64))
+
+
+def closeness(
+    bank: KernelBank, rows: np.ndarray, *, distance: str = "cosine", seed: int = 0, progress: bool = True
+) -> pd.DataFrame:
+    """Return how much closer a layer's kernels lie to their nearest neighbours than null models say.
 
     Parameters
     ----------
-    points : numpy.ndarray
-        float32 ``(n, d)``.
-    edges : numpy.ndarray
-        ascending ``(b + 1,)``; pairs outside are not counted.
-    others : numpy.ndarray, optional
-        float32 ``(m, d)``: count the n·m pairs between the two sets; without it, the n(n-1)/2 pairs
-        within `points`.
-    distance : {"euclidean", "cosine"}
-        See `named_distances`.
+    bank : KernelBank
+    rows : numpy.ndarray
+        Rows to look at, sampled or all; of each layer, real and null kernels are compared in equal number.
+    distance : str
+    seed : int
+        Of the null models, and of the bootstrap.
+    progress : bool
 
     Returns
     -------
-    numpy.ndarray
-        int64 ``(b,)``.
+    pandas.DataFrame
+        One row a layer and null model: ``layer``; ``null``; ``kernels``; ``real``, ``chance``, median
+        distances to the nearest neighbour; ``ratio``, chance / real, above 1 where real kernels are closer;
+        ``low``, ``high``, its 95 % interval (percentile bootstrap over kernels, 999 resamples; the null model
+        is one draw). Layers with fewer than three kernels to compare are left out.
+    """
+    named, result = distances.named(distance), []
+    for layer in tqdm(
+        bank.layers, desc="against chance", unit="layer", delay=2, leave=False, disable=not progress
+    ):
+        points = bank.points[layer.of(rows)]
+        points = points[named.comparable(points)]
+        if len(points) < 3:
+            continue
+        sets = [points, *(nulls.drawn(null, points, seed=seed) for null in nulls.named_nulls)]
+        sets = _equally_many([some[named.comparable(some)] for some in sets], seed)
+        if len(sets[0]) < 3:
+            continue
+        real, *chances = (nearest_distances(some, distance=distance) for some in sets)
+        for null, chance in zip(nulls.named_nulls, chances, strict=True):
+            result.append((layer.name, null, len(real), np.median(real), np.median(chance),
+                           *_ratio(real, chance, seed)))  # fmt: skip
+    return pd.DataFrame(
+        result, columns=["layer", "null", "kernels", "real", "chance", "ratio", "low", "high"]
+    )
+
+
+def explained(
+    bank: KernelBank, n_clusters: int, *, shapes: bool = False, seed: int = 0, progress: bool = True
+) -> pd.DataFrame:
+    """Return how well one layer's codebook describes another layer's kernels.
+
+    Parameters
+    ----------
+    bank : KernelBank
+    n_clusters : int
+        Of each codebook; layers with fewer kernels have as many as those.
+    shapes : bool
+        Whether kernels are scaled to length 1 first, so that strong and weak layers can be compared.
+    seed : int
+    progress : bool
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by the layer a codebook was made from, then ``all layers`` (one codebook of K for all) and
+        ``all layers, as many in all`` (as many representatives as the layers' codebooks have together); a
+        column a layer it describes; percent of the squared weight that is not lost.
+    """
+    points = distances.unit(bank.points) if shapes else bank.points
+    parts = {layer.name: points[layer.rows] for layer in bank.layers}
+    wanted = {name: (part, min(n_clusters, len(part))) for name, part in parts.items()}
+    total = sum(k for _, k in wanted.values())
+    wanted["all layers"] = (points, min(n_clusters, len(points)))
+    wanted["all layers, as many in all"] = (points, total)
+    table = {}
+    for name, (part, k) in tqdm(
+        wanted.items(), desc="layers by layers", unit="codebook", delay=2, leave=False, disable=not progress
+    ):
+        centres = kmeans.kmeans(part, k, seed=seed).centres
+        table[name] = [_explained(other, centres) for other in parts.values()]
+    return pd.DataFrame.from_dict(table, orient="index", columns=list(parts))
+
+
+def closest(
+    bank: KernelBank, row: int, k: int, *, distance: str = "euclidean"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k kernels of the bank nearest to the kernel in `row`, itself left out, nearest first.
+
+    Returns
+    -------
+    rows : numpy.ndarray
+        int64 ``(k,)``.
+    distances : numpy.ndarray
+        float64 ``(k,)``.
 
     Raises
     ------
-    UnknownNameError, InvalidValueError
+    InvalidValueError
+        A row that is not in the bank, or whose kernel the distance cannot compare.
     """
-    if distance not in named_distances:
-        raise UnknownNameError("distance", distance, named_distances)
-    if others is None and len(points) < 2:
-        raise InvalidValueError(f"{len(points)} kernel has no pairs; give at least 2.")
-
-    total, start = np.zeros(len(edges) - 1, dtype=np.int64), 0
-    for block in pairwise_distances_chunked(points, others, metric=distance, working_memory=64):
-        if others is None:  # a point's distance to itself is no pair
-            own = np.arange(len(block))
-            block[own, start + own] = np.nan
-        start += len(block)
-        total += np.histogram(block[np.isfinite(block)], edges)[0]
-    return total // 2 if others is None else total  # each pair within was met from both sides
-
-
-def within_and_across(
-    bank: KernelBank, rows: np.ndarray, edges: np.ndarray, *, distance: str = "euclidean"
-) -> dict[str, np.ndarray]:
-    """Return the `pair_histogram` of sampled pairs ``within a layer`` and ``across layers``.
-
-    `rows` are sampled rows of the bank; the pairs across layers are all pairs less those within.
-    """
-    every = pair_histogram(bank.points[rows], edges, distance=distance)
-    within = sum(layer_histograms(bank, rows, edges, distance=distance).values(), start=np.zeros_like(every))
-    return {"within a layer": within, "across layers": every - within}
+    named = distances.named(distance)
+    bank.origin(np.array([row]))  # refuses a row that is not there
+    candidates = np.flatnonzero(named.comparable(bank.points))
+    if row not in candidates:
+        raise InvalidValueError(f"kernel {row} has no shape; {distance} distance needs one that has.")
+    others = candidates[candidates != row]
+    prepared = named.prepare(bank.points[row : row + 1])
+    turns, signs = named.orbit(prepared.shape[1])
+    found = neighbours.nearest(
+        named.prepare(bank.points[others]), k=k, queries=prepared, turns=turns, signs=signs
+    )
+    return others[found.indices[0]], named.of_squared(found.squared[0].astype(np.float64))
 
 
-def unrelated_share(edges: np.ndarray, d: int) -> np.ndarray:
-    """Return the share of pairs of random directions in `d` dimensions in each bin of cosine distance.
-
-    Half the cosine distance of two independent directions follows Beta((d-1)/2, (d-1)/2) (Muirhead 1982,
-    theorem 1.5.7). What kernels of unrelated shape would show.
-    """
-    return np.diff(stats.beta.cdf(np.asarray(edges) / 2, (d - 1) / 2, (d - 1) / 2))
+def _explained(points: np.ndarray, centres: np.ndarray) -> float:
+    lost = search.nearest(points, centres).errors.sum(dtype=np.float64)
+    return 100 * (1 - lost / (np.square(points).sum(dtype=np.float64) or 1))
 
 
-def layer_histograms(
-    bank: KernelBank, rows: np.ndarray, edges: np.ndarray, *, distance: str = "euclidean"
-) -> dict[str, np.ndarray]:
-    """Return `pair_histogram` of each layer's sampled kernels, by layer name.
+def _ratio(real: np.ndarray, chance: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Return the ratio of medians with its 95 % interval."""
 
-    `rows` are the sampled rows of the bank; layers with fewer than two of them are left out.
-    """
-    result = {}
-    for layer in bank.layers:
-        mine = rows[(rows >= layer.rows.start) & (rows < layer.rows.stop)]
-        if len(mine) > 1:
-            result[layer.name] = pair_histogram(bank.points[mine], edges, distance=distance)
-    return result
+    def of_medians(real, chance, axis):
+        return np.median(chance, axis=axis) / np.median(real, axis=axis)
+
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        ratio = float(of_medians(real, chance, -1))
+        if not np.isfinite(ratio):  # most kernels have a double: there is no smaller distance to compare
+            return ratio, np.nan, np.nan
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # some resamples hold doubles alone
+        ends = stats.bootstrap(
+            (real, chance), of_medians, n_resamples=999, batch=max(1, 2**22 // len(real)),
+            method="percentile", rng=np.random.default_rng(seed),
+        ).confidence_interval  # fmt: skip
+    return ratio, float(ends.low), float(ends.high)
+
+
+def _equally_many(sets: list[np.ndarray], seed: int) -> list[np.ndarray]:
+    draw, n = np.random.default_rng(seed), min(map(len, sets))
+    return [some if len(some) == n else some[draw.choice(len(some), n, replace=False)] for some in sets]

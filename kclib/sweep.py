@@ -18,7 +18,7 @@ from kclib.store import Entry, Store
 _METHOD = 2
 
 # What the dense model has in place of a clustering's numbers.
-_DENSE = dict.fromkeys(
+DENSE = dict.fromkeys(
     ("kernels_removed", "bytes_removed", "bytes_removed_fp16", "model_bytes_removed"), 0.0
 ) | {"clusters": 0, "inertia": 0.0, "cluster_seconds": 0.0}
 
@@ -110,7 +110,7 @@ def _compute(cell: dict, model: models.Model, bank, data: datasets.ImageSet, dev
         start = time.perf_counter()
         result = clustering.cluster(bank, cell["k"], scope=cell["scope"], seed=cell["seed"])
         row["cluster_seconds"] = time.perf_counter() - start
-        row |= _savings(model, result)
+        row |= removed(model.network, result)
         model = replace(model, network=compression.replaced(model.network, result))
     answers = evaluation.evaluate(model, data, precision=cell["precision"], device=device, progress=False)
     row["evaluate_seconds"] = answers.seconds
@@ -118,8 +118,9 @@ def _compute(cell: dict, model: models.Model, bank, data: datasets.ImageSet, dev
     return Entry(cell, row | {"classes": list(answers.classes)}, arrays)
 
 
-def _savings(model: models.Model, result: clustering.Clustering) -> dict:
-    saved = footprint.savings(model.network, result)
+def removed(network: torch.nn.Module, result: clustering.Clustering) -> dict[str, float]:
+    """Return a clustering's columns of the table that `run` returns: what it removes, and its inertia."""
+    saved = footprint.savings(network, result)
     return {
         "clusters": result.n_clusters,
         "kernels_removed": 100 * saved.kernels,
@@ -142,10 +143,14 @@ def _evaluation(entry: Entry, data: datasets.ImageSet) -> Evaluation:
 
 
 def _row(entry: Entry, result: Evaluation, dense: Evaluation) -> dict:
-    lost = evaluation.drop(dense, result)
-    top1 = result.top1
-    row = {name: value for name, value in entry.row.items() if name != "classes"}
-    return _DENSE | row | {
+    numbers = {name: value for name, value in entry.row.items() if name != "classes"}
+    return DENSE | numbers | accuracy(result, dense)
+
+
+def accuracy(result: Evaluation, dense: Evaluation) -> dict[str, float]:
+    """Return an evaluation's columns of the table that `run` returns."""
+    lost, top1 = evaluation.drop(dense, result), result.top1
+    return {
         "top1": top1.estimate,
         "top1_low": top1.low,
         "top1_high": top1.high,
@@ -154,4 +159,4 @@ def _row(entry: Entry, result: Evaluation, dense: Evaluation) -> dict:
         "drop_low": lost.points.low,
         "drop_high": lost.points.high,
         "p_value": lost.p_value,
-    }  # fmt: skip
+    }

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from scipy.spatial.distance import cdist
 
-from kclib import clustering, kmeans, symmetry
+from kclib import bars, clustering, kmeans, symmetry
 from kclib.clustering import cluster
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
@@ -221,16 +221,16 @@ def test_a_group_that_fails_ends_the_clustering_with_its_error(monkeypatch):
 
 
 def test_the_bar_tells_memory_inertia_and_all_the_kernels(monkeypatch, capsys):
-    bars = []
+    made = []
 
-    class Bar(clustering.tqdm):
+    class Bar(bars.tqdm):
         def __init__(self, *args, **options):
             super().__init__(*args, **{**options, "delay": 0, "leave": True, "mininterval": 0})
-            bars.append(self)
+            made.append(self)
 
-    monkeypatch.setattr(clustering, "tqdm", Bar)
+    monkeypatch.setattr(bars, "tqdm", Bar)
     result = cluster(random_bank(500, 90, 300), 40)
-    (bar,) = bars
+    (bar,) = made
     assert bar.n == pytest.approx(bar.total) == 890
     assert bar.desc.startswith("clustering (up to 0.1 GiB)")
     assert float(bar.postfix.split()[1]) == pytest.approx(result.inertia, rel=1e-3)
@@ -239,9 +239,30 @@ def test_the_bar_tells_memory_inertia_and_all_the_kernels(monkeypatch, capsys):
 def test_a_rung_of_a_ladder_is_a_clustering_of_all_layers():
     bank = random_bank(60, 30)
     rung = kmeans.ladder(bank.points, [4, 9], seed=5).rungs[1]
-    result = clustering.of_all(bank, rung, 5)
+    result = clustering.of_fits(bank, {"global": rung}, {"global": 9}, scope="global", seed=5)
     assert (result.scope, result.seed, result.n_clusters, result.inertia) == ("global", 5, 9, rung.inertia)
     np.testing.assert_array_equal(clustering.quantized(result).reshape(-1, 9), rung.centres[rung.labels])
+
+
+@pytest.mark.parametrize("how", [{}, *HOW], ids=["plain", "scaled", "turned", "both"])
+def test_fits_of_each_layer_are_the_clustering_that_they_would_come_to(how):
+    bank = random_bank(60, 30)
+    fit = symmetry.kmeans if how else kmeans.kmeans
+    found = {layer.name: fit(bank.points[layer.rows], 9, seed=5, **how) for layer in bank.layers}
+    mine = clustering.of_fits(bank, found, {"conv0": 9, "conv1": 9}, scope="layer", seed=5, **how)
+    theirs = cluster(bank, 9, seed=5, **how)
+    assert (mine.scope, mine.seed, mine.notes, mine.inertia) == ("layer", 5, (), theirs.inertia)
+    assert [group.layers for group in mine.groups] == [(layer,) for layer in bank.layers]
+    np.testing.assert_array_equal(clustering.quantized(mine), clustering.quantized(theirs))
+
+
+def test_fits_that_fall_short_of_what_was_asked_for_are_noted():
+    bank = bank_of(one=[A, A, B], two=[A, B, C])
+    found = {layer.name: kmeans.kmeans(bank.points[layer.rows], 3) for layer in bank.layers}
+    result = clustering.of_fits(bank, found, {"one": 3, "two": 3}, scope={"one": "one", "two": "two"})
+    assert result.scope == "mapping"
+    (note,) = result.notes
+    assert note.startswith("one: 2 clusters in place of 3, for its 3 kernels")
 
 
 def test_representatives_by_use_come_most_used_first():

@@ -129,6 +129,25 @@ def test_the_largest_limit_is_the_whole_data_set(fashion):
     assert torch.equal(datasets.load(limit=10_000).images, fashion.images)
 
 
+def test_limited_draws_images_with_their_labels_and_leaves_the_set_alone():
+    data = small(10)
+    few, again = datasets.limited(data, 4), datasets.limited(data, 4)
+    rows = few.images[:, 0, 0, 0].tolist()
+    assert (len(few), len(set(rows))) == (4, 4)
+    assert few.labels.tolist() == [row % 3 for row in rows]
+    assert (few.name, few.classes) == (data.name, data.classes)
+    assert torch.equal(again.images, few.images)
+    assert few.fingerprint == again.fingerprint != data.fingerprint
+    assert data.images[:, 0, 0, 0].tolist() == list(range(10))
+    assert datasets.limited(data, 10).labels.tolist() == data.labels.tolist()
+
+
+@pytest.mark.parametrize("limit", [0, 11])
+def test_limited_refuses_what_the_set_has_not(limit):
+    with pytest.raises(InvalidValueError, match=f"limit is {limit}; small/test has 1 to 10 images"):
+        datasets.limited(small(10), limit)
+
+
 def test_a_folder_holds_a_class_in_each_sub_folder(folder):
     data = datasets.load(f"folder:{folder}")
     assert data.classes == ("ant", "bee", "cat")

@@ -11,7 +11,7 @@ from torch import nn
 
 from kclib import evaluation, models
 from kclib.datasets import ImageSet
-from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.errors import InvalidValueError, StoppedError, UnknownNameError
 from kclib.evaluation import Evaluation
 from kclib.models import Model
 
@@ -142,6 +142,26 @@ def test_the_batch_size_changes_no_answer(batch_size):
     expected = network(data.images.float()).argmax(1)
     result = evaluation.evaluate(convolution(), data, batch_size=batch_size, progress=False)
     assert result.predictions.tolist() == expected.tolist()
+
+
+def test_progress_hears_the_share_of_the_images_done(capsys):
+    shares = []
+    result = evaluation.evaluate(READER, pictures(), batch_size=3, progress=shares.append)
+    assert shares == [0.75, 1]
+    assert result.predictions.tolist() == [0, 0, 5, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_true_answer_ends_the_evaluation():
+    shares = []
+
+    def stop(share):
+        shares.append(share)
+        return share >= 0.5
+
+    with pytest.raises(StoppedError, match="stopped after 2 of 4 images"):
+        evaluation.evaluate(READER, pictures(), batch_size=1, progress=stop)
+    assert shares == [0.25, 0.5]
 
 
 def test_pictures_read_one_by_one_are_answered_like_those_in_memory():

@@ -6,6 +6,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from kclib import figures
+from kclib.pairs import PairHistogram
 
 EDGES = np.array([0.0, 1, 2, 3])
 LEDGER = pd.DataFrame(
@@ -24,13 +25,34 @@ def sweep(*rows):
 
 
 TABLE = sweep(("layer", 90, 80, 85, 84, 87), ("layer", 99, 95, 60, 58, 61), ("global", 50, 30, 91, 90, 92))
+LAYERS = pd.DataFrame([[90, 20], [-5, 80], [70, 60]], index=["a", "b", "all layers"], columns=["a", "b"])
+NULLS = ["shuffled within kernels", "shuffled across kernels", "Gaussian"]
+CLOSENESS = pd.DataFrame(
+    [(layer, null, ratio + i, ratio + i - 0.5, ratio + i + 1)
+     for layer, ratio in (("conv1", 2.0), ("conv2", 5.0)) for i, null in enumerate(NULLS)],
+    columns=["layer", "null", "ratio", "low", "high"],
+)  # fmt: skip
+
+
+def histogram(counts, error=0.0, pairs=None):
+    counts = np.array(counts)
+    pairs = counts.sum() if pairs is None else pairs
+    return PairHistogram(EDGES, counts, int(pairs), np.full(len(counts), error))
+
+
 CATEGORIES = pd.Categorical(["b", "a", "b"], categories=["b", "a"])
 DRAW = {
     "kernel_sheet": lambda ax: figures.kernel_sheet(np.ones((5, 3, 3)), ax=ax),
     "cluster_sizes": lambda ax: figures.cluster_sizes(np.array([5, 1]), ax=ax),
     "norm_histogram": lambda ax: figures.norm_histogram({"a": np.ones(3)}, ax=ax),
-    "distance_histograms": lambda ax: figures.distance_histograms({"a": EDGES[1:]}, EDGES, xlabel="x", ax=ax),
-    "embedding by value": lambda ax: figures.embedding(np.eye(2), np.arange(2), label="norm", ax=ax),
+    "distance_histograms": lambda ax: figures.distance_histograms(
+        {"a": histogram([1, 2, 1], 0.1)}, xlabel="x", ax=ax
+    ),
+    "closeness": lambda ax: figures.closeness(CLOSENESS, ax=ax),
+    "layers_by_layers": lambda ax: figures.layers_by_layers(LAYERS, ax=ax),
+    "density": lambda ax: figures.density(np.eye(2), limits=np.eye(2), ax=ax),
+    "embedding by value": lambda ax: figures.embedding(np.eye(2), np.array([0.5, 2]), label="norm", ax=ax),
+    "embedding by label": lambda ax: figures.embedding(np.eye(2), np.arange(2), label="cluster", ax=ax),
     "embedding by name": lambda ax: figures.embedding(np.eye(3)[:, :2], CATEGORIES, label="layer", ax=ax),
     "accuracy_curve": lambda ax: figures.accuracy_curve(TABLE, ax=ax),
     "byte_bars": lambda ax: figures.byte_bars(LEDGER, ax=ax),
@@ -68,6 +90,24 @@ def test_kernel_sheet_shows_each_kernel_on_its_own_scale():
     assert blue[2] > blue[0]
     assert red[0] > red[2]
     assert min(white) > 0.95
+
+
+def test_kernel_sheet_on_one_scale_compares_between_kernels():
+    kernels = np.array([[[1, 2], [3, 4]], [[0, 0], [0, 0]], [[-8, 4], [0, 2]]], float)
+    before = kernels.copy()
+    ax = figures.kernel_sheet(kernels, columns=3, one_scale=True, ax=plt.figure().gca())
+    sheet = np.ma.filled(ax.images[0].get_array(), np.nan)
+    for i, kernel in enumerate(kernels):
+        np.testing.assert_array_equal(sheet[0:2, 3 * i : 3 * i + 2], kernel / 8)
+    np.testing.assert_array_equal(kernels, before)
+
+
+def test_kernel_sheet_writes_captions_as_they_are():
+    kernels = np.ones((3, 2, 2))
+    ax = figures.kernel_sheet(kernels, captions=["0.00", "0.1", "itself"], columns=2, ax=plt.figure().gca())
+    places = [(text.get_text(), *text.get_position()) for text in ax.texts]
+    assert places == [("0.00", 0.5, 2), ("0.1", 3.5, 2), ("itself", 0.5, 6)]
+    assert figures.kernel_sheet(kernels, ax=plt.figure().gca()).texts[:] == []
 
 
 def test_kernel_sheet_writes_each_count_under_its_kernel():
@@ -112,22 +152,136 @@ def test_norm_boxes_have_the_median_and_percentile_whiskers_of_each_layer():
 
 
 def test_distance_curves_are_the_share_of_pairs_in_each_bin():
-    counts = {"conv1": np.array([1, 2, 1]), "conv2": np.array([0, 0, 5])}
-    reference = np.array([0.2, 0.3, 0.5])
-    ax = figures.distance_histograms(
-        counts, EDGES, xlabel="cosine", reference=reference, ax=plt.figure().gca()
-    )
-    drawn = [patch.get_data() for patch in ax.patches]
-    np.testing.assert_allclose([x.values for x in drawn], [[25, 50, 25], [0, 0, 100], [20, 30, 50]])
+    # ten pairs of conv1 were measured, six of them beyond the edges
+    found = {"conv1": histogram([1, 2, 1], pairs=10), "conv2": histogram([0, 0, 5])}
+    ax = figures.distance_histograms(found, xlabel="cosine", ax=plt.figure().gca())
+    outline, filled, other = ax.patches
+    drawn = [patch.get_data() for patch in (outline, filled, other)]
+    np.testing.assert_allclose([x.values for x in drawn], [[10, 20, 10], [10, 20, 10], [0, 0, 100]])
     assert all(x.edges.tolist() == EDGES.tolist() for x in drawn)
-    assert legend(ax) == ["conv1", "conv2", "unrelated shapes"]
+    assert [patch.get_fill() for patch in (outline, filled, other)] == [False, True, False]
+    assert not ax.collections
+    assert legend(ax) == ["conv1", "conv2"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("cosine", "pairs in each bin (%)")
-    assert ax.get_xlim() == (0, 3)
+    assert (ax.get_xlim(), ax.get_ylim()[0]) == ((0, 3), 0)
+
+
+def test_distance_curves_lie_in_bands_of_two_standard_errors():
+    found = {"sampled": histogram([1, 2, 1], error=0.03), "all": histogram([3, 1, 0])}
+    ax = figures.distance_histograms(found, xlabel="x", ax=plt.figure().gca())
+    (band,) = ax.collections
+    corners = band.get_paths()[0].vertices
+    for x, low, high in ((0.5, 19, 31), (1.5, 44, 56), (2.5, 19, 31)):  # 25 and 50 %, 6 points to either side
+        left, right = np.floor(x), np.ceil(x)
+        at = corners[(corners[:, 0] >= left) & (corners[:, 0] <= right)]
+        assert {low, high} <= set(np.round(at[:, 1], 6))
+    np.testing.assert_allclose([corners[:, 1].min(), corners[:, 1].max()], [19, 56])
+    assert tuple(band.get_facecolor()[0][:3]) == tuple(ax.patches[0].get_edgecolor()[:3])
+
+
+def test_more_than_four_distance_curves_go_from_dark_to_bright_and_none_is_filled():
+    found = {str(i): histogram([1, 2, 1]) for i in range(12)}
+    ax = figures.distance_histograms(found, xlabel="x", legend=False, ax=plt.figure().gca())
+    assert len(ax.patches) == 12
+    assert not any(patch.get_fill() for patch in ax.patches)
+    luminance = [np.dot(patch.get_edgecolor()[:3], (0.2126, 0.7152, 0.0722)) for patch in ax.patches]
+    assert (np.diff(luminance) > 0).all()
+    assert ax.get_legend() is None
 
 
 def test_distance_curve_of_a_layer_with_no_pairs_in_range_is_flat():
-    ax = figures.distance_histograms({"far": np.zeros(3, int)}, EDGES, xlabel="x", ax=plt.figure().gca())
-    assert ax.patches[0].get_data().values.tolist() == [0, 0, 0]
+    for pairs in (0, 7):
+        found = {"far": histogram([0, 0, 0], pairs=pairs)}
+        ax = figures.distance_histograms(found, xlabel="x", ax=plt.figure().gca())
+        assert ax.patches[0].get_data().values.tolist() == [0, 0, 0]
+
+
+def test_closeness_has_a_marker_a_null_model_over_each_layer_with_its_interval():
+    ax = figures.closeness(CLOSENESS, ax=plt.figure().gca())
+    drawn = {bars.get_label(): bars for bars in ax.containers}
+    assert list(drawn) == NULLS
+    for null, (line, _, (bars,)) in drawn.items():
+        rows = CLOSENESS[CLOSENESS.null == null]
+        assert np.round(line.get_xdata()).tolist() == [0, 1]
+        assert line.get_ydata().tolist() == rows.ratio.tolist()
+        assert [segment[:, 1].tolist() for segment in bars.get_segments()] == rows[
+            ["low", "high"]
+        ].values.tolist()
+    places = [line.get_xdata()[0] for line, _, _ in drawn.values()]
+    markers = [line.get_marker() for line, _, _ in drawn.values()]
+    assert len(set(places)) == len(set(markers)) == 3
+    (chance,) = (line for line in ax.lines if line.get_label() == "no closer than chance")
+    assert chance.get_ydata() == [1, 1]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["conv1", "conv2"]
+    assert ax.get_yscale() == "log"
+    assert legend(ax) == ["no closer than chance", *NULLS]
+
+
+def test_closeness_of_a_layer_whose_kernels_have_doubles_leaves_the_others_in_sight():
+    table = CLOSENESS.copy()
+    table.loc[table.layer == "conv1", ["ratio", "low", "high"]] = [np.inf, np.nan, np.nan]
+    table.loc[table.layer == "conv2", "high"] = np.inf
+    ax = figures.closeness(table, ax=plt.figure().gca())
+    ax.figure.canvas.draw()
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["conv1", "conv2"]
+    low, high = ax.get_ylim()
+    assert low < 1 < 7 < high < 1e3
+
+
+@pytest.mark.parametrize("n", [2, 40])
+def test_layers_by_layers_writes_each_percentage_where_codebook_and_kernels_meet(n):
+    names = [f"features.{i}" for i in range(n)]
+    values = np.random.default_rng(0).uniform(-50, 100, (n + 2, n))
+    table = pd.DataFrame(values, index=[*names, "all layers", "all layers, as many in all"], columns=names)
+    ax = figures.layers_by_layers(table, ax=plt.figure().gca())
+    ax.figure.canvas.draw()
+    (mesh,) = ax.collections
+    np.testing.assert_array_equal(np.asarray(mesh.get_array()).reshape(values.shape), values)
+    assert mesh.get_clim() == (0, 100)
+    assert [label.get_text() for label in ax.get_xticklabels()] == names
+    assert [label.get_text() for label in ax.get_yticklabels()] == table.index.tolist()
+    written = {text.get_position(): text.get_text() for text in ax.texts}
+    assert written[0.5, 1.5] == f"{values[1, 0]:.0f}"
+    assert len(written) == values.size
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("kernels of", "codebook of")
+    assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == [
+        "squared weight described (%)"
+    ]
+
+
+def test_density_counts_the_kernels_of_each_cell_within_the_limits():
+    layout = np.repeat([[0.0, 0], [1, 2], [9, 9]], [100, 7, 3], axis=0)
+    ax = figures.density(layout, limits=np.array([[-1.0, -1], [3, 4]]), ax=plt.figure().gca())
+    (cells,) = ax.collections
+    assert sorted(cells.get_array()) == [7, 100]
+    assert cells.norm(7) == pytest.approx(0)
+    assert cells.norm(np.sqrt(700)) == pytest.approx(0.5)  # halfway on a logarithmic scale
+    assert ax.get_xlim() == pytest.approx((-1.12, 3.12))
+    assert ax.get_ylim() == pytest.approx((-1.15, 4.15))
+    assert ax.get_aspect() == 1
+    assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == ["kernels in a cell"]
+
+
+def test_a_part_of_a_map_is_drawn_in_the_extent_of_the_whole():
+    whole = np.array([[0.0, 0], [10, 20], [5, 5]])
+    for colour in (np.array([1.0]), np.array([1]), pd.Categorical(["a"])):
+        ax = figures.embedding(whole[2:], colour, label="x", limits=whole, ax=plt.figure().gca())
+        assert ax.get_xlim() == pytest.approx((-0.3, 10.3))
+        assert ax.get_ylim() == pytest.approx((-0.6, 20.6))
+        alone = figures.embedding(whole, np.repeat(colour, 3), label="x", ax=plt.figure().gca())
+        assert (alone.get_xlim(), alone.get_ylim()) == (ax.get_xlim(), ax.get_ylim())
+
+
+def test_map_by_label_gives_neighbouring_labels_unlike_colours_and_no_colour_bar():
+    labels = np.array([0, 1, 19, 20, 1], np.int32)
+    ax = figures.embedding(np.arange(10).reshape(5, 2), labels, label="K = 21", ax=plt.figure().gca())
+    (dots,) = ax.collections
+    ax.figure.canvas.draw()
+    zero, one, nineteen, twenty, again = map(tuple, dots.get_facecolors())
+    assert len({zero, one, nineteen}) == 3
+    assert (twenty, again) == (zero, one)
+    assert ax.figure.axes == [ax]
+    assert ax.get_title() == "K = 21"
 
 
 def test_map_by_value_has_its_points_and_a_colour_bar():

@@ -14,6 +14,7 @@ from kclib.compression import compress
 from kclib.footprint import (
     PRECISIONS,
     break_even,
+    convolution_bytes,
     entropy_bound,
     index_bits_by_layer,
     ledger,
@@ -266,6 +267,22 @@ def test_dense_column_is_the_bytes_of_the_state_dict():
     for network in (tiny(), tiny().half(), nn.Sequential(nn.ConvTranspose2d(4, 2, 5), nn.Conv1d(2, 2, 3))):
         dense = sum(x.numel() * x.element_size() for x in network.state_dict().values())
         assert ledger(network, cluster(extract(network), 2)).loc["model", "dense"] == dense
+
+
+def test_convolution_bytes_by_hand():
+    assert convolution_bytes(tiny()) == 4 * (2 * 4 * 9 + 4 + 4 * 2 + 2)
+    assert convolution_bytes(tiny().half()) == 2 * (2 * 4 * 9 + 4 + 4 * 2 + 2)
+    assert convolution_bytes(nn.Linear(3, 2)) == 0
+    shared = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, bias=False), nn.Conv1d(2, 2, 3, bias=False))
+    shared[1].weight = shared[0].weight
+    assert convolution_bytes(shared) == 4 * (36 + 2 + 12)
+
+
+@given(networks())
+@settings(deadline=None, max_examples=25)
+def test_convolution_bytes_are_the_dense_bytes_of_the_ledger(network):
+    expected = ledger(network, cluster(extract(network), 1, scope="global")).loc["convolutions", "dense"]
+    assert convolution_bytes(network) == expected
 
 
 def test_indices_of_each_layer_are_packed_to_a_whole_byte():

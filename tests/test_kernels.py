@@ -131,6 +131,40 @@ def test_only_is_the_bank_of_one_layer_with_rows_from_zero():
         bank.only("x")
 
 
+def test_only_is_the_bank_of_several_layers_in_its_own_order():
+    bank = kernels.extract(nn.Sequential(*(nn.Conv2d(i, 2, 3) for i in (1, 2, 3, 4)), nn.Conv2d(1, 1, 1)))
+    some = bank.only("3", "0", "3")
+    assert [(layer.name, layer.start, layer.shape) for layer in some.layers] == [
+        ("0", 0, (2, 1, 3, 3)),
+        ("3", 2, (2, 4, 3, 3)),
+    ]
+    np.testing.assert_array_equal(some.weights, np.concatenate([bank.weights[:2], bank.weights[12:]]))
+    assert some.origin([2, 9])["layer"].tolist() == ["3", "3"]
+    assert [layer.start for layer in bank.layers] == [0, 2, 6, 12]
+    for part in (some, bank.only("1")):
+        assert part.left_out == {}
+        with pytest.raises(ValueError, match="read-only"):
+            part.weights[0] = 0
+
+
+def test_only_of_all_layers_is_the_bank_and_of_none_is_refused():
+    bank = kernels.extract(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3), nn.Conv2d(1, 1, 1)))
+    whole = bank.only("1", "0")
+    assert (whole.layers, whole.left_out) == (bank.layers, bank.left_out)
+    np.testing.assert_array_equal(whole.weights, bank.weights)
+    with pytest.raises(InvalidValueError, match="no layer is named; name at least one"):
+        bank.only()
+    with pytest.raises(InvalidValueError, match=r"no layer 'x' .* it has 0, 1"):
+        bank.only("0", "x")
+
+
+def test_only_leaves_weights_that_may_be_written_so():
+    bank = kernels.extract(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3)))
+    bank = replace(bank, weights=bank.weights.copy())
+    bank.only("0")
+    assert bank.weights.flags.writeable
+
+
 @given(st.integers(1, 20), st.integers(0, 99))
 @settings(deadline=None, max_examples=25)
 def test_sample_is_stratified_seeded_sorted_and_distinct(per_layer, seed):

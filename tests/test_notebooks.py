@@ -1,5 +1,7 @@
 """The notebooks: their anatomy, and that they run to their last cell on real and on made-up models."""
 
+import base64
+import html
 import json
 import re
 
@@ -100,6 +102,28 @@ def test_pictures_of_widgets_stand_beside_them_for_readers_without_a_kernel(smok
     )
     assert pictures >= 5
     assert page.count('src="data:image/png') == pictures
+
+
+@pytest.mark.parametrize("stem", ["02-similarity", "03-embedding", "04-clustering", "05-accuracy"])
+def test_the_executed_notebook_keeps_its_widgets_with_the_picture_they_show(smoke, stem):
+    executed = json.loads((smoke / f"{stem}.ipynb").read_text())
+    kept = executed["metadata"]["widgets"]["application/vnd.jupyter.widget-state+json"]["state"]
+    pictures = [
+        base64.b64decode(buffer["data"])
+        for model in kept.values()
+        if model["model_name"] == "ImageModel"
+        for buffer in model.get("buffers", ())
+    ]
+    assert any(picture.startswith(b"\x89PNG") for picture in pictures)
+    shown = [o.get("data", {}) for cell in executed["cells"] for o in cell.get("outputs", ())]
+    assert any("application/vnd.jupyter.widget-view+json" in data for data in shown)
+
+
+def test_the_interactive_map_is_in_the_page_and_asks_no_network(smoke):
+    page = (smoke / "03-embedding.html").read_text()
+    assert page.count("<iframe") == 1
+    assert "Bokeh" in page
+    assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?https?:""", html.unescape(page))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,172 @@
+import json
+import re
+import shutil
+import sys
+import time
+
+import pytest
+from playwright.sync_api import expect
+from serving import free_port, running
+
+from kclib import batch
+
+TOKEN = "for-tests-only"
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # all cells in the page, also those out of sight
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+PICTURE = """async (image) => {
+  const bytes = await (await fetch(image.src)).arrayBuffer()
+  const hash = await crypto.subtle.digest("SHA-256", bytes)
+  return Array.from(new Uint8Array(hash)).join()
+}"""
+HARMLESS = ("favicon",)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A JupyterLab on a copy of notebook 04, at an address."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copy(batch.NOTEBOOKS / "04-clustering.ipynb", folder)
+    for name, values in SETTINGS.items():
+        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
+        f"--ServerApp.root_dir={folder}", f"--LabApp.user_settings_dir={folder / 'settings'}",
+        f"--LabApp.workspaces_dir={folder / 'workspaces'}",
+    ]  # fmt: skip
+    with running(command, f"{address}/api?token={TOKEN}", folder):
+        yield f"{address}/lab/tree/04-clustering.ipynb?token={TOKEN}"
+
+
+@pytest.fixture(scope="module")
+def explorer(chromium, lab):
+    """Notebook 04 after Run All, and the errors of its page so far; at the end there must be none."""
+    page = chromium.new_page(viewport={"width": 1400, "height": 1100})
+    page.set_default_timeout(120_000)
+    errors = []
+    page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(lab)
+    page.locator(".jp-Notebook").wait_for()
+    page.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.locator(".jp-OutputArea-output").filter(has_text=" a layer removes ").wait_for()  # the last cell's
+    page.locator("img.widget-image").first.scroll_into_view_if_needed()
+    yield Explorer(page)
+    assert [text for text in errors if not any(word in text for word in HARMLESS)] == []
+    assert page.get_by_text("Traceback (most recent call last)").count() == 0
+    page.close()
+
+
+class Explorer:
+    """The widgets of notebook 04 as a person finds them."""
+
+    def __init__(self, page):
+        self.page = page
+        self.handle = page.locator(".noUi-handle").first
+        self.count = page.get_by_label("K", exact=True)
+        self.images = page.get_by_label(re.compile("^test images"))
+        self.evaluate = page.get_by_role("button", name="Evaluate accuracy")
+        self.cancel = page.get_by_role("button", name="Cancel")
+
+    def picture(self) -> str:
+        return self.page.locator("img.widget-image").first.evaluate(PICTURE)
+
+    def shows_another_than(self, before: str) -> str:
+        end = time.monotonic() + 60
+        while (now := self.picture()) == before:
+            assert time.monotonic() < end, "the picture does not change"
+            self.page.wait_for_timeout(50)
+        return now
+
+    def k(self) -> int:
+        return int(self.count.input_value())
+
+
+def test_the_slider_moves_by_keyboard_and_the_picture_follows(explorer):
+    before, k = explorer.picture(), explorer.k()
+    explorer.handle.focus()
+    explorer.page.keyboard.press("ArrowRight")
+    explorer.shows_another_than(before)
+    assert explorer.k() == round(k * 2 ** (1 / 8))
+
+
+def test_the_slider_moves_by_mouse_and_the_picture_follows(explorer):
+    before, k = explorer.picture(), explorer.k()
+    box = explorer.handle.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    explorer.page.mouse.move(x, y)
+    explorer.page.mouse.down()
+    explorer.page.mouse.move(x - 60, y, steps=6)
+    explorer.page.mouse.up()
+    explorer.shows_another_than(before)
+    assert explorer.k() < k / 2
+
+
+def test_a_typed_k_is_shown_and_moves_the_slider(explorer):
+    before, place = explorer.picture(), explorer.handle.bounding_box()["x"]
+    explorer.count.fill("1000")
+    explorer.count.press("Enter")
+    explorer.shows_another_than(before)
+    expect(explorer.page.locator(".widget-html").filter(has_text="representatives").first).to_contain_text(
+        "1,000"
+    )
+    assert explorer.handle.bounding_box()["x"] != place
+
+
+def test_accuracy_can_be_cancelled_and_nothing_of_it_is_kept(explorer):
+    explorer.images.fill("10000")
+    explorer.images.press("Enter")
+    explorer.evaluate.click()
+    explorer.page.get_by_text(re.compile(r"on 10,000 images: \d+%, about .* left")).wait_for()
+    expect(explorer.evaluate).to_be_disabled()
+    explorer.cancel.click()
+    explorer.page.get_by_text("cancelled", exact=True).wait_for()
+    expect(explorer.evaluate).to_be_enabled()
+    assert explorer.page.get_by_text("dense model").count() == 0
+
+
+def test_accuracy_joins_the_table_and_goes_stale_when_the_slider_moves_on(explorer):
+    explorer.images.fill("200")
+    explorer.images.press("Enter")
+    explorer.evaluate.click()
+    explorer.page.get_by_text(re.compile(r"^top-1 of what is shown: \d+\.\d+ %")).wait_for()
+    row = explorer.page.get_by_role("row").filter(has_text="dense model")
+    expect(row).to_contain_text("200")
+    expect(explorer.page.locator("img.widget-image:visible")).to_have_count(2)  # the codebook and the curve
+    before = explorer.picture()
+    explorer.handle.focus()
+    explorer.page.keyboard.press("ArrowLeft")
+    explorer.shows_another_than(before)
+    explorer.page.get_by_text(re.compile("^stale: .* top-1 is that of K = 1,000")).wait_for()
+
+
+def test_the_dashboard_serves_the_explorer_alone(chromium, tmp_path):
+    shutil.copy(batch.NOTEBOOKS / "04-clustering.ipynb", tmp_path)
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable, "-m", "voila", "04-clustering.ipynb", "--no-browser", "--Voila.ip=127.0.0.1",
+        f"--Voila.config_file_paths={batch.NOTEBOOKS / 'dashboard'}", f"--port={port}", "--port_retries=0",
+    ]  # fmt: skip
+    page = chromium.new_page(viewport={"width": 1400, "height": 1100})
+    page.set_default_timeout(120_000)
+    with running(command, f"{address}/ready?", tmp_path):
+        page.goto(address)
+        page.locator("img.widget-image").first.wait_for()
+        served = Explorer(page)
+        before, k = served.picture(), served.k()
+        served.handle.focus()
+        page.keyboard.press("ArrowRight")
+        served.shows_another_than(before)
+        assert served.k() > k
+        assert page.get_by_role("heading").all_inner_texts() == ["Try it"]
+        assert page.get_by_text("cluster_explorer").count() == 0  # no code
+    page.close()
