@@ -1,45 +1,26 @@
 """Interactive maps of kernels (bokeh), which live in the browser alone: no Python kernel, no network."""
 
-import base64
 import html
-import io
 from collections.abc import Mapping
 from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
+from bokeh import models
 from bokeh.core.property.vectorization import Field
 from bokeh.embed import file_html
 from bokeh.layouts import column, row
-from bokeh.models import (
-    ColorBar,
-    ColumnDataSource,
-    CustomJS,
-    DataTable,
-    Div,
-    FixedTicker,
-    HoverTool,
-    HTMLTemplateFormatter,
-    LassoSelectTool,
-    LayoutDOM,
-    ScientificFormatter,
-    Select,
-    TableColumn,
-    WheelZoomTool,
-)
 from bokeh.palettes import Category20_20, viridis
 from bokeh.plotting import figure
 from bokeh.resources import INLINE
 from bokeh.transform import linear_cmap, log_cmap
 from IPython.display import HTML
-from matplotlib import colormaps
 from matplotlib.ticker import LogLocator
-from PIL import Image
 
+from kclib import thumbnails
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 
-_WEIGHTS = colormaps["RdBu_r"]  # as in figures.kernel_sheet
 _PNG = "data:image/png;base64,"  # not kept with each of thousands of pictures
 _IMG = '<img width="{0}" src="' + _PNG + '{1}" style="image-rendering: pixelated; border: 1px solid #bbb">'
 _SHOWN = 200
@@ -58,7 +39,7 @@ def interactive(
     *,
     clusters: Mapping[str, np.ndarray],
     title: str = "",
-) -> LayoutDOM:
+) -> models.LayoutDOM:
     """Return a map whose points show their kernels, and a table and the mean of those that are selected.
 
     The mean kernel is that of the weights as they are, not of shapes. How alike the kernels are is the mean,
@@ -86,30 +67,30 @@ def interactive(
     labels = {name: np.asarray(of) for name, of in clusters.items()}
     _check(layout, rows, labels)
     names = {f"cluster {i}": name for i, name in enumerate(labels)}
-    source = ColumnDataSource(
+    source = models.ColumnDataSource(
         _columns(layout, bank, rows) | dict(zip(names, map(_narrow, labels.values()), strict=True))
     )
     colours = _colours(source, len(bank.layers), names)
     bars, notes = _bars(colours, bank), _notes(names)
 
-    select = Select(
+    select = models.Select(
         title="Colour by", value="layer", width=150,
         options=[("layer", "layer"), ("norm", "norm"), *names.items()],
     )  # fmt: skip
-    note = Div(text=notes["layer"], margin=(24, 5, 5, 5), sizing_mode="stretch_width")
+    note = models.Div(text=notes["layer"], margin=(24, 5, 5, 5), sizing_mode="stretch_width")
     plot = _plot(source, colours["layer"], names, title)
     for bar in bars.values():
         plot.add_layout(bar, "right")
-    summary = Div(text=_HELP, height=118, sizing_mode="stretch_width")
+    summary = models.Div(text=_HELP, height=118, sizing_mode="stretch_width")
     table = _table(clustered=bool(names))
 
     (dots,) = plot.renderers
-    update = CustomJS.from_file(
+    update = models.CustomJS.from_file(
         Path(__file__).with_suffix(".js"), source=source, select=select,
         dots=dots, colours=colours, bars=bars, note=note, notes=notes,
         table=table, most=_SHOWN, clusterings=_escaped(names),
         summary=summary, help=_HELP, image=_IMG.format(96, "{picture}"),
-        palette=_WEIGHTS(np.arange(256), bytes=True)[:, :3].tolist(),
+        palette=thumbnails.PALETTE.tolist(),
     )  # fmt: skip
     source.selected.js_on_change("indices", update)
     select.js_on_change("value", update)
@@ -123,7 +104,7 @@ def interactive(
     )
 
 
-def embedded(document: LayoutDOM, *, height: int = 640, title: str) -> HTML:
+def embedded(document: models.LayoutDOM, *, height: int = 640, title: str) -> HTML:
     """Return a bokeh document as a frame for a notebook or a static page, which needs nothing from anywhere.
 
     Parameters
@@ -141,20 +122,6 @@ def embedded(document: LayoutDOM, *, height: int = 640, title: str) -> HTML:
         f'<div><iframe title="{html.escape(title)}" height="{height}" '
         f"style=\"width:100%;border:0;background:#fff\" srcdoc='{page}'></iframe></div>"
     )
-
-
-def picture(kernels: np.ndarray) -> list[str]:
-    """Return kernels as PNGs in base64, one pixel a weight, blue to white to red.
-
-    Parameters
-    ----------
-    kernels : numpy.ndarray
-        ``(n, kh, kw)``; each is scaled to its own largest absolute weight, as `figures.kernel_sheet` does.
-    """
-    scale = np.abs(kernels).max(axis=(1, 2), keepdims=True)
-    scaled = kernels / np.where(scale > 0, scale, 1)
-    pixels = _WEIGHTS((scaled + 1) / 2, bytes=True)[..., :3]
-    return [_png(np.ascontiguousarray(image)) for image in pixels]
 
 
 def _check(layout: np.ndarray, rows: np.ndarray, labels: Mapping[str, np.ndarray]) -> None:
@@ -180,7 +147,7 @@ def _columns(layout: np.ndarray, bank: KernelBank, rows: np.ndarray) -> dict[str
         "x": layout[:, 0],
         "y": layout[:, 1],
         "weights": weights,
-        "picture": picture(weights),
+        "picture": thumbnails.pictures(weights),
         "norm": np.linalg.norm(weights, axis=(1, 2)),
         "layer": origin["layer"].to_list(),
         "depth": _narrow(np.searchsorted(starts, rows, side="right") - 1),
@@ -194,7 +161,7 @@ def _narrow(numbers: np.ndarray) -> np.ndarray:
     return numbers.astype(np.int32)
 
 
-def _colours(source: ColumnDataSource, n_layers: int, names: Mapping[str, str]) -> dict[str, Field]:
+def _colours(source: models.ColumnDataSource, n_layers: int, names: Mapping[str, str]) -> dict[str, Field]:
     """Return for each choice of colour the column it shows, and how."""
     norms = source.data["norm"]
     low, high = np.percentile(norms[norms > 0], (1, 99)) if norms.any() else (0.1, 1.0)
@@ -210,18 +177,21 @@ def _colours(source: ColumnDataSource, n_layers: int, names: Mapping[str, str]) 
     return colours
 
 
-def _bars(colours: Mapping[str, Field], bank: KernelBank) -> dict[str, ColorBar]:
+def _bars(colours: Mapping[str, Field], bank: KernelBank) -> dict[str, models.ColorBar]:
     """Return the colour bars of layers, some of them named, and of norms, which is hidden at first."""
     n = len(bank.layers)
     named = np.unique(np.linspace(0, n - 1, min(n, _LABELLED_LAYERS)).round().astype(int)).tolist()
-    layers = ColorBar(
-        color_mapper=colours["layer"].transform, title="layer", ticker=FixedTicker(ticks=named),
+    layers = models.ColorBar(
+        color_mapper=colours["layer"].transform, title="layer", ticker=models.FixedTicker(ticks=named),
         major_label_overrides={i: bank.layers[i].name for i in named},
     )  # fmt: skip
     scale = colours["norm"].transform
     ticks = LogLocator(subs=(1, 2, 5)).tick_values(scale.low, scale.high).tolist()
-    norms = ColorBar(
-        color_mapper=scale, title="kernel norm (weight units)", ticker=FixedTicker(ticks=ticks), visible=False
+    norms = models.ColorBar(
+        color_mapper=scale,
+        title="kernel norm (weight units)",
+        ticker=models.FixedTicker(ticks=ticks),
+        visible=False,
     )
     return {"layer": layers, "norm": norms}
 
@@ -235,7 +205,7 @@ def _notes(names: Mapping[str, str]) -> dict[str, str]:
     } | dict.fromkeys(names, cluster)
 
 
-def _plot(source: ColumnDataSource, colour: Field, names: Mapping[str, str], title: str) -> figure:
+def _plot(source: models.ColumnDataSource, colour: Field, names: Mapping[str, str], title: str) -> figure:
     """Return the map alone, with its tools."""
     plot = figure(
         title=title, x_axis_label="UMAP 1", y_axis_label="UMAP 2", match_aspect=True, height=520,
@@ -247,9 +217,11 @@ def _plot(source: ColumnDataSource, colour: Field, names: Mapping[str, str], tit
         fill_color=colour, fill_alpha=0.65, line_color=None, selection_fill_alpha=0.9,
         nonselection_fill_alpha=0.12, hover_fill_alpha=1, hover_line_color="black",
     )  # fmt: skip
-    lasso = LassoSelectTool(continuous=False)
-    wheel = WheelZoomTool(modifiers="ctrl")  # the wheel alone scrolls the page that the map is part of
-    hover = HoverTool(renderers=[dots], tooltips=_tooltip(names), formatters={"@norm": "printf"}, limit=1)
+    lasso = models.LassoSelectTool(continuous=False)
+    wheel = models.WheelZoomTool(modifiers="ctrl")  # the wheel alone scrolls the page that the map is part of
+    hover = models.HoverTool(
+        renderers=[dots], tooltips=_tooltip(names), formatters={"@norm": "printf"}, limit=1
+    )
     plot.add_tools(lasso, wheel, hover)
     plot.toolbar.active_drag, plot.toolbar.active_scroll = lasso, wheel
     plot.toolbar.logo = None
@@ -267,30 +239,24 @@ def _tooltip(names: Mapping[str, str]) -> str:
     )
 
 
-def _table(*, clustered: bool) -> DataTable:
+def _table(*, clustered: bool) -> models.DataTable:
     """Return the table of selected kernels, empty."""
-    image = HTMLTemplateFormatter(template=_IMG.format(24, "<%= value %>"))
-    digits = ScientificFormatter(precision=3, power_limit_low=-3, power_limit_high=4)
+    image = models.HTMLTemplateFormatter(template=_IMG.format(24, "<%= value %>"))
+    digits = models.ScientificFormatter(precision=3, power_limit_low=-3, power_limit_high=4)
     columns = [
-        TableColumn(field="picture", title="kernel", width=48, formatter=image, sortable=False),
-        TableColumn(field="layer", title="layer", width=110),
-        TableColumn(field="out", title="filter", width=48),
-        TableColumn(field="in", title="channel", width=58),
-        TableColumn(field="norm", title="norm", width=64, formatter=digits),
+        models.TableColumn(field="picture", title="kernel", width=48, formatter=image, sortable=False),
+        models.TableColumn(field="layer", title="layer", width=110),
+        models.TableColumn(field="out", title="filter", width=48),
+        models.TableColumn(field="in", title="channel", width=58),
+        models.TableColumn(field="norm", title="norm", width=64, formatter=digits),
     ]
     if clustered:
-        columns.append(TableColumn(field="cluster", title="cluster", width=60))
-    return DataTable(
-        source=ColumnDataSource({one.field: [] for one in columns}), columns=columns, index_position=None,
-        selectable=False, reorderable=False, row_height=30, width=_TABLE, height=440,
+        columns.append(models.TableColumn(field="cluster", title="cluster", width=60))
+    return models.DataTable(
+        source=models.ColumnDataSource({one.field: [] for one in columns}), columns=columns,
+        index_position=None, selectable=False, reorderable=False, row_height=30, width=_TABLE, height=440,
     )  # fmt: skip
 
 
 def _escaped(names: Mapping[str, str]) -> dict[str, str]:
     return {key: html.escape(name) for key, name in names.items()}
-
-
-def _png(pixels: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()

@@ -11,7 +11,7 @@ from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 
 _ROWS, _OTHERS = 256, 512  # pairs measured at a time by a thread: they stay in its cache
-_SHIFT = 18  # of a float's bits: what is left, exponent and five bits of mantissa, numbers a cell
+_SHIFT = 14  # of a float's bits: what is left, exponent and nine bits of mantissa, numbers a cell
 
 
 @dataclass(frozen=True)
@@ -159,20 +159,23 @@ def _met(
     if len(edges) < 2 or not (np.diff(edges) > 0).all() or edges[0] < 0:
         raise InvalidValueError("edges must be at least two distances, ascending from 0 or more.")
     thresholds = named.to_squared(edges).astype(np.float32)
+    thresholds[-1] = np.nextafter(thresholds[-1], np.float32(np.inf))  # the last bin includes its right edge
     # Rounding puts some pairs a little above the largest distance there is.
     thresholds[edges > named.largest] = np.inf
     thresholds[-1] = np.inf if edges[-1] >= named.largest else thresholds[-1]
+    thresholds = np.append(thresholds, np.float32(np.inf))
     cells = _cells(thresholds)
     turns, signs = named.orbit(prepared.shape[1])
     rows = np.zeros((len(prepared), len(edges) - 1), np.int32)
     others = np.ascontiguousarray(prepared.T)
+    dims = (0,) * len(others)  # its length is the compiler's to know: the loop over them is unrolled
     starts = range(0, len(prepared), _ROWS)
     pairs = np.zeros((len(starts), len(edges) - 1), np.int64)
 
     def measure(i: int) -> None:
         part = slice(starts[i], min(len(prepared), starts[i] + _ROWS))
         queries = np.stack([sign * prepared[part][:, turn] for turn, sign in zip(turns, signs, strict=True)])
-        _count(queries, others, part.start, thresholds, cells, rows[part], pairs[i])
+        _count(queries, others, part.start, thresholds, cells, dims, rows[part], pairs[i])
 
     with bars.of_shares("pairs", progress) as bar:
         parallel.side_by_side(measure, len(starts), parallel.threads(n_threads), bar.update)
@@ -182,39 +185,43 @@ def _met(
 def _cells(thresholds: np.ndarray) -> np.ndarray:
     """Return how many thresholds lie at or below the smallest float of each cell, int16."""
     smallest = (np.arange(1 << (31 - _SHIFT), dtype=np.int32) << _SHIFT).view(np.float32)
-    return np.searchsorted(thresholds, smallest, side="right").astype(np.int16)
+    return np.searchsorted(thresholds[:-1], smallest, side="right").astype(np.int16)
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
-def _count(queries, others, first, thresholds, cells, rows, pairs):
+@njit(nogil=True, cache=True, fastmath=parallel.FAST)
+def _count(queries, others, first, thresholds, cells, dims, rows, pairs):
     """Add to rows, (m, b), the others, (d, n), by squared distance from each query, (t, m, d).
 
     And to pairs, (b,), those that come later: seen from its two ends, rounding may tell a distance apart.
     """
-    (t, m, d), n, last = queries.shape, others.shape[1], len(thresholds) - 1
-    least = np.empty(_OTHERS, np.float32)
-    squared = np.empty(_OTHERS, np.float32)
+    (t, m, d), n, b = queries.shape, others.shape[1], len(pairs)
+    least, query = np.empty(_OTHERS, np.float32), np.empty(d, np.float32)
+    before, after = np.zeros((m, b + 2), np.int32), np.zeros((m, b + 2), np.int32)  # and outside the edges
     for start in range(0, n, _OTHERS):
         size = min(_OTHERS, n - start)
         for i in range(m):
-            least[:size] = np.inf
             for turn in range(t):
-                squared[:size] = 0
                 for k in range(d):
-                    value = queries[turn, i, k]
-                    for j in range(size):
-                        difference = value - others[k, start + j]
-                        squared[j] += difference * difference
+                    query[k] = queries[turn, i, k]
                 for j in range(size):
-                    least[j] = min(least[j], squared[j])
-            bits = least.view(np.int32)
-            for j in range(size):
-                if start + j != first + i:
-                    place = cells[bits[j] >> _SHIFT]
-                    while place <= last and least[j] >= thresholds[place]:
-                        place += 1
-                    if 0 < place <= last or (place > last and least[j] == thresholds[last]):
-                        place = min(place, last) - 1
-                        rows[i, place] += 1
-                        if start + j > first + i:
-                            pairs[place] += 1
+                    squared = np.float32(0)
+                    for k in range(len(dims)):
+                        difference = query[k] - others[k, start + j]
+                        squared += difference * difference
+                    least[j] = squared if turn == 0 else min(least[j], squared)
+            itself = min(max(first + i - start, 0), size)
+            _sort(least[:itself], thresholds, cells, before[i])
+            _sort(least[itself + (first + i - start >= 0) : size], thresholds, cells, after[i])
+    rows += before[:, 1 : b + 1] + after[:, 1 : b + 1]
+    for i in range(m):
+        pairs += after[i, 1 : b + 1]
+
+
+@njit(nogil=True, cache=True)
+def _sort(squared, thresholds, cells, tally):
+    bits = squared.view(np.int32)
+    for j in range(len(squared)):
+        place = cells[bits[j] >> _SHIFT]
+        while squared[j] >= thresholds[place]:
+            place += 1
+        tally[place] += 1

@@ -35,7 +35,7 @@ def similarity(explorer: SimilarityExplorer) -> widgets.VBox:
     return _View(explorer, controls).box
 
 
-def map_(explorer: MapExplorer) -> widgets.VBox:
+def maps(explorer: MapExplorer) -> widgets.VBox:
     """Return the view of a `MapExplorer`: layers, kind of map, colour and number of clusters, and the map."""
     controls = {
         "layers": _layers(explorer),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gates import PATIENCE, Gate, Through
 from torch import nn
 
 from kclib import (
@@ -28,39 +29,10 @@ from kclib.models import Model
 from kclib.questions import Explorer
 from kclib.store import Store
 
-PATIENCE = 30  # seconds: what takes longer hangs
 LAYERS = ("0", "2")  # of 24 and 128 kernels
 ALL = 152
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Gate:
-    """Where a thread waits, once closed, so that a test can do something meanwhile."""
-
-    def __init__(self):
-        self.reached, self.open = threading.Event(), threading.Event()
-        self.open.set()
-
-    def __call__(self):
-        self.reached.set()
-        assert self.open.wait(PATIENCE)
-
-    def close(self):
-        self.reached.clear()
-        self.open.clear()
-
-
-class Through(nn.Module):
-    """Makes a call whenever an input comes by; copies of it make the same call, for it is a function."""
-
-    def __init__(self, call):
-        super().__init__()
-        self.call = call
-
-    def forward(self, x):
-        self.call()
-        return x
 
 
 def tiny_model(call=lambda: None) -> Model:

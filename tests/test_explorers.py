@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from gates import PATIENCE
 from scipy.spatial.distance import cdist
 from torch import nn
 
@@ -9,7 +10,6 @@ from kclib.embedding import Graph
 from kclib.errors import InvalidValueError, StoppedError, UnknownNameError
 from kclib.explorers import MapExplorer, MapQuestion, SimilarityExplorer, SimilarityQuestion
 
-PATIENCE = 20  # seconds: what takes longer hangs
 LAYERS = ("0", "1", "2")
 
 

@@ -22,7 +22,7 @@ from bokeh.models import (
 from PIL import Image
 from torch import nn
 
-from kclib import figures, maps
+from kclib import figures, maps, thumbnails
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer, extract
 
@@ -100,7 +100,7 @@ def test_arguments_stay_as_they_are(bank):
 
 
 def test_picture_is_one_pixel_a_weight_from_blue_over_white_to_red():
-    first, nothing = map(pixels, maps.picture(np.array([[[-2.0, 0, 2]], [[0, 0, 0]]])))
+    first, nothing = map(pixels, thumbnails.pictures(np.array([[[-2.0, 0, 2]], [[0, 0, 0]]])))
     assert first[0, [0, 2]].tolist() == [[5, 48, 97], [103, 0, 31]]  # the ends of ColorBrewer's RdBu
     assert first.shape == nothing.shape == (1, 3, 3)
     assert first[0, 1].min() > 0.95 * 255
@@ -110,7 +110,7 @@ def test_picture_is_one_pixel_a_weight_from_blue_over_white_to_red():
 def test_pictures_are_those_of_the_kernel_sheet(bank):
     kernels = bank.weights[:7, :, :2]
     drawn = plt.figure().gca()
-    for kernel, picture in zip(kernels, maps.picture(kernels), strict=True):
+    for kernel, picture in zip(kernels, thumbnails.pictures(kernels), strict=True):
         (image,) = figures.kernel_sheet(kernel[None], columns=1, ax=drawn).images[-1:]
         sheet = image.cmap(image.norm(image.get_array()), bytes=True)[:3, :2, :3]
         np.testing.assert_array_equal(pixels(picture), sheet)

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+from gates import PATIENCE
 from matplotlib.figure import Figure
 
 from kclib import questions
 from kclib.errors import InvalidValueError, StoppedError
 from kclib.fitting import Step
 from kclib.questions import Answer, Explorer, Newest, Progress, attempted
-
-PATIENCE = 20  # seconds: what takes longer hangs
 
 
 class Gate:

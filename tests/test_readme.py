@@ -82,3 +82,21 @@ def test_its_sizes_are_those_of_the_benchmark():
     for r in run["reuse"]:
         ways = [r[way] for way in ("dense", "packed", "convolve then gather", "add then convolve")]
         assert f"| {r['layer']} | {r['pixels']} | {' | '.join(f'{ms:.2f}' for ms in ways)} |" in text
+
+
+def test_its_pairs_neighbours_slider_and_maps_are_those_of_the_benchmark():
+    run = json.loads((ROOT / "docs" / "similarity.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    for r in run["pairs"]:
+        speeds = [r["million pairs a second"], r["on one thread"], r.get("pdist and histogram")]
+        shown = ["–" if speed is None else f"{speed:,.0f}" for speed in speeds]
+        assert f"| {r['distance']} | {' | '.join(shown)} |" in text
+    for r in run["nearest"]:
+        seconds = [r["ours (s)"], r["cKDTree (s)"], r["scikit-learn (s)"]]
+        shown = [f"{r['kernels']:,}", *(f"{s:.3g}" for s in seconds), f"{seconds[0] / seconds[1]:.3f}"]
+        assert f"| {' | '.join(shown)} |" in text
+    for r in run["slider"]:
+        assert f"| {r['K up to']:,} | {r['median (s)']:.2f} | {r['95th percentile (s)']:.2f} |" in text
+    for r in run["maps"]:
+        numbers = f"{r['neighbours (s)']:.2f} | {r['layout (s)']:.1f} | {r['trustworthiness']:.3f}"
+        assert f"| {r['kernels']:,} | {numbers} |" in text

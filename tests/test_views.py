@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from gates import PATIENCE, Gate, Through
 from ipywidgets import embed
 from torch import nn
 
@@ -20,39 +21,10 @@ from kclib.errors import InvalidValueError
 from kclib.explorers import MapExplorer, SimilarityExplorer
 from kclib.models import Model
 
-PATIENCE = 30  # seconds: what takes longer hangs
 NOTHING = "<span role='status'>&nbsp;</span>"
 PNG = b"\x89PNG"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Gate:
-    """Where a thread waits, once closed, so that a test can do something meanwhile."""
-
-    def __init__(self):
-        self.reached, self.open = threading.Event(), threading.Event()
-        self.open.set()
-
-    def __call__(self):
-        self.reached.set()
-        assert self.open.wait(PATIENCE)
-
-    def close(self):
-        self.reached.clear()
-        self.open.clear()
-
-
-class Through(nn.Module):
-    """Makes a call whenever an input comes by; copies of it make the same call, for it is a function."""
-
-    def __init__(self, call):
-        super().__init__()
-        self.call = call
-
-    def forward(self, x):
-        self.call()
-        return x
 
 
 def network(call=lambda: None, names=("one", "two")):
@@ -98,7 +70,7 @@ def cluster_explorer_with_images():
 
 VIEWS = {
     "similarity": (views.similarity, similarity_explorer),
-    "map": (views.map_, map_explorer),
+    "map": (views.maps, map_explorer),
     "clusters": (views.clusters, plain_explorer),
     "clusters and accuracy": (views.clusters, cluster_explorer_with_images),
 }

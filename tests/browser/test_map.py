@@ -8,7 +8,7 @@ from PIL import Image
 from playwright.sync_api import expect
 from torch import nn
 
-from kclib import maps
+from kclib import maps, thumbnails
 from kclib.kernels import extract
 
 PLACE = """([x, y]) => {
@@ -100,7 +100,7 @@ def pixels(image):
 
 
 def drawn(kernel):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(maps.picture(kernel[None])[0]))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(thumbnails.pictures(kernel[None])[0]))))
 
 
 def expected_rows(bank, indices, labels):
