@@ -125,7 +125,7 @@ def closeness(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     layers = list(dict.fromkeys(table.layer))
     for i, (null, rows) in enumerate(table.groupby("null", sort=False)):
         places = np.array([layers.index(layer) for layer in rows.layer]) + 0.18 * (i - 1)
-        bars = [rows.ratio - rows.low, rows.high - rows.ratio]
+        bars = [(rows.ratio - rows.low).clip(lower=0), (rows.high - rows.ratio).clip(lower=0)]
         ax.errorbar(places, rows.ratio, bars, marker="osD^v"[i % 5], markersize=4, capsize=2, linestyle="",
                     label=null)  # fmt: skip
     ax.axhline(1, color="0.4", linestyle="--", linewidth=1, label="no closer than chance")
