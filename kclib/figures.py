@@ -152,14 +152,12 @@ def layers_by_layers(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def density(layout: np.ndarray, *, limits: np.ndarray, ax: Axes | None = None) -> Axes:
-    """Draw how many of many kernels lie where on a map ``(n, 2)``, within the extent of `limits`."""
+def density(layout: np.ndarray, *, ax: Axes | None = None) -> Axes:
+    """Draw how many of many kernels lie where on a map ``(n, 2)``."""
     ax = ax or plt.gca()
-    (left, low), (right, high) = limits.min(axis=0), limits.max(axis=0)
-    cells = ax.hexbin(*layout.T, gridsize=160, bins="log", mincnt=1, cmap="magma",
-                      extent=(left, right, low, high))  # fmt: skip
+    cells = ax.hexbin(*layout.T, gridsize=160, bins="log", mincnt=1, cmap="magma")
     ax.figure.colorbar(cells, ax=ax, label="kernels in a cell", shrink=0.6)
-    return _as_map(ax, limits)
+    return _as_map(ax, layout)
 
 
 def embedding(

@@ -50,7 +50,7 @@ DRAW = {
     ),
     "closeness": lambda ax: figures.closeness(CLOSENESS, ax=ax),
     "layers_by_layers": lambda ax: figures.layers_by_layers(LAYERS, ax=ax),
-    "density": lambda ax: figures.density(np.eye(2), limits=np.eye(2), ax=ax),
+    "density": lambda ax: figures.density(np.eye(2), ax=ax),
     "embedding by value": lambda ax: figures.embedding(np.eye(2), np.array([0.5, 2]), label="norm", ax=ax),
     "embedding by label": lambda ax: figures.embedding(np.eye(2), np.arange(2), label="cluster", ax=ax),
     "embedding by name": lambda ax: figures.embedding(np.eye(3)[:, :2], CATEGORIES, label="layer", ax=ax),
@@ -249,15 +249,15 @@ def test_layers_by_layers_writes_each_percentage_where_codebook_and_kernels_meet
     ]
 
 
-def test_density_counts_the_kernels_of_each_cell_within_the_limits():
-    layout = np.repeat([[0.0, 0], [1, 2], [9, 9]], [100, 7, 3], axis=0)
-    ax = figures.density(layout, limits=np.array([[-1.0, -1], [3, 4]]), ax=plt.figure().gca())
+def test_density_counts_the_kernels_of_each_cell():
+    layout = np.repeat([[0.0, 0], [1, 2], [10, 20]], [100, 7, 9], axis=0)
+    ax = figures.density(layout, ax=plt.figure().gca())
     (cells,) = ax.collections
-    assert sorted(cells.get_array()) == [7, 100]
+    assert sorted(cells.get_array()) == [7, 9, 100]
     assert cells.norm(7) == pytest.approx(0)
     assert cells.norm(np.sqrt(700)) == pytest.approx(0.5)  # halfway on a logarithmic scale
-    assert ax.get_xlim() == pytest.approx((-1.12, 3.12))
-    assert ax.get_ylim() == pytest.approx((-1.15, 4.15))
+    assert ax.get_xlim() == pytest.approx((-0.3, 10.3))
+    assert ax.get_ylim() == pytest.approx((-0.6, 20.6))
     assert ax.get_aspect() == 1
     assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == ["kernels in a cell"]
 
