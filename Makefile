@@ -33,7 +33,7 @@ lint: setup  ## Check style, import order, and that notebooks carry no outputs
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/lint-imports
 
-bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of other kernels; about an hour, resumable)
+bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of other kernels; an hour and a half, resumable)
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.similarity

@@ -118,9 +118,10 @@ def main() -> None:
         "slider": lambda: slider(model),
         "maps": lambda: maps(bank, store),
     }
-    found = {}
+    found = json.loads(path.read_text()) if path.is_file() else {}  # of a run that was cut short
     for name, measure in parts.items():
-        found[name] = measure()
+        if name not in found:
+            found[name] = measure()
         print(pd.DataFrame(found[name]).to_string(index=False, float_format="{:.3g}".format))
         with files.replacing(path) as temporary:
             temporary.write_text(json.dumps(found, indent=1))

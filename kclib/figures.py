@@ -168,7 +168,7 @@ def embedding(
     limits: np.ndarray | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw a map ``(n, 2)`` coloured by category (in the categories' order), by value, or by label.
+    """Draw a map ``(n, 2)`` coloured by category (dark to bright in their order), by value, or by label.
 
     Labels are whole numbers without an order: colours repeat after twenty. `limits` is another map, of which
     this one is a part and whose extent is drawn.
@@ -176,7 +176,7 @@ def embedding(
     ax = ax or plt.gca()
     if isinstance(colour, pd.Categorical):
         names = list(colour.categories)
-        palette = sns.color_palette("viridis" if len(names) > 10 else "tab10", len(names))
+        palette = sns.color_palette("viridis", len(names))
         sns.scatterplot(
             x=layout[:, 0], y=layout[:, 1], hue=colour, hue_order=names, palette=palette,
             s=5, linewidth=0, ax=ax, rasterized=True,
