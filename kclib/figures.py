@@ -174,23 +174,24 @@ def embedding(
     this one is a part and whose extent is drawn.
     """
     ax = ax or plt.gca()
+    size = float(np.clip(350 / np.sqrt(max(len(layout), 1)), 1, 5))
     if isinstance(colour, pd.Categorical):
         names = list(colour.categories)
         palette = sns.color_palette("viridis", len(names))
         sns.scatterplot(
             x=layout[:, 0], y=layout[:, 1], hue=colour, hue_order=names, palette=palette,
-            s=5, linewidth=0, ax=ax, rasterized=True,
+            s=size, linewidth=0, ax=ax, rasterized=True,
         )  # fmt: skip
         outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         ax.legend(title=label, fontsize=8, markerscale=3, frameon=False, **outside)
     elif np.issubdtype(colour.dtype, np.integer):
         ax.scatter(
-            *layout.T, c=colour % 20, s=5, linewidths=0, cmap="tab20", vmin=0, vmax=19, rasterized=True
+            *layout.T, c=colour % 20, s=size, linewidths=0, cmap="tab20", vmin=0, vmax=19, rasterized=True
         )
         ax.set_title(label, fontsize=10)
     else:
         x, y = layout.T
-        dots = ax.scatter(x, y, c=colour, s=5, linewidths=0, cmap="magma", rasterized=True)
+        dots = ax.scatter(x, y, c=colour, s=size, linewidths=0, cmap="magma", rasterized=True)
         ax.figure.colorbar(dots, ax=ax, label=label, shrink=0.6)
     return _as_map(ax, layout if limits is None else limits)
 
