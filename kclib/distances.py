@@ -47,6 +47,11 @@ class Distance:
     of_squared: Callable[[np.ndarray], np.ndarray]
     to_squared: Callable[[np.ndarray], np.ndarray]
 
+    @property
+    def label(self) -> str:
+        """Its name and unit, for an axis."""
+        return f"{self.name} distance ({self.unit})"
+
     def comparable(self, points: np.ndarray) -> np.ndarray:
         """Return which kernels it can compare, bool ``(n,)``: a kernel of zeros has no direction."""
         return np.ones(len(points), bool) if math.isinf(self.largest) else self.prepare(points).any(axis=1)
@@ -122,8 +127,7 @@ def _double(distance: np.ndarray) -> np.ndarray:
 
 
 def _sine(squared: np.ndarray) -> np.ndarray:
-    squared = np.minimum(squared, 2)
-    return np.sqrt(squared * (1 - squared / 4))
+    return np.sqrt(squared * (1 - np.asarray(squared) / 4))
 
 
 def _of_sine(sine: np.ndarray) -> np.ndarray:

@@ -1,11 +1,12 @@
 """Two-dimensional maps of kernels (UMAP): neighbours and layouts, found once and kept in the store."""
 
+import functools
 import hashlib
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn import manifold
+from sklearn import manifold, metrics
 from tqdm.auto import tqdm
 
 from kclib import distances, neighbours
@@ -170,11 +171,9 @@ def trustworthiness(graph: Graph, layout: np.ndarray, *, limit: int = 2000, seed
     chosen = np.random.default_rng(seed).permutation(len(layout))[:limit]
     points = graph.points[chosen]
     turns, signs = distances.named(named_maps[graph.kind]).orbit(points.shape[1])
-    apart = np.full((len(points), len(points)), np.inf)
-    for turn, sign in zip(turns, signs, strict=True):
-        turned = sign * points[:, turn]
-        apart = np.minimum(apart, np.square(points[:, None] - turned[None]).sum(axis=2))
-    apart = np.sqrt(np.minimum(apart, apart.T))  # rounding may tell the two directions apart
+    turned = (sign * points[:, turn] for turn, sign in zip(turns, signs, strict=True))
+    apart = functools.reduce(np.minimum, (metrics.pairwise_distances(points, others) for others in turned))
+    apart = np.minimum(apart, apart.T)  # rounding may tell the two directions apart
     n_neighbors = min(15, (len(chosen) - 1) // 2)
     return float(
         manifold.trustworthiness(apart, layout[chosen], n_neighbors=n_neighbors, metric="precomputed")

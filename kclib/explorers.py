@@ -69,7 +69,7 @@ class SimilarityExplorer(Explorer[SimilarityQuestion]):
             found[name] = pairs.pair_histogram(kernels_, edges, distance=question.distance)
             nearest[name] = np.median(similarity.nearest_distances(kernels_, distance=question.distance))
         figure = Figure(figsize=(10, 4.2), layout="constrained")
-        ax = figures.distance_histograms(found, xlabel=axis(named), ax=figure.subplots())
+        ax = figures.distance_histograms(found, xlabel=named.label, ax=figure.subplots())
         ax.set_title(
             f"{called(self.bank, question.layers)}: all pairs of {len(points):,} kernels", fontsize=10
         )
@@ -177,11 +177,6 @@ def called(bank: KernelBank, layers: tuple[str, ...]) -> str:
     if len(layers) == len(bank.layers):
         return f"all {len(layers)} layers" if len(layers) > 1 else layers[0]
     return layers[0] if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} … {layers[-1]}"
-
-
-def axis(named: distances.Distance) -> str:
-    """Label an axis with a distance and its unit."""
-    return f"{named.name} distance ({named.unit})"
 
 
 def rows_of(bank: KernelBank, rows: np.ndarray, layers: Iterable[str]) -> np.ndarray:
