@@ -5,11 +5,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kclib.clustering import Clustering, Group, grouping
+from kclib.clustering import Clustering, Group
 from kclib.kernels import KernelBank, Layer
 from kclib.layers import N_TURNS
 from kclib.packing import index_bits, index_bytes
 from kclib.quantization import row_bytes, scale_type
+from kclib.scopes import grouping
 
 
 def break_even(bank: KernelBank, *, scope: str | Mapping[str, str] = "layer", precision: str = "fp32") -> int:

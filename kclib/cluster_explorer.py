@@ -17,6 +17,7 @@ from kclib import (
     figures,
     footprint,
     kernels,
+    scopes,
     sweep,
 )
 from kclib.breakeven import Count
@@ -122,7 +123,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         """Say at once what needs no clustering: how many kernels and bytes would be removed."""
         bank, method = self.bank.only(*question.layers), METHODS[question.distance]
         count = Count("fp32", scale_bits=32 * method["scaled"], orbit=N_TURNS if method["turned"] else 1)
-        groups = clustering.grouping(bank, question.scope)
+        groups = scopes.grouping(bank, question.scope)
         wanted = self.clusterer.wanted(bank, question)
         saved = sum(math.prod(x.shape) * x.itemsize for x in bank.layers)
         saved -= sum(count.bytes(layers, wanted[name]) for name, layers in groups.items())

@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from kclib import clustering, kmeans, symmetry
+from kclib import clustering, kmeans, scopes, symmetry
 from kclib.clustering import Clustering
 from kclib.explorers import between, known
 from kclib.kernels import KernelBank
@@ -83,7 +83,7 @@ class Clusterer:
         """Return K by group: smaller groups keep all they have."""
         return {
             name: min(question.n_clusters, sum(layer.n_kernels for layer in layers))
-            for name, layers in clustering.grouping(bank, question.scope).items()
+            for name, layers in scopes.grouping(bank, question.scope).items()
         }
 
     def _cluster(self, question: ClusterQuestion) -> Clustering:
@@ -91,7 +91,7 @@ class Clusterer:
         wanted, found = self.wanted(bank, question), {}
         groups = {
             name: tuple(layer.name for layer in layers)
-            for name, layers in clustering.grouping(bank, question.scope).items()
+            for name, layers in scopes.grouping(bank, question.scope).items()
         }
         plain = question.distance == "euclidean"
         if plain:

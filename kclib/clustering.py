@@ -1,14 +1,16 @@
 """Cluster the kernels of a bank: per layer, globally, or in any grouping of layers."""
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kclib import bars, kmeans, parallel, symmetry
-from kclib.errors import InvalidValueError, UnknownNameError
+from kclib import bars, fitting, kmeans, parallel, rate, scopes, symmetry
+from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer
+
+Fit = kmeans.KMeans | symmetry.SymmetricKMeans | rate.Priced
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def cluster(
     scope: str | Mapping[str, str] = "layer",
     scaled: bool = False,
     turned: bool = False,
+    weights: np.ndarray | None = None,
+    price: float = 0.0,
     seed: int = 0,
     n_threads: int | None = None,
     progress: bool = True,
@@ -127,6 +131,13 @@ def cluster(
         A codebook for each layer, one for all, or from each layer's name to its group's name.
     scaled, turned : bool
         Whether a representative stands for its multiples, and for its flips and rotations (square kernels).
+    weights : numpy.ndarray, optional
+        ``(n,)`` in the rows of the bank, finite, at least 0, in no group all 0: how much a kernel's squared
+        distance counts in what is minimised; in `Group.inertia` all count alike.
+    price : float
+        What a bit of the entropy-coded indices costs, in squared distances. Above 0, each group is an
+        entropy-constrained quantizer (Chou, Lookabaugh and Gray 1989; see `rate.kmeans`), of fewer clusters
+        where they are not worth their bits. Not for kernels that are scaled or turned.
     seed : int
     n_threads : int, optional
         All processors by default.
@@ -138,37 +149,35 @@ def cluster(
     ------
     InvalidValueError, UnknownNameError
         K below 1 or above the number of kernels; a layer or group that is missing or unknown; kernels to be
-        turned that are not square.
+        turned that are not square; weights or a price out of range.
     NotEnoughMemoryError
     """
-    members = grouping(bank, scope)
-    wanted = _wanted(members, n_clusters)
-    if turned and bank.size[0] != bank.size[1]:
-        raise InvalidValueError(
-            f"kernels of {bank.size[0]}×{bank.size[1]} cannot be turned; they must be square."
-        )
-    points = {name: np.concatenate([bank.points[x.rows] for x in layers]) for name, layers in members.items()}
+    members = scopes.grouping(bank, scope)
+    asked = scopes.wanted(members, n_clusters)
+    method = _method(bank, scaled, turned, rate.checked_price(price))
+    points = {name: _of(bank.points, layers) for name, layers in members.items()}
+    shares = _shares(bank, members, weights)
     largest_first = sorted(members, key=lambda name: -len(points[name]))
     n_threads = parallel.threads(n_threads)
-    method = kmeans.kmeans
-    if scaled or turned:
-        method = functools.partial(symmetry.kmeans, scaled=scaled, turned=turned)
     inside = 1 if len(members) >= n_threads else n_threads
-    with bars.Fits(len(bank), kmeans.memory(*bank.points.shape, max(wanted.values())), progress) as bar:
+    with bars.Fits(len(bank), kmeans.memory(*bank.points.shape, max(asked.values())), progress) as bar:
 
-        def fit(i: int) -> kmeans.KMeans | symmetry.SymmetricKMeans:
+        def fit(i: int) -> Fit:
             name = largest_first[i]
-            k = min(wanted[name], len(points[name]))
+            k = min(asked[name], len(points[name]))
             report = bar.of(name, len(points[name]))
-            return method(points[name], k, seed=seed, n_threads=inside, progress=report)
+            return method(points[name], k, weights=shares[name], seed=seed, n_threads=inside, progress=report)
 
         found = dict(zip(largest_first, parallel.side_by_side(fit, len(members), n_threads), strict=True))
-    return of_fits(bank, found, wanted, scope=scope, scaled=scaled, turned=turned, seed=seed)
+    result = of_fits(bank, found, asked, scope=scope, scaled=scaled, turned=turned, seed=seed)
+    if price:
+        result = replace(result, notes=())  # fewer clusters are what a price is for
+    return result if weights is None else replace(result, groups=_counted_alike(bank, result))
 
 
 def of_fits(
     bank: KernelBank,
-    found: Mapping[str, kmeans.KMeans | symmetry.SymmetricKMeans],
+    found: Mapping[str, Fit],
     wanted: Mapping[str, int],
     *,
     scope: str | Mapping[str, str],
@@ -182,14 +191,14 @@ def of_fits(
     ----------
     bank, scope, scaled, turned, seed
         As in `cluster`.
-    found : mapping of str to KMeans or SymmetricKMeans
+    found : mapping of str to KMeans, SymmetricKMeans or Priced
         By group.
     wanted : mapping of str to int
         Clusters that each group was asked for.
     """
     groups = tuple(
         _group(bank, name, layers, found[name], scaled, turned)
-        for name, layers in grouping(bank, scope).items()
+        for name, layers in scopes.grouping(bank, scope).items()
     )
     notes = tuple(
         f"{group.name}: {group.n_clusters} clusters in place of {wanted[group.name]}, "
@@ -200,31 +209,45 @@ def of_fits(
     return Clustering(groups, scope if isinstance(scope, str) else "mapping", seed, notes)
 
 
+def _method(bank: KernelBank, scaled: bool, turned: bool, price: float) -> Callable[..., Fit]:
+    if turned and bank.size[0] != bank.size[1]:
+        raise InvalidValueError(
+            f"kernels of {bank.size[0]}×{bank.size[1]} cannot be turned; they must be square."
+        )
+    if price and (scaled or turned):
+        raise InvalidValueError(f"price is {price}; it must be 0 where kernels are scaled or turned.")
+    if scaled or turned:
+        return functools.partial(symmetry.kmeans, scaled=scaled, turned=turned)
+    return functools.partial(rate.kmeans, price=price) if price else kmeans.kmeans
+
+
+def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], weights) -> dict:
+    """Check weights and return them by group; None for each if there are none."""
+    weights = fitting.checked_weights(weights, len(bank))
+    if weights is None:
+        return dict.fromkeys(members)
+    shares = {name: _of(weights, layers) for name, layers in members.items()}
+    if empty := [name for name, share in shares.items() if not share.any()]:
+        raise InvalidValueError(f"weights must not be all 0 in a group; they are in {', '.join(empty)}.")
+    return shares
+
+
+def _of(rows: np.ndarray, layers: tuple[Layer, ...]) -> np.ndarray:
+    return np.concatenate([rows[x.rows] for x in layers])
+
+
+def _counted_alike(bank: KernelBank, clustering: Clustering) -> tuple[Group, ...]:
+    """Return the groups with the inertia of their kernels without weights."""
+    errors = np.square(bank.weights - quantized(clustering), dtype=np.float64).sum(axis=(1, 2))
+    return tuple(replace(x, inertia=float(_of(errors, x.layers).sum())) for x in clustering.groups)
+
+
 def _group(
-    bank: KernelBank, name: str, layers: tuple[Layer, ...], found, scaled: bool, turned: bool
+    bank: KernelBank, name: str, layers: tuple[Layer, ...], found: Fit, scaled: bool, turned: bool
 ) -> Group:
     codebook = found.centres.reshape(-1, *bank.size)
     scales, turns = found.scales if scaled else None, found.transforms if turned else None
     return Group(name, layers, codebook, found.labels, found.inertia, scales, turns)
-
-
-def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tuple[Layer, ...]]:
-    """Return the layers of each group, in bank order."""
-    names = [layer.name for layer in bank.layers]
-    if scope == "layer":
-        scope = {name: name for name in names}
-    elif scope == "global":
-        scope = dict.fromkeys(names, "global")
-    elif isinstance(scope, str):
-        raise UnknownNameError("scope", scope, ("layer", "global"))
-    if wrong := set(scope) ^ set(names):
-        raise InvalidValueError(
-            f"scope must give every layer of the bank a group; not matching: {', '.join(sorted(wrong))}."
-        )
-    groups: dict[str, tuple[Layer, ...]] = {}
-    for layer in bank.layers:
-        groups[scope[layer.name]] = (*groups.get(scope[layer.name], ()), layer)
-    return groups
 
 
 def quantized(clustering: Clustering) -> np.ndarray:
@@ -258,25 +281,3 @@ def error_share(bank: KernelBank, clustering: Clustering) -> list[float]:
     error = np.square(bank.weights - quantized(clustering)).sum(axis=(1, 2), dtype=np.float64)
     weight = np.square(bank.weights).sum(axis=(1, 2), dtype=np.float64)
     return [float(error[x.rows].sum() / (weight[x.rows].sum() or 1)) for x in bank.layers]
-
-
-def _wanted(members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[str, int]) -> dict[str, int]:
-    """Check K and return it by group."""
-    counts = {name: sum(x.n_kernels for x in layers) for name, layers in members.items()}
-    if isinstance(n_clusters, Mapping):
-        if wrong := set(n_clusters) ^ set(counts):
-            raise InvalidValueError(
-                f"n_clusters must name every group; not matching: {', '.join(sorted(wrong))}."
-            )
-        for name, k in n_clusters.items():
-            _check(k, counts[name], f"group {name}")
-        return dict(n_clusters)
-    _check(n_clusters, max(counts.values()), "the largest group")
-    return dict.fromkeys(counts, int(n_clusters))
-
-
-def _check(k: int, n: int, what: str) -> None:
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
-        raise InvalidValueError(
-            f"n_clusters is {k!r}; it must be a whole number from 1 to {n}, the kernels of {what}."
-        )

@@ -89,6 +89,11 @@ def restore(stored: dict[str, Tensor]) -> Tensor:
     return values.float() * stored["steps"].float().reshape(-1, *[1] * (values.dim() - 1))
 
 
+def rounded(values: Tensor, precision: str) -> Tensor:
+    """Return a codebook ``(K, ...)`` as a file of that precision gives it back, in its own type and place."""
+    return restore(store(values, precision)).to(values)
+
+
 def checked(values: Tensor, precision: str) -> Tensor:
     """Return values that a precision holds.
 

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from kclib import clustering, compression, datasets, evaluation, footprint, kernels, models
+from kclib import clustering, compression, datasets, evaluation, footprint, kernels, models, scopes
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation
 from kclib.store import Entry, Store
@@ -100,7 +100,7 @@ def _input_fingerprint(model: models.Model, data: datasets.ImageSet) -> str:
 
 def _fits(bank: kernels.KernelBank, scope: str, k: int) -> bool:
     """Tell whether K is at most the largest group's kernels."""
-    groups = clustering.grouping(bank, scope).values()
+    groups = scopes.grouping(bank, scope).values()
     return k <= max(sum(layer.n_kernels for layer in layers) for layers in groups)
 
 

@@ -2,8 +2,9 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,34 +15,32 @@ from tqdm.auto import tqdm
 
 from kclib import datasets, files, models
 from kclib.errors import DamagedFileError, InvalidValueError
+from kclib.recipe import Recipe, augment
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; rates are AdamW's, shifts and squares in pixels."""
-
-    epochs: int = 12
-    batch_size: int = 128
-    peak_rate: float = 2e-4
-    weight_decay: float = 0.02
-    label_smoothing: float = 0.1
-    shift: int = 2
-    square: int = 8
-    held_back: int = 5000
-    seed: int = 0
+__all__ = ["Recipe", "Trained", "augment", "save_half", "start_from_features", "train", "train_fashion"]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network in eval mode, and a row an epoch: ``epoch``, mean ``loss``, ``held_back`` (%)."""
+    """A trained network.
+
+    Attributes
+    ----------
+    network : torch.nn.Module
+        In eval mode, as it was at its best check.
+    history : tuple of dict
+        A row an epoch: ``epoch``, mean ``loss``, and the check on the held-back images in percent:
+        ``held_back``, their accuracy, or ``agreement``, how many are answered as the teacher answers them.
+        Epoch 0 is the start, which has no loss.
+    """
 
     network: nn.Module
     history: tuple[dict, ...]
 
     @property
     def held_back(self) -> float:
-        """Accuracy in percent on the held-back images at the epoch that was kept, the best."""
-        return max(row["held_back"] for row in self.history)
+        """Accuracy (with a teacher, agreement) in percent on the held-back images, at the best check."""
+        return max(map(_score, self.history))
 
 
 def train(
@@ -51,52 +50,62 @@ def train(
     recipe: Recipe,
     checkpoint: Path,
     *,
+    teacher: nn.Module | None = None,
+    after_epoch: Callable[[nn.Module], nn.Module] | None = None,
     device: str = "cpu",
 ) -> Trained:
-    """Train a copy of `network` under `recipe` and return it as it was at its best held-back accuracy.
+    """Train a copy of `network` under `recipe` and return it as it was at its best check.
 
-    After every epoch the whole state goes to `checkpoint`; the same call goes on from there and ends
-    in the same weights as an uninterrupted one.
+    The held-back images are checked before training and after every epoch; the start is among what may be
+    returned, so that the answer is never worse on them than what was given. After every check the whole state
+    goes to `checkpoint`; the same call goes on from there and ends in the same weights as in one go.
 
     Parameters
     ----------
     network : torch.nn.Module
+        float32. Parameters that require no gradient stay.
     data : ImageSet
         Training images, uint8 in memory; `recipe.held_back` of them choose the stopping point.
     preprocess : callable
-        From uint8 ``(b, c, h, w)`` to the network's input.
+        From uint8 ``(b, c, h, w)`` to the network's input, and the teacher's.
     checkpoint : path
+    teacher : torch.nn.Module, optional
+        float32, unchanged. Its answers take the place of all labels, which are then never read: the loss is
+        the KL divergence from its softened answers (Hinton, Vinyals and Dean 2015, *Distilling the Knowledge
+        in a Neural Network*, section 2), and the check is agreement with them.
+    after_epoch : callable, optional
+        Called before each check, with the network that is trained. It may change it in place, and returns
+        what is checked and kept: that network or a changed copy.
+    device : str
 
     Raises
     ------
     InvalidValueError
-        A recipe that leaves no batch to train on or no image to hold back; a checkpoint of another
-        recipe, start or data set.
+        A recipe that leaves no batch to train on or no image to hold back; images or parameters of another
+        kind; a loss that is not finite; a checkpoint of another recipe, start, teacher or data set.
     DamagedFileError
         A checkpoint that cannot be read.
     """
     kept, held = _split(data, recipe)
-    identity = {"recipe": asdict(recipe), "start": models.fingerprint(network), "data": data.fingerprint}
-    network = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        recipe.peak_rate,
-        total_steps=recipe.epochs * (len(kept) // recipe.batch_size),
-        pct_start=0.15,
-    )
-    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    identity = _identity(network, data, recipe, teacher)
+    network = _copied(network, device)
+    if teacher is not None:
+        teacher = _copied(teacher, device).eval()
+        held = replace(held, labels=_answers(teacher, held, preprocess, device))
+    parts = _parts(network, recipe, len(kept))
     history, best = _resume(checkpoint, identity, parts) if checkpoint.exists() else ([], {})
-    for epoch in range(len(history), recipe.epochs):
-        loss = _epoch(network, kept, preprocess, recipe, optimizer, schedule, epoch, device)
-        accuracy = _accuracy(network, held, preprocess, device)
-        if accuracy > max((row["held_back"] for row in history), default=-1.0):
-            best = {name: value.detach().clone() for name, value in network.state_dict().items()}
-        history.append({"epoch": epoch + 1, "loss": loss, "held_back": accuracy})
-        tqdm.write(f"epoch {epoch + 1}: loss {loss:.4f}, held-back accuracy {accuracy:.2f} %")
-        state = {name: part.state_dict() for name, part in parts.items()}
-        with files.replacing(checkpoint) as temporary:
-            torch.save(state | {"identity": identity, "history": history, "best": best}, temporary)
+    while not _ended(history, recipe):
+        row = {"epoch": len(history)}
+        if history:
+            row["loss"] = _epoch(parts, kept, preprocess, recipe, row["epoch"], teacher, device)
+        checked = after_epoch(network) if after_epoch else network
+        right = _answers(checked, held, preprocess, device) == held.labels
+        row["held_back" if teacher is None else "agreement"] = 100 * right.sum().item() / len(right)
+        if _score(row) > max(map(_score, history), default=-1.0):
+            best = {name: value.detach().clone() for name, value in checked.state_dict().items()}
+        history.append(row)
+        tqdm.write(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
+        _write(checkpoint, parts, {"identity": identity, "history": history, "best": best})
     network.load_state_dict(best)
     return Trained(network.eval(), tuple(history))
 
@@ -142,78 +151,131 @@ def start_from_features(network: nn.Module, path: Path | None) -> None:
         raise InvalidValueError(f"{path} does not hold the 13 convolutions of VGG-16.")
 
 
-def augment(images: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
-    """Return uint8 `images` ``(b, c, h, w)`` each mirrored, shifted and with a square blanked, at random."""
-    n, _, height, width = images.shape
+def _identity(network: nn.Module, data: datasets.ImageSet, recipe: Recipe, teacher: nn.Module | None) -> dict:
+    """Return what a checkpoint must share with a call to be resumed by it."""
+    return {
+        "recipe": asdict(recipe),
+        "start": models.fingerprint(network),
+        "teacher": None if teacher is None else models.fingerprint(teacher),
+        "data": data.fingerprint,
+    }
 
-    def draw(low: int, high: int) -> torch.Tensor:
-        return torch.randint(low, high, (n, 1), generator=generator)
 
-    flip, erase = draw(0, 2).bool(), draw(0, 2).bool()
-    rows = torch.arange(height) + draw(0, 2 * recipe.shift + 1)
-    columns = torch.arange(width) + draw(0, 2 * recipe.shift + 1)
-    columns = torch.where(flip, columns.flip(1), columns)
-    padded = F.pad(images, (recipe.shift,) * 4)
-    shifted = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
+def _copied(network: nn.Module, device: str) -> nn.Module:
+    """Return a copy of a network to train or to ask, on its device."""
+    for name, value in network.named_parameters():
+        if value.dtype != torch.float32:
+            raise InvalidValueError(f"parameter {name} is {value.dtype}; call .float() on the network first.")
+    return copy.deepcopy(network).to(device, memory_format=torch.channels_last)
+
+
+def _steps(recipe: Recipe, n_images: int) -> int:
+    return (recipe.images or n_images) // recipe.batch_size
+
+
+def _parts(network: nn.Module, recipe: Recipe, n_images: int) -> dict:
+    """Return what training changes, by name: the network, its optimizer and the rates to come."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
+    total = recipe.epochs * _steps(recipe, n_images)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.peak_rate, total_steps=total, pct_start=0.15
     )
-    offset_y = torch.arange(height) - draw(1 - recipe.square, height)
-    offset_x = torch.arange(width) - draw(1 - recipe.square, width)
-    inside_y = (offset_y >= 0) & (offset_y < recipe.square) & erase
-    inside_x = (offset_x >= 0) & (offset_x < recipe.square)
-    return shifted * ~(inside_y[:, None, :, None] & inside_x[:, None, None, :])
+    return {"network": network, "optimizer": optimizer, "schedule": schedule}
+
+
+def _score(row: dict) -> float:
+    """Return the check of an epoch in percent."""
+    return row["agreement" if "agreement" in row else "held_back"]
+
+
+def _ended(history: list[dict], recipe: Recipe) -> bool:
+    """Tell whether the epochs or the patience of a recipe are used up."""
+    scores = [_score(row) for row in history[1:]]
+    idle = len(scores) - 1 - scores.index(max(scores)) if scores else 0
+    return len(scores) == recipe.epochs or 0 < recipe.patience <= idle
 
 
 @torch.random.fork_rng()  # leaves the caller's global generator as it was
-def _epoch(network, data, preprocess, recipe, optimizer, schedule, epoch, device) -> float:
+def _epoch(parts, data, preprocess, recipe, epoch, teacher, device) -> float:
     """Train one epoch; its randomness hangs on (seed, epoch) alone, so that a resumed run repeats it."""
-    network.train()
-    generator = torch.Generator().manual_seed(recipe.seed * 1000 + epoch)
-    torch.manual_seed(recipe.seed * 1000 + epoch)  # dropout draws from the global generator
+    network = parts["network"].train()
+    seed = recipe.seed * 1000 + epoch - 1
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # dropout draws from the global generator
     order = torch.randperm(len(data), generator=generator)
-    total, steps = 0.0, len(data) // recipe.batch_size
-    for step in tqdm(range(steps), desc=f"epoch {epoch + 1}/{recipe.epochs}", mininterval=2):
+    total, steps = 0.0, _steps(recipe, len(data))
+    for step in tqdm(range(steps), desc=f"epoch {epoch}/{recipe.epochs}", mininterval=2):
         chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
         inputs = preprocess(augment(data.images[chosen], recipe, generator)).to(
             device, memory_format=torch.channels_last
         )
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            loss = F.cross_entropy(
-                network(inputs).float(),
-                data.labels[chosen].to(device),
-                label_smoothing=recipe.label_smoothing,
-            )
-        optimizer.zero_grad()
+            logits = network(inputs).float()
+            if teacher is None:
+                loss = F.cross_entropy(
+                    logits, data.labels[chosen].to(device), label_smoothing=recipe.label_smoothing
+                )
+            else:
+                loss = _divergence(logits, teacher, inputs, recipe.temperature)
+        parts["optimizer"].zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        parts["optimizer"].step()
+        parts["schedule"].step()
         total += loss.item()
+    if not math.isfinite(total):
+        raise InvalidValueError(
+            f"the loss of epoch {epoch} is {total}; take a peak_rate below {recipe.peak_rate}."
+        )
     return total / max(steps, 1)
 
 
+def _divergence(logits: torch.Tensor, teacher: nn.Module, inputs: torch.Tensor, temperature: float):
+    """Return the KL divergence from a teacher's softened answers.
+
+    Times the temperature squared, so that gradients keep their magnitude whatever it is (Hinton et al. 2015).
+    """
+    with torch.no_grad():
+        wanted = F.log_softmax(teacher(inputs).float() / temperature, dim=1)
+    own = F.log_softmax(logits / temperature, dim=1)
+    return F.kl_div(own, wanted, reduction="batchmean", log_target=True) * temperature**2
+
+
 @torch.inference_mode()
-def _accuracy(network, data, preprocess, device) -> float:
+def _answers(network, data, preprocess, device) -> torch.Tensor:
+    """Return the class that a network answers for each image, int64 ``(n,)`` on the CPU."""
     network.eval()
-    hits = 0
+    found = []
     with torch.autocast(torch.device(device).type, torch.bfloat16):
-        for inputs, labels in datasets.batches(data, preprocess, 250):
-            inputs = inputs.to(device, memory_format=torch.channels_last)
-            hits += (network(inputs).argmax(1).cpu() == labels).sum().item()
-    return 100 * hits / len(data)
+        for inputs, _ in datasets.batches(data, preprocess, 250):
+            found.append(network(inputs.to(device, memory_format=torch.channels_last)).argmax(1).cpu())
+    return torch.cat(found)
 
 
 def _split(data: datasets.ImageSet, recipe: Recipe) -> tuple[datasets.ImageSet, datasets.ImageSet]:
     """Return the images to train on and those held back, drawn by the recipe's seed."""
+    if not torch.is_tensor(data.images):
+        raise InvalidValueError(f"{data.name} is read file by file; training needs its images in memory.")
     largest = len(data) - recipe.batch_size
     if not 1 <= recipe.held_back <= largest:
         raise InvalidValueError(
             f"held_back is {recipe.held_back}; of {len(data)} images it must be 1 to {largest}, "
             f"so that a batch of {recipe.batch_size} is left to train on."
         )
+    n_kept = len(data) - recipe.held_back
+    if recipe.images and not recipe.batch_size <= recipe.images <= n_kept:
+        raise InvalidValueError(
+            f"images is {recipe.images}; it must be {recipe.batch_size} (a batch) to {n_kept}, or 0 for all."
+        )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))
     held, kept = order[: recipe.held_back], order[recipe.held_back :]
     return datasets.select(data, kept), datasets.select(data, held)
+
+
+def _write(checkpoint: Path, parts: dict, rest: dict) -> None:
+    state = {name: part.state_dict() for name, part in parts.items()}
+    with files.replacing(checkpoint) as temporary:
+        torch.save(state | rest, temporary)
 
 
 def _resume(checkpoint: Path, identity: dict, parts: dict) -> tuple[list[dict], dict]:
@@ -224,7 +286,7 @@ def _resume(checkpoint: Path, identity: dict, parts: dict) -> tuple[list[dict], 
         raise DamagedFileError(f"{checkpoint} is not a whole checkpoint: {error}") from error
     if state["identity"] != identity:
         raise InvalidValueError(
-            f"{checkpoint} belongs to another recipe, start or data set ({state['identity']}); "
+            f"{checkpoint} belongs to another recipe, start, teacher or data set ({state['identity']}); "
             "give those again or remove the file."
         )
     for name, part in parts.items():

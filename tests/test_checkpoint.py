@@ -19,7 +19,17 @@ from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kclib import checkpoint, clustering, compression, container, layers, models, packing, quantization
+from kclib import (
+    checkpoint,
+    clustering,
+    compression,
+    container,
+    layers,
+    models,
+    packing,
+    quantization,
+    scopes,
+)
 from kclib.checkpoint import inspect, load, save
 from kclib.errors import (
     DamagedFileError,
@@ -169,7 +179,7 @@ def test_a_network_comes_back_to_the_bit_and_shared_as_it_was(tmp_path_factory, 
     scope = data.draw(st.sampled_from(["layer", "global", "mapping"]))
     if scope == "mapping":
         scope = {layer.name: data.draw(st.sampled_from(["left", "right side", "é"])) for layer in bank.layers}
-    largest = max(sum(x.n_kernels for x in g) for g in clustering.grouping(bank, scope).values())
+    largest = max(sum(x.n_kernels for x in g) for g in scopes.grouping(bank, scope).values())
     expected = compressed(
         network,
         data.draw(st.sampled_from([1, 2, 5, largest])),

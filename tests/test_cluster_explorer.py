@@ -19,6 +19,7 @@ from kclib import (
     evaluation,
     footprint,
     kmeans,
+    scopes,
     sweep,
     symmetry,
 )
@@ -132,7 +133,7 @@ def expected_clustering(bank, question, seed=5):
             bank, question.n_clusters, scope=question.scope, seed=seed, progress=False, **method
         )
     found, wanted = {}, {}
-    for name, layers in clustering.grouping(bank, question.scope).items():
+    for name, layers in scopes.grouping(bank, question.scope).items():
         points = np.concatenate([bank.points[layer.rows] for layer in layers])
         rungs = [k for k in (16, 64, 256, 1024, 4096) if k <= len(points)]
         wanted[name] = min(question.n_clusters, len(points))

@@ -1,13 +1,17 @@
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from scipy.spatial.distance import cdist
+from torch import nn
 
-from kclib import bars, clustering, kmeans, symmetry
+from kclib import bars, clustering, compression, footprint, kmeans, rate, symmetry
 from kclib.clustering import cluster
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.kernels import KernelBank, Layer
+from kclib.kernels import KernelBank, Layer, extract, insert
 
 A, B, C = (np.full((2, 2), value, np.float32) for value in (1, 5, 20))
 
@@ -301,3 +305,71 @@ def test_k_or_scope_that_does_not_fit_the_bank_is_refused(n_clusters, scope, sen
 def test_unknown_scope_is_refused_with_the_nearest_known_one():
     with pytest.raises(UnknownNameError, match=r"unknown scope 'layers'; known: layer, global.*'layer'\?"):
         cluster(bank_of(one=[A, B]), 1, scope="layers")
+
+
+def test_weights_are_in_the_rows_of_the_bank_and_inertia_counts_all_kernels_alike():
+    bank = random_bank(50, 30, 40)
+    weights = np.random.default_rng(0).lognormal(size=120)
+    for how in ({}, *HOW):
+        result = cluster(bank, 6, scope={"conv0": "a", "conv1": "b", "conv2": "a"}, weights=weights, **how)
+        fit = symmetry.kmeans if how else kmeans.kmeans
+        for group, rows in zip(result.groups, (np.r_[0:50, 80:120], np.r_[50:80]), strict=True):
+            alone = fit(bank.points[rows], 6, weights=weights[rows], **how)
+            np.testing.assert_array_equal(group.indices, alone.labels)
+            np.testing.assert_array_equal(group.codebook.reshape(-1, 9), alone.centres)
+            lost = bank.weights[rows] - group.kernels(slice(None))
+            assert group.inertia == pytest.approx(np.square(lost, dtype="d").sum(), rel=1e-6)
+            assert group.inertia != pytest.approx(alone.inertia, rel=0.01)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_each_group_pays_for_its_bits_alone_and_fewer_clusters_are_no_note(weighted):
+    bank = random_bank(200, 90, 5)
+    weights = np.random.default_rng(0).lognormal(size=295) if weighted else None
+    result = cluster(bank, 40, weights=weights, price=1.5, seed=3)
+    for group, layer in zip(result.groups, bank.layers, strict=True):
+        mine = None if weights is None else weights[layer.rows]
+        k = min(40, layer.n_kernels)
+        alone = rate.kmeans(bank.points[layer.rows], k, price=1.5, weights=mine, seed=3)
+        np.testing.assert_array_equal(group.indices, alone.labels)
+        np.testing.assert_array_equal(group.codebook.reshape(-1, 9), alone.centres)
+    assert result.groups[0].n_clusters < 40
+    assert result.notes == ()
+    assert cluster(bank, 40, seed=3).notes
+
+
+def test_priced_indices_and_codebooks_take_fewer_bytes_at_less_error():
+    draw = np.random.default_rng(0)
+    network = nn.Sequential(nn.Conv2d(64, 128, 3, bias=False), nn.Conv2d(128, 128, 3, bias=False))
+    for module in network:
+        scales = draw.lognormal(-3, 1.5, size=(*module.weight.shape[:2], 1, 1))
+        kernels = draw.normal(size=module.weight.shape) * scales
+        module.weight.data = torch.from_numpy(kernels.astype("f"))
+    bank = extract(network)
+    plain = cluster(bank, 64, scope="global")
+    priced = cluster(bank, 128, scope="global", price=0.4)
+    tables = [footprint.ledger(network, x, codings=("entropy",)).entropy_fp16 for x in (plain, priced)]
+    assert priced.inertia <= plain.inertia
+    assert tables[1]["indices"] < tables[0]["indices"]
+    assert tables[1]["convolutions"] < tables[0]["convolutions"]
+    rebuilt = compression.compress(network, priced)
+    image = torch.from_numpy(draw.normal(size=(1, 64, 9, 9)).astype("f"))
+    dense = insert(network, replace(bank, weights=clustering.quantized(priced)))
+    torch.testing.assert_close(rebuilt(image), dense(image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"weights": np.ones(4)}, r"weights have shape \(4,\); it must be \(5,\)"),
+        ({"weights": [1, 1, np.nan, 1, 1]}, "weights must be finite"),
+        ({"weights": [1, 1, 1, -1, 1]}, "at least 0"),
+        ({"weights": [1, 1, 1, 0, 0]}, "weights must not be all 0 in a group; they are in two"),
+        ({"price": -0.5}, r"price is -0\.5; it must be a finite number, at least 0"),
+        ({"price": 2.0, "scaled": True}, r"price is 2\.0; it must be 0 where kernels are scaled or turned"),
+        ({"price": 2.0, "turned": True}, "must be 0 where kernels are scaled or turned"),
+    ],
+)
+def test_weights_or_a_price_out_of_range_are_refused(options, sentence):
+    with pytest.raises(InvalidValueError, match=sentence):
+        cluster(bank_of(one=[A, B, C], two=[A, B]), 2, **options)

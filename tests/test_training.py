@@ -1,4 +1,6 @@
+import copy
 import itertools
+import math
 from collections import OrderedDict
 from dataclasses import replace
 from unittest.mock import Mock
@@ -10,15 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scipy.special import softmax
+from scipy.stats import entropy
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from kclib import datasets, models, training
 from kclib.errors import DamagedFileError, InvalidValueError
 from kclib.training import Recipe
 
 RECIPE = Recipe(epochs=2, batch_size=8, peak_rate=1e-2, shift=1, square=2, held_back=12)
-CALLS = 6 + 1  # of preprocess an epoch: 48 training images by 8, then all held-back ones
+CALLS = 6 + 1  # of preprocess an epoch: 48 training images by 8, then all held-back ones; before it a check
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +64,17 @@ def equal(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("interrupted_at", [CALLS, CALLS + 3, CALLS + 6])
-def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(tmp_path, interrupted_at):
-    whole = training.train(network(), data(), scaler(), RECIPE, tmp_path / "whole.pt")
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("interrupted_at", [0, 1, 4, 1 + CALLS, 4 + CALLS, 2 * CALLS])
+def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(tmp_path, interrupted_at, taught):
+    how = {"teacher": network(1) if taught else None}  # what it answers for held-back images is asked first
+    whole = training.train(network(), data(), scaler(), RECIPE, tmp_path / "whole.pt", **how)
+    cut, path = scaler(interrupted_at + taught), tmp_path / "cut.pt"
     with pytest.raises(InterruptedError):
-        training.train(network(), data(), scaler(interrupted_at), RECIPE, tmp_path / "cut.pt")
-    for rest in (scaler(interrupted_at=CALLS), scaler(interrupted_at=0)):  # one epoch left, then none
-        resumed = training.train(network(), data(), rest, RECIPE, tmp_path / "cut.pt")
+        training.train(network(), data(), cut, RECIPE, path, **how)
+    epochs_left = 2 - max(0, interrupted_at - 1) // CALLS
+    for calls_left in (epochs_left * CALLS + (interrupted_at == 0), 0):
+        resumed = training.train(network(), data(), scaler(calls_left + taught), RECIPE, path, **how)
         assert resumed.history == whole.history
         assert equal(resumed.network.state_dict(), whole.network.state_dict())
 
@@ -78,12 +87,18 @@ def test_the_callers_network_is_untouched(tmp_path):
     assert models.fingerprint(trained.network) != before
 
 
-@pytest.mark.parametrize(("seed", "images", "epochs"), [(1, 60, 2), (0, 62, 2), (0, 60, 3)])
-def test_a_checkpoint_of_another_start_data_set_or_recipe_is_refused(tmp_path, seed, images, epochs):
-    training.train(network(), data(), scaler(), RECIPE, tmp_path / "a.pt")
+@pytest.mark.parametrize(
+    ("seed", "images", "epochs", "teacher"), [(1, 60, 2, 7), (0, 62, 2, 7), (0, 60, 3, 7), (0, 60, 2, 8)]
+)
+def test_a_checkpoint_of_another_start_data_set_recipe_or_teacher_is_refused(
+    tmp_path, seed, images, epochs, teacher
+):
+    training.train(network(), data(), scaler(), RECIPE, tmp_path / "a.pt", teacher=network(7))
     recipe = replace(RECIPE, epochs=epochs)
     with pytest.raises(InvalidValueError, match=r"a\.pt belongs to another"):
-        training.train(network(seed), data(images), scaler(), recipe, tmp_path / "a.pt")
+        training.train(
+            network(seed), data(images), scaler(), recipe, tmp_path / "a.pt", teacher=network(teacher)
+        )
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path):
@@ -99,6 +114,41 @@ def test_a_recipe_that_leaves_no_batch_to_train_on_is_refused(tmp_path, held_bac
         training.train(network(), data(), scaler(), recipe, tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("images", [7, 49])
+def test_an_epoch_of_less_than_a_batch_or_more_than_all_images_is_refused(tmp_path, images):
+    with pytest.raises(InvalidValueError, match=f"images is {images}; it must be 8 .a batch. to 48, or 0"):
+        training.train(network(), data(), scaler(), replace(RECIPE, images=images), tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"epochs": 0}, "epochs is 0; it must be a whole number, at least 1."),
+        ({"batch_size": 1.5}, "batch_size is 1.5; it must be a whole number, at least 1."),
+        ({"patience": -1}, "patience is -1; it must be a whole number, at least 0."),
+        ({"images": True}, "images is True; it must be a whole number, at least 0."),
+        ({"peak_rate": float("nan")}, "peak_rate is nan; it must be finite and above 0."),
+        ({"temperature": 0}, "temperature is 0; it must be finite and above 0."),
+        ({"label_smoothing": 1.1}, "label_smoothing is 1.1; it must be 0 to 1."),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; it must be 0 to 1."),
+    ],
+)
+def test_a_bad_recipe_is_refused_in_a_sentence(changes, sentence):
+    with pytest.raises(InvalidValueError) as caught:
+        Recipe(**changes)
+    assert str(caught.value) == sentence
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    files = replace(data(), images=TensorDataset(data().images))
+    with pytest.raises(InvalidValueError, match="in memory"):
+        training.train(network(), files, scaler(), RECIPE, tmp_path / "a.pt")
+    with pytest.raises(InvalidValueError, match=r"0\.weight is torch\.float16; call \.float"):
+        training.train(network().half(), data(), scaler(), RECIPE, tmp_path / "a.pt")
+    with pytest.raises(InvalidValueError, match=r"loss of epoch 1 is nan; .* below 0\.01"):
+        training.train(network(), data(), lambda x: x * math.nan, RECIPE, tmp_path / "a.pt")
+
+
 def test_held_back_images_are_never_trained_on_and_each_epoch_has_its_own_order(tmp_path):
     trained, held = [], set()
 
@@ -112,25 +162,126 @@ def test_held_back_images_are_never_trained_on_and_each_epoch_has_its_own_order(
     assert trained[:48] != trained[48:]
 
 
-def test_the_answer_is_the_network_of_the_best_held_back_epoch(tmp_path):
-    net, states = network(), []
+def test_an_epoch_of_so_many_images_draws_others_each_time(tmp_path):
+    seen = []
+    recipe = replace(RECIPE, shift=0, square=0, images=17)  # of which two batches of 8 are whole
+    see = scaler(seen=lambda images: seen.extend(images[:, 0, 0, 0].tolist() if len(images) == 8 else ()))
+    training.train(network(), data(), see, recipe, tmp_path / "a.pt")
+    assert (len(seen), len(set(seen[:16]))) == (32, 16)
+    assert 16 < len(set(seen)) <= 32
+
+
+def right_at(*checks: int, states: list) -> nn.Module:
+    """Return a network that is right at these checks alone; `states` get what it was at each."""
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2))
+    with torch.no_grad():
+        net[2].weight.copy_(torch.tensor([[-1.0], [1.0]])), net[2].bias.zero_()
 
     def remember(module, inputs):
         if not module.training:
             states.append({k: v.clone() for k, v in module.state_dict().items()})
-            return inputs[0] if len(states) == 2 else -inputs[0]  # wrong on held-back but in epoch 2
+            return inputs[0] if len(states) - 1 in checks else -inputs[0]
 
     net.register_forward_pre_hook(remember)
+    return net
+
+
+@pytest.mark.parametrize("best", [0, 1, 2, 3])
+def test_the_answer_is_the_network_of_the_best_check_the_start_among_them(tmp_path, best):
+    net = right_at(best, states=(states := []))
     trained = training.train(net, data(), scaler(), replace(RECIPE, epochs=3), tmp_path / "a.pt")
-    assert ([row["held_back"] for row in trained.history], trained.held_back) == ([0, 100, 0], 100)
-    assert equal(trained.network.state_dict(), states[1])
-    assert not equal(trained.network.state_dict(), states[2])
+    assert [row["held_back"] for row in trained.history] == [100 * (i == best) for i in range(4)]
+    assert [row["epoch"] for row in trained.history if "loss" in row] == [1, 2, 3]
+    assert trained.held_back == 100
+    assert [equal(trained.network.state_dict(), state) for state in states] == [i == best for i in range(4)]
     assert not trained.network.training
+
+
+@pytest.mark.parametrize(
+    ("right", "patience", "epochs"),
+    [((0,), 2, 3), ((2,), 2, 4), ((2, 4), 2, 4), ((1, 3), 3, 4), ((1,), 0, 6)],
+)
+def test_patience_ends_training_so_many_epochs_after_the_best_one(tmp_path, right, patience, epochs):
+    recipe = replace(RECIPE, epochs=6, patience=patience)
+    trained = training.train(right_at(*right, states=[]), data(), scaler(), recipe, tmp_path / "a.pt")
+    assert len(trained.history) - 1 == epochs
+    again = training.train(right_at(*right, states=[]), data(), scaler(0), recipe, tmp_path / "a.pt")
+    assert again.history == trained.history
+
+
+def test_what_after_epoch_returns_is_checked_and_kept_and_what_it_changes_is_trained_on(tmp_path):
+    biases = []
+
+    def after(net):
+        biases.append(net[-1].bias.detach().clone())
+        kept = copy.deepcopy(net)
+        with torch.no_grad():
+            net[-1].bias += 5
+            kept[-1].bias.copy_(torch.tensor([99.0, 0.0]))
+        return kept
+
+    recipe = replace(RECIPE, peak_rate=1e-5)
+    trained = training.train(network(), data(), scaler(), recipe, tmp_path / "a.pt", after_epoch=after)
+    dark = 100 * sum(x < 128 for x in held_back_values()) / 12
+    assert [row["held_back"] for row in trained.history] == [dark] * 3
+    assert trained.network[-1].bias.tolist() == [99, 0]
+    assert torch.allclose(biases[2] - biases[0], torch.tensor(10.0), atol=1e-3)
+
+
+def held_back_values() -> list[int]:
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(RECIPE.seed))
+    return data().images[order[:12], 0, 0, 0].tolist()
+
+
+def test_distillation_reads_no_labels(tmp_path):
+    first, second = (
+        training.train(network(), images, scaler(), RECIPE, tmp_path / f"{i}.pt", teacher=network(1))
+        for i, images in enumerate((data(), replace(data(), labels=torch.full((60,), -1))))
+    )
+    assert first.history == second.history
+    assert set(first.history[1]) == {"epoch", "loss", "agreement"}
+    assert equal(first.network.state_dict(), second.network.state_dict())
+    assert first.held_back == max(row["agreement"] for row in first.history)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_loss_to_a_teacher_is_the_divergence_of_softened_answers(tmp_path, temperature):
+    def answers(slope, images):
+        return softmax(np.outer(images.reshape(-1) / 127.5 - 1, [-slope, slope]) / temperature, axis=1)
+
+    one, other = (right_at(*range(9), states=[]) for _ in range(2))
+    with torch.no_grad():
+        other[2].weight.mul_(3)
+    recipe = replace(RECIPE, epochs=1, shift=0, square=0, peak_rate=1e-9, temperature=temperature)
+    found = training.train(one, data(), scaler(), recipe, tmp_path / "a.pt", teacher=other)
+    images = np.setdiff1d(data().images[:, 0, 0, 0].numpy(), held_back_values())
+    expected = temperature**2 * entropy(answers(3, images), answers(1, images), axis=1).mean()
+    assert found.history[1]["loss"] == pytest.approx(expected, rel=0.01)
+    assert [row["agreement"] for row in found.history] == [100, 100]
+
+
+def test_a_student_learns_its_teachers_answers(tmp_path):
+    teacher = right_at(states=[])  # always wrong
+    recipe = replace(RECIPE, epochs=8)
+    trained = training.train(network(), data(), scaler(), recipe, tmp_path / "a.pt", teacher=teacher)
+    assert trained.history[0]["agreement"] < trained.held_back == 100
+    assert trained.history[-1]["loss"] < 0.7 * trained.history[1]["loss"]
+
+
+def test_the_teacher_answers_as_it_would_in_use_and_stays_as_it_is(tmp_path):
+    teacher, modes = network(1), set()
+    before = models.fingerprint(teacher)
+    teacher.register_forward_hook(
+        lambda module, inputs, out: modes.add((module.training, out.requires_grad, out.dtype))
+    )
+    training.train(network(), data(), scaler(), RECIPE, tmp_path / "a.pt", teacher=teacher)
+    assert modes == {(False, False, torch.bfloat16)}
+    assert (models.fingerprint(teacher), teacher.training) == (before, True)
 
 
 def test_the_loss_falls_on_an_easy_problem(tmp_path):
     trained = training.train(network(), data(), scaler(), replace(RECIPE, epochs=8), tmp_path / "a.pt")
-    assert trained.history[-1]["loss"] < 0.7 * trained.history[0]["loss"]
+    assert trained.history[-1]["loss"] < 0.7 * trained.history[1]["loss"]
     assert trained.held_back == 100
 
 

@@ -1,0 +1,201 @@
+"""Fit what a compressed network still can choose to its dense model's activations: no training, no labels."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, cg
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from kclib import datasets, kernels, layers, models, moments, quantization
+from kclib.errors import InvalidValueError
+from kclib.layers import ClusteredConv2d
+from kclib.moments import Moments
+
+_ROUNDS = 30  # of conjugate gradients, each two products with the moments
+
+
+def calibrate(
+    model: models.Model,
+    dense: nn.Module,
+    images: datasets.ImageSet,
+    *,
+    damping: float = 0.01,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> nn.Module:
+    """Fit codebooks, scales, biases and batch norms of a compressed model, its indices left as they are.
+
+    Layer by layer, in the order in which they run, the layer's answers to what it now reads come as near as
+    they can to the dense layer's (least squares): first by its codebook where no other layer uses it, then by
+    its scales where it has some; a change that would not lower the error is not made. The mean that is left
+    goes into the bias, or mean and variance into the batch norm behind the layer. Transposed convolutions are
+    left alone.
+
+    Parameters
+    ----------
+    model : Model
+        Its network is one of `compression.compress`; unchanged.
+    dense : torch.nn.Module
+        The network that it was made of.
+    images : ImageSet
+        Some hundred, of the kind the model knows; their labels are not read.
+    damping : float
+        Share of the mean energy of an input that is added to each one's, so that noise is not learned.
+    batch_size, seed, device
+
+    Returns
+    -------
+    torch.nn.Module
+        In eval mode, with the same bytes.
+
+    Raises
+    ------
+    InvalidValueError
+        Nothing is clustered; another architecture than `dense`; no image; damping not above 0.
+    """
+    check_damping(damping)
+    small = kernels.copied(model.network).eval().to(device)
+    dense = kernels.copied(dense).eval().to(device)
+    found = {name: x for name, x in layers.clustered(small).items() if not x.transposed}
+    _check_fit(found, dense)
+    users = [module.codebook for module in layers.clustered(small).values()]
+    batches = moments.batches(images, model.preprocess, batch_size, device)
+    order = moments.steps(dense, next(batches())[:1], set(found))
+    for i, step in enumerate(
+        tqdm(order, desc="calibration", unit="layer", leave=False, disable=not progress)
+    ):
+        module, original = found[step.name], dense.get_submodule(step.name)
+        norm = small.get_submodule(step.norm) if step.norm else None
+        read = moments.measure(dense, small, step, batches, n_images=len(images), seed=seed + i)
+        about = read.centred() if module.bias is not None or norm is not None else read
+        _fit(module, original, about, damping, alone=sum(x is module.codebook for x in users) == 1)
+        absorb(read, moments.grouped(original, module.weight()), original, module, norm)
+    return small.to("cpu")
+
+
+def fitted(
+    decode: Callable[[Tensor], Tensor],
+    values: Tensor,
+    dense: Tensor,
+    read: Moments,
+    *,
+    damping: float,
+    rounded: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return values whose weights answer what is read nearest to the dense weights, by least squares.
+
+    Conjugate gradients (Hestenes and Stiefel 1952), from the values given, on the ridge regression towards
+    them.
+
+    Parameters
+    ----------
+    decode : callable
+        From values, linearly, to weights ``(groups, out / groups, d)``.
+    values : torch.Tensor
+        Floating; returned as they are where the error would not fall.
+    dense : torch.Tensor
+        float32 ``(groups, out / groups, d)``.
+    read : Moments
+    damping : float
+    rounded : callable
+        Rounds values as they are stored.
+    """
+    start = values.detach().clone().requires_grad_()
+    weight = decode(start)
+
+    def back(gradient: Tensor) -> np.ndarray:
+        (found,) = torch.autograd.grad(weight, start, gradient, retain_graph=True)
+        return found.double().cpu().numpy().ravel()
+
+    ridge = damping * read.small.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+
+    def curved(step: np.ndarray) -> np.ndarray:
+        moved = decode(torch.from_numpy(step).to(start).reshape(start.shape))
+        return back(moved @ read.small + ridge * moved)
+
+    n = start.numel()
+    missing = back(dense @ read.cross - weight.detach() @ read.small)
+    step, _ = cg(LinearOperator((n, n), curved, dtype=np.float64), missing, rtol=1e-3, maxiter=_ROUNDS)
+    new = rounded(start.detach() + torch.from_numpy(step).to(start).reshape(start.shape))
+    before, after = (float(read.error(dense, decode(x)).double().sum()) for x in (start.detach(), new))
+    return new if after < before else values.detach()
+
+
+@torch.no_grad()
+def absorb(
+    read: Moments, weight: Tensor, original: nn.Module, own: nn.Module, norm: nn.Module | None
+) -> None:
+    """Put right the mean of a layer's answers in its bias, or mean and variance in the norm that reads them.
+
+    Parameters
+    ----------
+    read : Moments
+    weight : torch.Tensor
+        ``(groups, out / groups, d)``: the layer's own.
+    original, own : torch.nn.Module
+        The dense convolution and the layer, which is changed.
+    norm : torch.nn.BatchNorm2d, optional
+        Changed in its place.
+    """
+    mean = (weight @ read.small_mean[:, :, None])[..., 0]
+    if norm is not None and norm.running_mean is not None:
+        before = (read.answer_power - read.answer_mean.square()).reshape(-1)
+        after = (read.power(weight) - mean.square()).reshape(-1)
+        ratio = torch.where((before > 0) & (after > 0), after / before.clamp_min(1e-30), 1)
+        ratio = ratio.to(norm.running_var)
+        mean, wanted = (x.reshape(-1).to(norm.running_mean) for x in (mean, read.answer_mean))
+        norm.running_mean.copy_(mean + ratio.sqrt() * (norm.running_mean - wanted))
+        norm.running_var.mul_(ratio)
+    elif own.bias is not None:
+        own.bias.copy_(original.bias + (read.answer_mean - mean).reshape(-1))
+
+
+def check_damping(damping: float) -> None:
+    """Raise an `InvalidValueError` unless damping is above 0."""
+    if not damping > 0:
+        raise InvalidValueError(f"damping is {damping}; it must be a share above 0, such as 0.01.")
+
+
+def _fit(module: ClusteredConv2d, original: nn.Module, read: Moments, damping: float, *, alone: bool) -> None:
+    """Fit one layer's codebook, if no other uses it, and its scales, in place."""
+    book, dense = module.codebook, moments.grouped(original, original.weight)
+    scales = None if module.scales is None else module.scales.detach()
+    indices = torch.from_numpy(module.members()).to(book.values.device)
+
+    def decode(values: Tensor, scales: Tensor | None) -> Tensor:
+        rows = torch.func.functional_call(book, {"values": values}, (indices,))
+        rows = rows if scales is None else scales[:, None] * rows
+        return rows.reshape(dense.shape).float()
+
+    def fit(part: nn.Parameter, decoded: Callable[[Tensor], Tensor], rounded: Callable) -> None:
+        with torch.no_grad():
+            values = part.detach().clone()
+        new = fitted(decoded, values, dense, read, damping=damping, rounded=rounded)
+        with torch.no_grad():
+            part.copy_(new)
+
+    if alone:
+        fit(book.values, lambda x: decode(x, scales), lambda x: quantization.rounded(x, book.precision))
+    if module.scales is not None:
+        kind = quantization.scale_type(book.precision)
+        fit(module.scales, lambda x: decode(book.values.detach(), x), lambda x: x.to(kind).to(x.dtype))
+
+
+def _check_fit(found: dict[str, ClusteredConv2d], dense: nn.Module) -> None:
+    """Raise an error unless there are clustered convolutions and `dense` has them as ordinary ones."""
+    if not found:
+        raise InvalidValueError(
+            "the model has no clustered convolution to calibrate; make it with compression.compress first."
+        )
+    modules = dict(dense.named_modules())
+    for name, module in found.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if not torch.is_tensor(weight) or tuple(weight.shape) != module.shape:
+            raise InvalidValueError(
+                f"layer {name} of shape {module.shape} is no such convolution in the dense network; "
+                "give the network that was compressed."
+            )

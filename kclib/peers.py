@@ -1,0 +1,296 @@
+"""Other ways to make convolutions small, for comparison with kernel clustering at equal bytes.
+
+Each returns the network as it would be decoded from its stored form (`stored`), and the bytes of all
+convolutions in that form. All change the same layers, those of `kernels.extract`; every other convolution and
+all biases count dense, as in `footprint.ledger`.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from torch import nn
+from tqdm.auto import tqdm
+
+from kclib import clustering, compression, footprint, kernels, stored
+from kclib.clustering import Clustering, Group
+from kclib.errors import InvalidValueError
+from kclib.kernels import KernelBank
+
+_PRODUCT_KS = tuple(1 << bits for bits in range(1, 13))
+_WIDTHS = (2, 4, 8, 16)
+_SON_KS = (64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A network made small in one way.
+
+    Attributes
+    ----------
+    name, setting : str
+        The way, and how it was set.
+    network : torch.nn.Module
+        A copy with ordinary dense weights, those that the stored form decodes to.
+    bytes : int
+        Of all convolutions in the stored form; compare with `footprint.convolution_bytes`.
+    clustering : Clustering, optional
+        Where the way is one, for `compression.compress` and `training`.
+    """
+
+    name: str
+    setting: str
+    network: nn.Module
+    bytes: int
+    clustering: Clustering | None = None
+
+
+def palettized(network: nn.Module, bits: int, *, kind: str = "kmeans", per: str = "tensor") -> Peer:
+    """Give each weight tensor, or each of its output channels, a look-up table of 2**bits fp16 values.
+
+    As ``OpPalettizerConfig`` of coremltools does: ``mode`` kmeans or uniform, ``granularity`` per_tensor, or
+    per_grouped_channel on the output axis with a ``group_size`` of 1. coremltools knows 1, 2, 3, 4, 6 and 8
+    bits. A table has all its entries, also where a tensor has fewer weights.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Unchanged.
+    bits : int
+        1 to 8, of an index.
+    kind : {"kmeans", "uniform"}
+        k-means on a line (`palettes.palette`), which needs no seed; or evenly from the smallest weight to the
+        largest.
+    per : {"tensor", "channel"}
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        Bits out of range, weights beyond fp16, an unknown kind or granularity.
+    """
+    return _peer(f"{kind} palette per {per}", f"{bits}-bit", network, stored.Palette(bits, kind, per))
+
+
+def product_quantized(network: nn.Module, n_clusters: int, width: int, *, seed: int = 0) -> Peer:
+    """Cluster each layer's sub-vectors, `width` consecutive input channels at each tap of each filter.
+
+    Stock et al. 2020, *And the Bit Goes Down*, and Martinez et al. 2021, *Permute, Quantize, and Fine-tune*,
+    without their weighing by activations, permutation and fine-tuning: a codebook of fp16 vectors a layer,
+    and indices of ceil(log2 K) bits. As in the former, K is at most a quarter of a layer's sub-vectors. A
+    layer whose inputs `width` does not divide keeps its weights, in fp16, as these papers spare the first.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Unchanged.
+    n_clusters : int
+        K, at least 1.
+    width : int
+        At least 1.
+    seed : int
+        Of `kmeans.kmeans`.
+
+    Raises
+    ------
+    InvalidValueError
+        K, width or seed out of range; weights beyond fp16.
+    """
+    form = stored.Product(n_clusters, width, seed)
+    return _peer("product quantization", f"K={n_clusters}, width {width}", network, form)
+
+
+def quantized(network: nn.Module, bits: int) -> Peer:
+    """Round weights to multiples of a scale for each output channel, an fp16 number.
+
+    Symmetric, between -(2**(bits - 1) - 1) and as much above zero (Jacob et al. 2018, *Quantization and
+    Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*, equation 1, zero point 0).
+    The scale is rounded up, so that no weight is cut off and none moves by more than half of it.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Unchanged.
+    bits : int
+        2 to 8, of a weight.
+
+    Raises
+    ------
+    InvalidValueError
+        Bits out of range, weights beyond fp16.
+    """
+    return _peer("quantization", f"{bits}-bit", network, stored.Rounded(bits))
+
+
+def pruned(network: nn.Module, keep: float, *, precision: str = "fp16") -> Peer:
+    """Keep the weights of largest magnitude over all layers, and set the others to zero (Han et al. 2015).
+
+    Counted to its favour: where the zeros lie takes the entropy of each layer's mask, the bound that an
+    arithmetic coder reaches, without the tables it needs; a bitmap never takes less.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Unchanged.
+    keep : float
+        Share of the weights that stay, above 0 to 1; at least one weight does.
+    precision : {"fp16", "int8"}
+        Of those; int8 with an fp16 scale for each output channel, as in `quantized`.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        A share out of range, weights beyond fp16, an unknown precision.
+    """
+    if not 0 < keep <= 1:
+        raise InvalidValueError(f"keep is {keep}; it must be a share of the weights, above 0 to 1.")
+    bank = kernels.extract(network)
+    form = partial(stored.Sparse, _ranks(bank), precision)
+    return _pruned(network, bank, form, max(1, round(keep * bank.weights.size)))
+
+
+def son(network: nn.Module, n_clusters: int, *, turned: bool, seed: int = 0) -> Peer:
+    """Cluster all layers' kernels up to a signed scale each, and up to flips and rotations if `turned` (TIC).
+
+    Son, Nah and Lee 2018, *Clustering Convolutional Kernels to Compress Deep Neural Networks*, before
+    fine-tuning; codebook and scales are fp16, indices of a fixed width.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Unchanged.
+    n_clusters, turned, seed
+        As in `clustering.cluster`.
+
+    Raises
+    ------
+    InvalidValueError
+        K out of range, kernels to be turned that are not square, values beyond fp16.
+    """
+    bank = kernels.extract(network)
+    found = clustering.cluster(bank, n_clusters, scope="global", scaled=True, turned=turned, seed=seed)
+    (group,) = found.groups
+    halved = replace(group, codebook=stored.half(group.codebook), scales=stored.half(group.scales))
+    small = compression.replaced(network, replace(found, groups=(halved,)))
+    name = "Son et al. 2018" + ", turned" * turned
+    return Peer(name, f"K={n_clusters}", small, _ledger_bytes(network, found), found)
+
+
+def at_bytes(network: nn.Module, budget: int, *, seed: int = 0) -> list[Peer]:
+    """Return each way at its largest setting that takes at most `budget` bytes.
+
+    Palettes of each kind and granularity, quantization, Son et al. 2018 with and without turns (K from 64 to
+    1024, powers of 2). Of product quantization (widths 2 to 16, K up to 4096, powers of 2) and of pruning
+    (both precisions) the one that moves the weights least, by squared error. A way that cannot get so small,
+    or not with these kernels, is not in the list: its absence is the answer.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Unchanged.
+    budget : int
+        Bytes of all convolutions, at least 1.
+    seed : int
+
+    Raises
+    ------
+    InvalidValueError
+        Budget or seed out of range; weights beyond fp16.
+    """
+    stored.check_whole("budget", budget, 1)
+    stored.check_whole("seed", seed, 0, 2**32 - 1)
+    bank, best = kernels.extract(network), {}
+    for way in tqdm(_ways(network, bank, seed), desc="peers", unit="way", delay=2, leave=False):
+        if peer := way.largest(budget):
+            best[peer.name] = min(best.get(peer.name, peer), peer, key=partial(_moved, bank))
+    return list(best.values())
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way's settings, from the fewest bytes to the most."""
+
+    make: Callable[[int], Peer]
+    settings: Sequence[int]
+    bytes: Callable[[int], int]
+
+    def largest(self, budget: int) -> Peer | None:
+        """Return the peer of the largest setting that fits; None if none does."""
+        fitting = bisect_right(self.settings, budget, key=self.bytes)
+        if fitting and self.bytes(self.settings[-1]) <= budget:  # a mask of all weights takes nothing
+            fitting = len(self.settings)
+        return self.make(self.settings[fitting - 1]) if fitting else None
+
+
+def _ways(network: nn.Module, bank: KernelBank, seed: int) -> list[_Way]:
+    def way(make: Callable[[int], Peer], settings: Sequence[int], form: Callable[[int], stored.Form]) -> _Way:
+        return _Way(make, settings, lambda setting: _total(network, bank, form(setting)))
+
+    ways = [way(partial(quantized, network), range(2, 9), stored.Rounded)]
+    for how in ({"kind": kind, "per": per} for kind in stored.KINDS for per in stored.PER):
+        ways.append(way(partial(palettized, network, **how), range(1, 9), partial(stored.Palette, **how)))
+    for width in _WIDTHS:
+        form = partial(stored.Product, width=width)
+        if any(form(1).fits(layer) for layer in bank.layers):
+            make = partial(product_quantized, network, width=width, seed=seed)
+            ways.append(way(make, _PRODUCT_KS, form))
+    ranks = _ranks(bank)
+    for precision in stored.PRECISIONS:
+        form = partial(stored.Sparse, ranks, precision)
+        ways.append(way(partial(_pruned, network, bank, form), range(1, ranks.size + 1), form))
+    return ways + _son_ways(network, bank, seed)
+
+
+def _son_ways(network: nn.Module, bank: KernelBank, seed: int) -> list[_Way]:
+    ks = [k for k in _SON_KS if k <= len(bank)]
+    return [
+        _Way(partial(son, network, turned=turned, seed=seed), ks, partial(_son_bytes, network, bank, turned))
+        for turned in (False, True)
+        if not turned or bank.size[0] == bank.size[1]
+    ]
+
+
+def _son_bytes(network: nn.Module, bank: KernelBank, turned: bool, n_clusters: int) -> int:
+    n = len(bank)
+    codebook, scales = np.zeros((n_clusters, *bank.size), np.float32), np.zeros(n, np.float32)
+    turns = np.zeros(n, np.uint8) if turned else None
+    group = Group("global", bank.layers, codebook, np.zeros(n, np.int32), 0.0, scales, turns)
+    return _ledger_bytes(network, Clustering((group,), "global", 0))
+
+
+def _ledger_bytes(network: nn.Module, found: Clustering) -> int:
+    return int(footprint.ledger(network, found, codings=("fixed",)).loc["convolutions", "fixed_fp16"])
+
+
+def _total(network: nn.Module, bank: KernelBank, form: stored.Form) -> int:
+    """Return the bytes of all convolutions where those of the bank have a form."""
+    dense = sum(stored.size(layer) * layer.itemsize for layer in bank.layers)
+    return footprint.convolution_bytes(network) - dense + sum(map(form.bytes, bank.layers))
+
+
+def _peer(name: str, setting: str, network: nn.Module, form: stored.Form) -> Peer:
+    bank = kernels.extract(network)
+    small = kernels.insert(network, stored.decoded(bank, form))
+    return Peer(name, setting, small, _total(network, bank, form))
+
+
+def _pruned(network: nn.Module, bank: KernelBank, form: Callable[[int], stored.Sparse], kept: int) -> Peer:
+    sparse = form(kept)
+    zeroed = replace(bank, weights=np.where(sparse.ranks < kept, bank.weights, 0))
+    small = kernels.insert(network, stored.decoded(zeroed, sparse))
+    setting = f"{kept / bank.weights.size:.3g} kept, {sparse.precision}"
+    return Peer("pruning", setting, small, _total(network, bank, sparse))
+
+
+def _ranks(bank: KernelBank) -> np.ndarray:
+    """Return each weight's place by magnitude, 0 the largest, int64 in the shape of the bank's weights."""
+    order = np.argsort(-np.abs(bank.weights), axis=None, kind="stable")
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(order.size)
+    return ranks.reshape(bank.weights.shape)
+
+
+def _moved(bank: KernelBank, peer: Peer) -> float:
+    """Return the sum of squared changes of all weights."""
+    return float(np.square(kernels.extract(peer.network).weights - bank.weights).sum(dtype=np.float64))

@@ -1,0 +1,61 @@
+"""Which layers share a codebook, and how many clusters each such group gets."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.kernels import KernelBank, Layer
+
+
+def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tuple[Layer, ...]]:
+    """Return the layers of each group, in bank order.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        A layer that is missing or unknown; a scope that is neither ``layer`` nor ``global`` nor a mapping.
+    """
+    names = [layer.name for layer in bank.layers]
+    if scope == "layer":
+        scope = {name: name for name in names}
+    elif scope == "global":
+        scope = dict.fromkeys(names, "global")
+    elif isinstance(scope, str):
+        raise UnknownNameError("scope", scope, ("layer", "global"))
+    if wrong := set(scope) ^ set(names):
+        raise InvalidValueError(
+            f"scope must give every layer of the bank a group; not matching: {', '.join(sorted(wrong))}."
+        )
+    groups: dict[str, tuple[Layer, ...]] = {}
+    for layer in bank.layers:
+        groups[scope[layer.name]] = (*groups.get(scope[layer.name], ()), layer)
+    return groups
+
+
+def wanted(members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[str, int]) -> dict[str, int]:
+    """Return the clusters that each group of `grouping` is asked for, checked.
+
+    Raises
+    ------
+    InvalidValueError
+        K below 1 or above the number of kernels; a group that is missing or unknown.
+    """
+    counts = {name: sum(x.n_kernels for x in layers) for name, layers in members.items()}
+    if isinstance(n_clusters, Mapping):
+        if wrong := set(n_clusters) ^ set(counts):
+            raise InvalidValueError(
+                f"n_clusters must name every group; not matching: {', '.join(sorted(wrong))}."
+            )
+        for name, k in n_clusters.items():
+            _check(k, counts[name], f"group {name}")
+        return dict(n_clusters)
+    _check(n_clusters, max(counts.values()), "the largest group")
+    return dict.fromkeys(counts, int(n_clusters))
+
+
+def _check(k: int, n: int, what: str) -> None:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
+        raise InvalidValueError(
+            f"n_clusters is {k!r}; it must be a whole number from 1 to {n}, the kernels of {what}."
+        )

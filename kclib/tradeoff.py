@@ -1,0 +1,261 @@
+"""What each group of layers takes and costs at several K, and the K of each that do least damage in all."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import optimize, sparse
+
+from kclib import (
+    bars,
+    checkpoint,
+    coding,
+    fitting,
+    kmeans,
+    parallel,
+    quantization,
+    scopes,
+    search,
+)
+from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.kernels import KernelBank, Layer
+from kclib.packing import index_bits, index_bytes
+from kclib.store import Entry, Store
+
+# A fixed-width index takes ceil(log2 K) bits: between powers of two only the codebook grows.
+KS = tuple(1 << bits for bits in range(17))
+SCOPES = ("layer", "global", "mixed")
+# Part of every key: raise it when the same inputs would give other curves.
+_METHOD = 1
+
+Scope = str | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a group of layers takes and what it costs the network, at several K.
+
+    Attributes
+    ----------
+    name : str
+        Of the group.
+    ks : tuple of int
+        Clusters, in order of `bytes`.
+    bytes : numpy.ndarray
+        int64 ``(m,)``, ascending: the group's codebook and indices, and the tables of entropy coding.
+    damage : numpy.ndarray
+        float64 ``(m,)``, descending: sum of weight times squared error of the group's kernels, with the
+        codebook rounded as it is stored.
+    """
+
+    name: str
+    ks: tuple[int, ...]
+    bytes: np.ndarray
+    damage: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, ks: Iterable[int], n_bytes: np.ndarray, damage: np.ndarray) -> "Curve":
+        """Return a curve without the points that are no better than a cheaper one."""
+        order = np.lexsort((damage, n_bytes))
+        least = np.minimum.accumulate(damage[order])
+        kept = order[np.append(True, least[1:] < least[:-1])]
+        return cls(name, tuple(np.asarray(ks)[kept].tolist()), n_bytes[kept], damage[kept])
+
+
+def curves(
+    bank: KernelBank,
+    weights: np.ndarray,
+    *,
+    scope: Scope = "layer",
+    ks: Iterable[int] = KS,
+    precision: str = "fp16",
+    coding: str = "fixed",
+    seed: int = 0,
+    store: Store | None = None,
+    progress: bool = True,
+) -> tuple[Curve, ...]:
+    """Return the curve of each group, from one weighted `kmeans.ladder` each.
+
+    Measured once and kept, a group at a time. The same for any number of threads.
+
+    Parameters
+    ----------
+    bank : KernelBank
+    weights : numpy.ndarray
+        ``(n,)`` in the rows of the bank, finite, at least 0: what a unit of each kernel's squared error costs
+        the network.
+    scope : {"layer", "global", "mixed"} or mapping of str to str
+        As in `clustering.cluster`, or `mixed`.
+    ks : iterable of int
+        Numbers of clusters. A group with fewer kernels keeps all of its own. Powers of two up to 65,536 by
+        default.
+    precision : {"fp32", "fp16", "bf16", "int8"}
+        Of the stored codebooks.
+    coding : {"fixed", "entropy"}
+        Of the stored indices.
+    seed : int
+    store : Store, optional
+        Where curves are looked for and kept; the default store if None.
+    progress : bool
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        Weights out of range, or all 0 in a group; a K below 1; an unknown scope, precision or coding.
+    NotEnoughMemoryError
+    """
+    if coding not in checkpoint.CODINGS:
+        raise UnknownNameError("coding of indices", coding, checkpoint.CODINGS)
+    quantization.float_type(precision)
+    weights, ks, store = fitting.checked_weights(weights, len(bank)), tuple(ks), store or Store()
+    groups = [
+        _Members.of(bank, weights, name, layers, ks)
+        for name, layers in scopes.grouping(bank, resolved(bank, scope)).items()
+    ]
+    keys = [group.key | {"precision": precision, "coding": coding, "seed": seed} for group in groups]
+    entries = [store.get(key) for key in keys]
+    missing = [i for i in np.argsort([-len(x.points) for x in groups], kind="stable") if entries[i] is None]
+    with _bar([groups[i] for i in missing], progress) as bar:
+
+        def measure(place: int) -> None:
+            i = missing[place]
+            inside = 1 if len(missing) >= parallel.threads() else parallel.threads()
+            report = bar.of(groups[i].name, len(groups[i].points))
+            entries[i] = Entry(keys[i], {}, groups[i].measured(precision, coding, seed, inside, report))
+            store.put(entries[i])
+
+        parallel.side_by_side(measure, len(missing), parallel.threads())
+    return tuple(Curve.of(group.name, **entry.arrays) for group, entry in zip(groups, entries, strict=True))
+
+
+def solve(curves: Iterable[Curve], n_bytes: float) -> dict[str, int]:
+    """Return the clusters of each group that do the least damage in all within `n_bytes`.
+
+    A multiple-choice knapsack, solved exactly by scipy's HiGHS (to a millionth of the damage). Its linear
+    relaxation is the allocation by Lagrange multipliers over convex hulls of Shoham and Gersho 1988,
+    *Efficient bit allocation for an arbitrary set of quantizers*.
+
+    Raises
+    ------
+    InvalidValueError
+        Fewer bytes than the cheapest choice takes.
+    """
+    curves = tuple(curves)
+    least = sum(int(curve.bytes[0]) for curve in curves)
+    if not n_bytes >= least:
+        raise InvalidValueError(f"n_bytes is {n_bytes}; codebooks and indices take at least {least} bytes.")
+    damage, spent = (np.concatenate(x) for x in zip(*((c.damage, c.bytes) for c in curves), strict=True))
+    owner = np.repeat(np.arange(len(curves)), [len(curve.ks) for curve in curves])
+    one_each = sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    program = {
+        "bounds": (0, 1),
+        "constraints": (
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(spent[None].astype(float), -np.inf, min(n_bytes, spent.sum())),
+        ),
+    }
+    # HiGHS stops at an absolute gap of 1e-6, so damage is put in units of the least that there can be
+    unit = damage.max() or 1.0
+    unit *= max(1e-9, optimize.milp(damage / unit, **program).fun)
+    found = optimize.milp(damage / unit, integrality=1, options={"mip_rel_gap": 0}, **program).x
+    return {curve.name: curve.ks[found[owner == i].argmax()] for i, curve in enumerate(curves)}
+
+
+def mixed(bank: KernelBank) -> dict[str, str]:
+    """Return the scope in which consecutive layers of equal width (output channels) share a codebook."""
+    runs: list[list[Layer]] = []
+    for layer in bank.layers:
+        if runs and _width(runs[-1][0]) == _width(layer):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    names = [run[0].name if len(run) == 1 else f"{run[0].name}..{run[-1].name}" for run in runs]
+    return {layer.name: name for name, run in zip(names, runs, strict=True) for layer in run}
+
+
+def resolved(bank: KernelBank, scope: Scope) -> Scope:
+    """Return a scope of `SCOPES`, or a mapping, as one that `clustering.cluster` knows.
+
+    Raises
+    ------
+    UnknownNameError
+    """
+    if isinstance(scope, str) and scope not in SCOPES:
+        raise UnknownNameError("scope", scope, SCOPES)
+    return mixed(bank) if scope == "mixed" else scope
+
+
+def rounded(codebook: np.ndarray, precision: str) -> np.ndarray:
+    """Return a codebook's values, float32 ``(K, ...)``, as they come back from `quantization.store`."""
+    stored = quantization.store(torch.from_numpy(codebook), precision)
+    return quantization.restore(stored).float().numpy()
+
+
+@dataclass(frozen=True)
+class _Members:
+    """The kernels of one group, and the numbers of clusters that are tried on them."""
+
+    name: str
+    layers: tuple[Layer, ...]
+    points: np.ndarray
+    weights: np.ndarray
+    ks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, bank: KernelBank, weights: np.ndarray, name: str, layers, ks) -> "_Members":
+        points = np.concatenate([bank.points[x.rows] for x in layers])
+        own = np.concatenate([weights[x.rows] for x in layers])
+        if not own.any():
+            raise InvalidValueError(f"the weights of group {name} are all 0; some must be above 0.")
+        ks = sorted({min(k, len(points)) for k in ks})
+        for k in ks:
+            fitting.check_k(k, len(points))
+        return cls(name, layers, points, own, tuple(map(int, ks)))
+
+    @property
+    def key(self) -> dict:
+        """What its curve depends on, beside how it is stored."""
+        content = hashlib.sha256(self.points.tobytes() + self.weights.tobytes()).hexdigest()
+        counts = [layer.n_kernels for layer in self.layers]
+        shape = list(self.points.shape)
+        return {"method": _METHOD, "curve": content, "shape": shape, "kernels": counts, "ks": list(self.ks)}
+
+    def measured(self, precision: str, coding: str, seed: int, n_threads: int, report) -> dict:
+        """Return what `Curve.of` takes."""
+        rungs = kmeans.ladder(
+            self.points, self.ks, weights=self.weights, seed=seed, n_threads=n_threads, progress=report
+        ).rungs
+        return {
+            "ks": np.array([len(rung.centres) for rung in rungs]),
+            "n_bytes": np.array([self._bytes(rung, precision, coding) for rung in rungs]),
+            "damage": np.array([self._damage(rung, precision, n_threads) for rung in rungs]),
+        }
+
+    def _damage(self, rung: kmeans.KMeans, precision: str, n_threads: int) -> float:
+        centres = rounded(rung.centres, precision)
+        errors = search.errors(self.points, centres, rung.labels, n_threads=n_threads)
+        return float(errors @ self.weights.astype(float))
+
+    def _bytes(self, rung: kmeans.KMeans, precision: str, how: str) -> int:
+        """Return the bytes of codebook and indices, as `footprint.ledger` counts them."""
+        k = len(rung.centres)
+        indices = sum(index_bytes(layer.n_kernels, index_bits(k)) for layer in self.layers)
+        if how == "entropy":
+            ranks = np.argsort(np.argsort(-np.bincount(rung.labels), kind="stable"))
+            ends = np.cumsum([layer.n_kernels for layer in self.layers])[:-1]
+            words = coding.coded(np.split(ranks[rung.labels], ends), k)
+            indices = min(indices, words.index_bytes + words.table_bytes)
+        return k * quantization.row_bytes(self.points.shape[1], precision) + indices
+
+
+def _bar(groups: list[_Members], shown: bool) -> bars.Fits:
+    """Return a progress bar over the kernels of some groups."""
+    total = sum(len(group.points) for group in groups)
+    memory = sum(kmeans.memory(*group.points.shape, group.ks[-1]) for group in groups[: parallel.threads()])
+    return bars.Fits(total, memory, shown)
+
+
+def _width(layer: Layer) -> int:
+    return layer.shape[1 if layer.transposed else 0]

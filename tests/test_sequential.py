@@ -1,0 +1,179 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kclib import clustering, compression, datasets, kernels, layers, models, sequential
+from kclib.errors import InvalidValueError, UnknownNameError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(seed=0, *, norm=False, groups=1):
+    torch.manual_seed(seed)
+    norms = [nn.BatchNorm2d(12), nn.BatchNorm2d(16)] if norm else [nn.Identity(), nn.Identity()]
+    first = nn.Conv2d(3, 12, 3, padding=1, bias=not norm)
+    second = nn.Conv2d(12, 16, 3, padding=1, bias=not norm, groups=groups)
+    body = [first, norms[0], nn.ReLU(), second, norms[1], nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten()]
+    return nn.Sequential(*body, nn.Linear(8 * 16, 4)).eval()
+
+
+def images(n=24, seed=0):
+    """Smooth images: what a kernel reads at one tap tells much of what it reads at the next."""
+    torch.manual_seed(seed)
+    coarse = torch.rand(n, 3, 3, 3)
+    smooth = nn.functional.interpolate(coarse, size=6, mode="bilinear")
+    whole = (255 * smooth).to(torch.uint8)
+    return datasets.ImageSet("smooth", whole, torch.zeros(n, dtype=torch.int64), ("a",), str(seed))
+
+
+def model_of(net):
+    return models.Model("tiny", net, lambda x: x.float() / 128 - 1)
+
+
+def answers(net, data=None):
+    data = data or images()
+    with torch.no_grad():
+        return net(data.images.float() / 128 - 1)
+
+
+def cluster(net, k, **options):
+    return sequential.cluster(model_of(net), images(), k, progress=False, **options)
+
+
+def loss(net, small):
+    return float((answers(net, images(seed=7)) - answers(small, images(seed=7))).square().mean())
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["biases", "norms"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_new_images_are_answered_nearer_than_by_plain_clustering(scope, norm):
+    better = []
+    for seed in range(4):
+        net, k = network(seed, norm=norm), 8 if scope == "layer" else 16
+        plain = compression.replaced(net, clustering.cluster(kernels.extract(net), k, scope=scope))
+        better.append(loss(net, cluster(net, k, scope=scope).network) / loss(net, plain))
+    assert np.median(better) < 0.7
+
+
+def test_as_many_clusters_as_kernels_change_nothing():
+    net = network()
+    found = cluster(net, {"0": 36, "3": 192, "6": 128}, precision="fp32")
+    torch.testing.assert_close(answers(found.network), answers(net), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("scope", ["layer", "global", {"0": "a", "3": "a", "6": "b"}])
+def test_the_network_holds_what_its_clustering_packs(scope, precision):
+    found = cluster(network(groups=2), 9, scope=scope, precision=precision)
+    packed = compression.compress(found.network, found.clustering, precision=precision)
+    assert torch.equal(answers(packed), answers(found.network))
+    for group in found.clustering.groups:
+        assert 1 <= group.n_clusters <= 9
+        assert len(np.unique(group.codebook, axis=0)) == group.n_clusters
+        assert (np.bincount(group.indices, minlength=group.n_clusters) > 0).all()
+    bank = kernels.extract(network(groups=2))
+    error = np.square(bank.weights - clustering.quantized(found.clustering)).sum(dtype="d")
+    assert found.clustering.inertia == pytest.approx(error, rel=1e-4)
+
+
+def test_biases_put_the_mean_of_each_channel_right():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 8, 3)).eval()
+    small = cluster(net, 3).network
+    torch.testing.assert_close(answers(small[:1]).mean((0, 2, 3)), answers(net[:1]).mean((0, 2, 3)))
+    torch.testing.assert_close(
+        answers(small).mean((0, 2, 3)), answers(net).mean((0, 2, 3)), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_norms_put_mean_and_variance_of_each_channel_right():
+    net = network(norm=True)
+    net[1].running_mean.copy_(torch.randn(12))
+    small = cluster(net, 3).network
+    for upto in (2, 5):
+        ours, wanted = answers(small[:upto]), answers(net[:upto])
+        torch.testing.assert_close(ours.mean((0, 2, 3)), wanted.mean((0, 2, 3)), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(ours.var((0, 2, 3)), wanted.var((0, 2, 3)), rtol=1e-2, atol=1e-3)
+    assert torch.equal(net[4].running_var, torch.ones(16))
+
+
+def test_inputs_that_tell_nothing_of_each_other_get_the_nearest_representatives():
+    torch.manual_seed(0)
+    target, codebook = torch.randn(20, 5 * 4), torch.randn(6, 4)
+    found = sequential._assigned(target, codebook, 3 * torch.eye(20), 0.01)
+    nearest = torch.cdist(target.reshape(-1, 4), codebook).argmin(1).reshape(20, 5)
+    assert torch.equal(found, nearest)
+
+
+def test_inputs_that_go_together_make_good_each_others_errors():
+    torch.manual_seed(0)
+    mixed = torch.randn(100, 6) @ torch.randn(6, 40 * 4) + 0.05 * torch.randn(100, 160)
+    h, target, codebook = mixed.T @ mixed / 100, torch.randn(30, 160), torch.randn(5, 4)
+    ours = codebook[sequential._assigned(target, codebook, h, 0.01)].reshape(30, -1)
+    nearest = codebook[torch.cdist(target.reshape(-1, 4), codebook).argmin(1)].reshape(30, -1)
+
+    def error(weight):
+        return float((((weight - target) @ h) * (weight - target)).sum())
+
+    assert error(ours) < 0.5 * error(nearest)
+
+
+def test_moved_weights_answer_other_inputs_as_the_dense_ones_answered_theirs():
+    torch.manual_seed(0)
+    x, turn = torch.randn(500, 8), torch.eye(8) + 0.3 * torch.randn(8, 8)
+    seen, weight = x @ turn, torch.randn(1, 5, 8)
+    zero = torch.zeros(1, 8)
+    read = sequential.Moments((seen.T @ seen / 500)[None], (x.T @ seen / 500)[None], zero, zero, zero, zero)
+    wanted = np.linalg.lstsq(seen.numpy(), (x @ weight[0].T).numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(sequential._moved(weight, weight, read, 1e-7)[0], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_kernels_of_another_size_may_be_packed_already():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+    net.eval()
+    first = cluster(net, 3, size=1)
+    packed = compression.compress(first.network, first.clustering)
+    second = sequential.cluster(model_of(packed), images(), 20, dense=net, progress=False)
+    both = compression.compress(second.network, second.clustering)
+    assert set(layers.clustered(both)) == {"0", "2"}
+    alone = cluster(packed, 20)  # knows nothing of the dense answers
+    assert loss(net, both) < loss(net, alone.network)
+
+
+def test_transposed_convolutions_get_the_nearest():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ConvTranspose2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    found = cluster(net, 4)
+    rows = found.clustering.groups[0]
+    weights = net[0].weight.detach().numpy().reshape(18, 9)
+    apart = np.square(weights[:, None] - rows.codebook.reshape(1, -1, 9)).sum(2)
+    np.testing.assert_array_equal(rows.indices, apart.argmin(1))
+    packed = compression.compress(found.network, found.clustering, precision="fp16")
+    assert torch.equal(answers(packed), answers(found.network))
+
+
+def test_labels_are_not_read_and_the_model_stays_as_it_is():
+    net = network()
+    before = models.fingerprint(net)
+    poisoned = replace(images(), labels=torch.full((24,), -5))
+    ours = sequential.cluster(model_of(net), poisoned, 5, progress=False)
+    assert models.fingerprint(net) == before
+    assert models.fingerprint(ours.network) == models.fingerprint(cluster(net, 5).network)
+    assert models.fingerprint(ours.network) != models.fingerprint(cluster(net, 5, seed=1).network)
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(InvalidValueError, match="damping is 0; it must be a share above 0"):
+        cluster(network(), 4, damping=0)
+    with pytest.raises(InvalidValueError, match="n_clusters is 0"):
+        cluster(network(), 0)
+    with pytest.raises(UnknownNameError, match="unknown precision 'fp8'"):
+        cluster(network(), 4, precision="fp8")
+    with pytest.raises(InvalidValueError, match="no images"):
+        sequential.cluster(
+            model_of(network()), datasets.select(images(), torch.tensor([], dtype=torch.int64)), 4
+        )
