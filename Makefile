@@ -33,10 +33,11 @@ lint: setup  ## Check style, import order, and that notebooks carry no outputs
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/lint-imports
 
-bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of other kernels; an hour and a half, resumable)
+bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of other kernels; four hours, resumable)
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.similarity
+	WEIGHTS=$(WEIGHTS) $(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.kmeans $(WEIGHTS)
 
 train: setup  ## Train the shipped model again (START=features.safetensors; resumable, about an hour)

@@ -28,7 +28,8 @@ class Group:
     inertia : float
         Sum of squared distances of the kernels to what stands for them.
     scales : numpy.ndarray, optional
-        float32 ``(n,)``: what each kernel's representative, then of unit length, is multiplied by.
+        float32 ``(n,)``: what each kernel's representative is multiplied by; it is of unit length where
+        kernels were scaled one by one.
     turns : numpy.ndarray, optional
         uint8 ``(n,)``: the row of `symmetry.transforms` that takes the representative to each kernel.
     """

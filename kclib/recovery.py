@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from kclib import datasets, layers, models, packing, quantization, search, training
+from kclib.calibration import calibrate
 from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
 from kclib.training import Recipe, Trained
+
+__all__ = ["RECIPE", "calibrate", "finetune"]
 
 RECIPE = Recipe(epochs=6, images=12_800, peak_rate=3e-4, weight_decay=0, label_smoothing=0, patience=3)
 

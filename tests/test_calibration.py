@@ -123,3 +123,15 @@ def test_what_cannot_be_is_said():
     other = nn.Sequential(nn.Conv2d(3, 5, 3))
     with pytest.raises(InvalidValueError, match="is no such convolution in the dense network"):
         calibrated(other, compressed(net, 4))
+
+
+def test_damping_is_that_of_ridge_regression():
+    torch.manual_seed(0)
+    x, dense, values = torch.randn(50, 6), torch.randn(1, 2, 6), torch.randn(1, 2, 6)
+    h, zero = (x.T @ x / 50)[None], torch.zeros(1, 6)
+    power = ((dense @ h) * dense).sum(-1)
+    read = moments.Moments(h, h, zero, zero, zero[:, :2], power)
+    found = calibration.fitted(lambda v: v, values, dense, read, damping=0.5, rounded=lambda v: v)
+    ridge = 0.5 * h.diagonal(dim1=1, dim2=2).mean() * torch.eye(6)
+    wanted = values + (dense - values) @ h @ torch.linalg.inv(h + ridge)
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)

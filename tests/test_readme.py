@@ -58,6 +58,25 @@ def test_its_speeds_are_those_of_the_benchmark():
     assert re.findall(r"^\| (?:shipped|ImageNet) \|.*$", text, re.MULTILINE) == rows
 
 
+def test_its_drops_are_those_of_the_benchmark():
+    names = {
+        "dense": "dense",
+        "clustering, corrected": "corrected, not trained",
+        "clustering, trained": "corrected and trained",
+        "dense, trained as long": "dense, trained as long",
+    }
+    run = json.loads((ROOT / "docs" / "recovery.json").read_text())
+    rows = [
+        f"| {names[r['method']]} | {r['bytes'] / 1e6:.2f} | {r['ratio']:.1f} | {r['top1']:.2f} "
+        f"| {r['drop']:.2f} [{r['drop_low']:.2f}, {r['drop_high']:.2f}] |"
+        for r in run["rows"]
+        if r["network"] == "vgg16-fashion" and r["method"] in names
+    ]
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## Lose less") :].split("\n## ")[0]
+    assert re.findall(r"^\| (?:dense|corrected).*$", section, re.MULTILINE) == rows
+
+
 def test_the_checksums_of_the_data_are_those_the_code_checks():
     listed = dict(
         re.findall(

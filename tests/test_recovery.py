@@ -276,6 +276,8 @@ def test_layers_that_share_indices_keep_sharing_them(tmp_path, last_is_best):
     network[2] = nn.Conv2d(6, 6, 3, padding=1)
     network[2].weight = network[3].weight
     model = compressed(network.eval(), n_clusters=3)
+    movable = recovery._with_latents(model.network)
+    assert movable[2].latent is movable[3].latent
     found = finetuned(model, tmp_path / "a.pt", replace(RECIPE, peak_rate=0.1), reassigned=2).network
     assert found[2].indices is found[3].indices
     assert (members(found) != members(model.network)).any()

@@ -177,3 +177,29 @@ def test_what_cannot_be_is_said():
         sequential.cluster(
             model_of(network()), datasets.select(images(), torch.tensor([], dtype=torch.int64)), 4
         )
+
+
+def test_blocks_of_channels_change_nothing(monkeypatch):
+    torch.manual_seed(0)
+    mixed = torch.randn(100, 20) @ torch.randn(20, 40 * 4)
+    h, target, codebook = mixed.T @ mixed / 100, torch.randn(10, 160), torch.randn(5, 4)
+    at_once = sequential._assigned(target, codebook, h, 0.1)
+    monkeypatch.setattr(sequential, "_BLOCK", 3)
+    assert torch.equal(sequential._assigned(target, codebook, h, 0.1), at_once)
+
+
+def test_codebooks_weigh_kernels_by_the_energy_of_what_they_read(monkeypatch):
+    seen = []
+    kmeans = sequential.kmeans.kmeans
+
+    def listening(points, k, *, weights, seed):
+        seen.append(weights)
+        return kmeans(points, k, weights=weights, seed=seed)
+
+    monkeypatch.setattr(sequential.kmeans, "kmeans", listening)
+    net, data = network(), images()
+    data.images[:, 1] = (data.images[:, 1].float() / 10 + 115).to(torch.uint8)
+    sequential.cluster(model_of(net), data, 5, progress=False)
+    read = nn.functional.unfold(data.images.float() / 128 - 1, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    energy = read.var(0, unbiased=False).reshape(3, 9).mean(1)
+    np.testing.assert_allclose(seen[0].reshape(12, 3), (energy / energy.max()).expand(12, 3), rtol=1e-3)
