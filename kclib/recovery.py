@@ -144,7 +144,7 @@ def _rounded(network: nn.Module) -> nn.Module:
     """Return a copy whose codebooks and scales are what a file would hold."""
     network = copy.deepcopy(network)
     for codebook, members in layers.by_codebook(network):
-        codebook.values.copy_(quantization.restore(quantization.store(codebook.values, codebook.precision)))
+        codebook.values.copy_(quantization.rounded(codebook.values, codebook.precision))
         for scales in (module.scales for module in members.values() if module.scales is not None):
             stored = scales.to("cpu", quantization.scale_type(codebook.precision))
             scales.copy_(quantization.checked(stored, codebook.precision))

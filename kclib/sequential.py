@@ -201,7 +201,9 @@ class _Books:
             indices = torch.cat([found[layer.name].indices.cpu() for layer in layers]).numpy()
             codebook = found[layers[0].name].codebook.cpu().numpy()
             used, indices = np.unique(indices, return_inverse=True)
-            codebook = codebook[used].reshape(-1, *self.bank.size)
+            # representatives that were fitted may have been rounded to the same values
+            codebook, same = np.unique(codebook[used], axis=0, return_inverse=True)
+            codebook, indices = codebook.reshape(-1, *self.bank.size), same.reshape(-1)[indices]
             points = np.concatenate([self.bank.weights[layer.rows] for layer in layers])
             inertia = float(np.square(points - codebook[indices]).sum(dtype=np.float64))
             groups.append(Group(name, layers, codebook, indices.reshape(-1).astype(np.int32), inertia))

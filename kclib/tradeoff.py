@@ -189,8 +189,7 @@ def resolved(bank: KernelBank, scope: Scope) -> Scope:
 
 def rounded(codebook: np.ndarray, precision: str) -> np.ndarray:
     """Return a codebook's values, float32 ``(K, ...)``, as they come back from `quantization.store`."""
-    stored = quantization.store(torch.from_numpy(codebook), precision)
-    return quantization.restore(stored).float().numpy()
+    return quantization.rounded(torch.from_numpy(codebook), precision).numpy()
 
 
 @dataclass(frozen=True)
