@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from kclib import datasets, files, models, training
 
-HELD_BACK = 5000  # of the training images, the recipe's own: never trained on, and what choices are made by
 CALIBRATION = 1024
 PROBE_IMAGES = 10_000
 RESNET_RECIPE = training.Recipe(epochs=4, peak_rate=2e-3)
@@ -24,7 +23,7 @@ RESNET_RECIPE = training.Recipe(epochs=4, peak_rate=2e-3)
 
 @dataclass(frozen=True)
 class Images:
-    """Training images of three uses; labels of `calibration` are never read."""
+    """Training images: to train on, to choose by, and to correct by (without labels)."""
 
     train: datasets.ImageSet
     held_back: datasets.ImageSet
@@ -32,11 +31,16 @@ class Images:
 
 
 def images() -> Images:
-    """Return Fashion-MNIST's training images, cut as `training.Recipe` cuts them."""
+    """Return Fashion-MNIST's training images, cut as training cuts them."""
     train = datasets.load("fashion-mnist", "train")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(training.Recipe().seed))
-    held, kept = order[:HELD_BACK], order[HELD_BACK:]
-    return Images(train, datasets.select(train, held), datasets.select(train, kept[:CALIBRATION]))
+    kept, held = training.split(train, training.Recipe())
+    return Images(train, held, datasets.select(kept, torch.arange(CALIBRATION)))
+
+
+def fewer(images: Images) -> Images:
+    """Return these with fewer to choose and to correct by, for inputs of more pixels."""
+    held, calibration = datasets.limited(images.held_back, 1000), datasets.limited(images.calibration, 256)
+    return Images(images.train, held, calibration)
 
 
 def resnet18(cache: Path) -> models.Model:

@@ -6,24 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from torch import nn
 
 from benchmarks import networks
 from kclib import (
-    budget,
     checkpoint,
+    comparison_figures,
     compression,
     datasets,
     evaluation,
     files,
     footprint,
-    kernels,
     models,
     peers,
     recovery,
-    sensitivity,
     sequential,
 )
 from kclib.evaluation import Evaluation
@@ -31,7 +30,7 @@ from kclib.evaluation import Evaluation
 OUT = Path("reports/bench/recovery.json")
 SHARES = (16, 24, 32, 48)  # the convolutions keep one byte of so many
 RECIPE = replace(recovery.RECIPE, epochs=3)
-SMALL = replace(RECIPE, images=3200)  # for inputs of four times the pixels
+SMALL = replace(RECIPE, images=1600, held_back=1000)  # for inputs of four times the pixels
 SON = ((64, False), (512, False), (512, True))
 PRECISION = "bf16"
 
@@ -102,21 +101,6 @@ class Bench:
         self.measure(key, n_bytes, found.network, time.perf_counter() - start)
 
 
-def stored_bytes(network: nn.Module) -> int:
-    """Return the bytes of all convolutions of a compressed network, its indices entropy-coded."""
-    total = footprint.convolution_bytes(network)
-    for codebook, members in footprint.by_codebook(network):
-        coded = checkpoint.coded(codebook, members)
-        fixed = sum(module.indices.numel() for module in members.values())
-        total += fixed if coded is None else coded.index_bytes + coded.table_bytes
-        total += len(codebook.values) * footprint.row_bytes(codebook.values[0].numel(), codebook.precision)
-        biases = [module.bias for module in members.values() if module.bias is not None]
-        total += sum(bias.numel() * bias.element_size() for bias in biases)
-        scales = [module.scales for module in members.values() if module.scales is not None]
-        total += sum(x.numel() * footprint.scale_type(codebook.precision).itemsize for x in scales)
-    return total
-
-
 def clustered(
     bench: Bench, share: int, others: Callable[[models.Model], nn.Module] | None = None
 ) -> nn.Module:
@@ -126,27 +110,15 @@ def clustered(
         return checkpoint.load(path, architecture=bench.model).network
     start = time.perf_counter()
     base = others(bench.model) if others else bench.model.network
-    model = replace(bench.model, network=base)
-    bank = kernels.extract(base)
-    weights = sensitivity.weights(bench.model, bench.images.calibration, bank)
-    spent = stored_bytes(base) - footprint.convolution_bytes(base)  # by what is compressed already
-
-    def build(scope, n_clusters):
-        found = sequential.cluster(
-            model,
-            bench.images.calibration,
-            n_clusters,
-            scope=scope,
-            dense=bench.model.network,
-            weights=weights,
-        )
-        return found.network, found.clustering
-
-    chosen = budget.allocate(
-        model, bench.images.held_back, bank, weights, n_bytes=bench.dense_bytes / share - spent,
-        scopes=("layer",), build=build,
-    )  # fmt: skip
-    print(chosen.table.to_string(index=False), chosen.n_clusters, flush=True)
+    spent = footprint.stored_bytes(base) - footprint.convolution_bytes(base)  # by what is compressed already
+    chosen = recovery.shrink(
+        replace(bench.model, network=base),
+        bench.images.calibration,
+        bench.images.held_back,
+        bench.dense_bytes / share - spent,
+        dense=bench.model.network,
+    )
+    print(chosen.table.to_string(index=False), flush=True)
     packed = compression.compress(chosen.network, chosen.clustering, precision="fp16")
     checkpoint.save(packed, path, architecture=None)
     bench.rows.put(
@@ -159,7 +131,7 @@ def own(bench: Bench, others: Callable | None = None) -> None:
     """Measure clustering at each budget, as it is and trained, and the control."""
     for share in SHARES:
         network = clustered(bench, share, others)
-        n_bytes, key = stored_bytes(network), bench.key("clustering, corrected", share)
+        n_bytes, key = footprint.stored_bytes(network), bench.key("clustering, corrected", share)
         if not bench.rows.get(**key):
             bench.measure(key, n_bytes, network, bench.rows.get(**bench.key("search", share))["seconds"])
         bench.trained(
@@ -206,9 +178,11 @@ def pointwise(images: datasets.ImageSet) -> Callable[[models.Model], nn.Module]:
     return compressed
 
 
-def bench_of(model: models.Model, images: networks.Images, recipe, folder: Path, rows: Rows) -> Bench:
+def bench_of(
+    model: models.Model, images: networks.Images, recipe, folder: Path, rows: Rows, limit: int | None = None
+) -> Bench:
     """Evaluate the dense model and return what it is measured in."""
-    test = datasets.load()
+    test = datasets.load(limit=limit)
     dense = evaluation.evaluate(model, test, precision=PRECISION)
     bench = Bench(model, images, test, dense, recipe, folder, rows)
     key = bench.key("dense", None)
@@ -217,17 +191,27 @@ def bench_of(model: models.Model, images: networks.Images, recipe, folder: Path,
     return bench
 
 
+def picture(table: pd.DataFrame) -> None:
+    """Draw all methods of the shipped model at equal bytes."""
+    fig, ax = plt.subplots(figsize=(11, 6), layout="constrained")
+    comparison_figures.equal_bytes(table, ax=ax)
+    with files.replacing(OUT.with_suffix(".png")) as temporary:
+        fig.savefig(temporary, dpi=150, format="png")
+
+
 def main() -> None:
     rows, images = Rows(OUT), networks.images()
     folder = files.data_dir() / "cache" / "recovery"
     folder.mkdir(parents=True, exist_ok=True)
     shipped = bench_of(models.load(), images, RECIPE, folder, rows)
     own(shipped)
-    own(bench_of(networks.resnet18(folder), images, RECIPE, folder, rows), pointwise(images.calibration))
     others(shipped)
+    own(bench_of(networks.resnet18(folder), images, RECIPE, folder, rows), pointwise(images.calibration))
     if (features := networks.features_file()) is not None:
-        own(bench_of(networks.probed_vgg16(features, folder), images, SMALL, folder, rows))
+        probed = networks.probed_vgg16(features, folder)
+        own(bench_of(probed, networks.fewer(images), SMALL, folder, rows, limit=2000))
     table = pd.DataFrame(rows.rows).dropna(subset="top1")
+    picture(table[table.network == shipped.model.name])
     print(
         table[["network", "method", "share", "setting", "bytes", "ratio", "top1", "drop"]].to_string(
             index=False

@@ -9,7 +9,7 @@ from kclib.clustering import Clustering, Group
 from kclib.kernels import KernelBank, Layer
 from kclib.layers import N_TURNS
 from kclib.packing import index_bits, index_bytes
-from kclib.quantization import row_bytes, scale_type
+from kclib.quantization import codebook_bytes, scale_type
 from kclib.scopes import grouping
 
 
@@ -20,7 +20,7 @@ def break_even(bank: KernelBank, *, scope: str | Mapping[str, str] = "layer", pr
 
     Parameters
     ----------
-    precision : {"fp32", "fp16", "bf16", "int8"}
+    precision : {"fp32", "fp16", "bf16", "int8", "int4"}
         Of the codebook's values.
     """
     return pays_up_to(list(grouping(bank, scope).values()), Count(precision))
@@ -44,7 +44,7 @@ class Count:
 
     def bytes(self, layers: Iterable[Layer], k: int) -> float:
         """Return codebook, indices and scales."""
-        total = k * row_bytes(math.prod(next(iter(layers)).shape[2:]), self.precision)
+        total = codebook_bytes(k, math.prod(next(iter(layers)).shape[2:]), self.precision)
         for layer in layers:
             if self.exact:
                 total += index_bytes(layer.n_kernels, index_bits(k * self.orbit))

@@ -23,6 +23,7 @@ from kclib.tradeoff import KS, Curve, Scope, curves, mixed, solve
 
 __all__ = ["KS", "Allocation", "Curve", "allocate", "curves", "mixed", "solve"]
 
+_MARGIN = 0.99  # of the bytes are spent at a second try, so that a third is rare
 _STEPS = 8  # halvings of the range of bytes; from 50 times the bytes to within 2 %
 
 Build = Callable[[Scope, dict[str, int]], tuple[nn.Module, Clustering]]
@@ -76,14 +77,15 @@ def allocate(
     seed: int = 0,
     store: Store | None = None,
     build: Build | None = None,
+    uniform: bool = True,
     device: str = "cpu",
     progress: bool = True,
 ) -> Allocation:
     """Return the best clustering within so many bytes, or the smallest that loses at most so many points.
 
-    In each scope, clusters are shared out by `solve` and, beside that, all groups are given the same K. For
-    `n_bytes`, the most accurate on `data` is returned: never worse there than the largest uniform K that
-    fits. For `max_drop`, each of these ways is bisected for the fewest bytes.
+    In each scope, clusters are shared out by `solve` and, if `uniform`, also all groups given the same K. For
+    `n_bytes`, the most accurate on `data` is returned: with `uniform` never worse there than the largest
+    uniform K that fits. For `max_drop`, each of these ways is bisected for the fewest bytes.
 
     Parameters
     ----------
@@ -105,6 +107,8 @@ def allocate(
     build : callable, optional
         Called with a scope for `clustering.cluster` and the clusters of each group; returns the network to
         evaluate and its clustering. By default weighted `clustering.cluster`, rounded as it is stored.
+    uniform : bool
+        Leave it out where `build` takes long.
     device : str
         Where networks are evaluated.
     progress : bool
@@ -119,7 +123,7 @@ def allocate(
     options = {"ks": tuple(ks), "precision": precision, "coding": coding, "seed": seed, "store": store}
     scopes = (scopes,) if isinstance(scopes, (str, Mapping)) else scopes
     plans = [_Plan.of(bank, weights, scope, options, progress) for scope in scopes]
-    plans += [replace(plan, uniform=True) for plan in plans]
+    plans += [replace(plan, uniform=True) for plan in plans if uniform]
 
     def clustered(scope: Scope, n_clusters: dict[str, int]) -> tuple[nn.Module, Clustering]:
         how = {"scope": scope, "weights": weights, "seed": seed, "progress": progress}
@@ -170,13 +174,14 @@ class _Plan:
         if not self.uniform:
             return solve(self.curves, n_bytes)
         every = range(min(min(x.ks) for x in self.curves), 1 + max(max(x.ks) for x in self.curves))
-        affordable = bisect.bisect_right(every, n_bytes, key=lambda k: self._bytes(self._same(k)))
+        affordable = bisect.bisect_right(every, n_bytes, key=lambda k: self.bytes(self._same(k)))
         return self._same(every[max(0, affordable - 1)])
 
     def _same(self, k: int) -> dict[str, int]:
         return {curve.name: min(max(k, min(curve.ks)), max(curve.ks)) for curve in self.curves}
 
-    def _bytes(self, n_clusters: Mapping[str, int]) -> float:
+    def bytes(self, n_clusters: Mapping[str, int]) -> float:
+        """Return what the curves say that these clusters take."""
         return sum(self._stored(curve, n_clusters[curve.name]) for curve in self.curves)
 
     def _stored(self, curve: Curve, k: int) -> float:
@@ -211,8 +216,8 @@ class _Trials:
     def of(self, plan: _Plan, spend: float, limit: float = math.inf) -> Allocation | None:
         """Return what `spend` bytes for the clustered kernels buy; None if it was tried before or never fits.
 
-        What entropy-coded indices take is known only when they are there: bytes beyond `limit` are saved, and
-        the rest is spent again.
+        What entropy-coded indices take is known only when they are there: where they take more than their
+        curves say, so much less is spent again.
         """
         while spend >= plan.least:
             n_clusters = plan.at(spend)
@@ -227,7 +232,8 @@ class _Trials:
                 found = Allocation(plan.scope, n_clusters, n_bytes, network, made, lost, pd.DataFrame())
                 self.rows[key] = self._row(plan, found)
                 return found
-            spend -= n_bytes - limit
+            taken = (limit - self.unclustered) / (n_bytes - self.unclustered)
+            spend = _MARGIN * taken * plan.bytes(n_clusters)
         return None
 
     def _drop(self, network: nn.Module) -> Drop:
@@ -241,6 +247,7 @@ class _Trials:
         return {
             "scope": plan.name,
             "choice": "uniform" if plan.uniform else "solved",
+            "n_clusters": found.n_clusters,
             "clusters": found.clustering.n_clusters,
             "bytes": found.n_bytes,
             "damage": float(errors @ self.weights.astype(float)),

@@ -1,19 +1,30 @@
 """The compressed model as a file, there and back; never unpickled, no dense weight made on the way."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kclib import coding, compression, container, kernels, layers, models, packing, quantization, skeleton
+from kclib import (
+    activations,
+    coding,
+    compression,
+    container,
+    kernels,
+    layers,
+    models,
+    packing,
+    quantization,
+    skeleton,
+)  # fmt: skip
 from kclib.container import Contents, inspect
 from kclib.errors import DamagedFileError, InvalidValueError, KclibError, UnknownNameError
 from kclib.layers import ClusteredConv2d, Codebook
 
-__all__ = ["CODINGS", "Contents", "coded", "inspect", "load", "save"]
+__all__ = ["CODINGS", "Contents", "coded", "encoded", "inspect", "load", "save"]
 
 CODINGS = ("entropy", "fixed")
 _RESIDENT = ("packed", "dense")
@@ -32,8 +43,9 @@ def save(
     Parameters
     ----------
     network : torch.nn.Module
-        From `compression.compress`. Its codebooks are rounded to their precision, which changes nothing
-        unless they were trained since.
+        From `compression.compress`. Its codebooks, and what `quantization.quantize` rounded, are rounded to
+        their precision, which changes nothing unless they were trained since. What `activations.quantize`
+        put in is kept.
     path : path
     architecture : str, optional
         A name that `models.load` knows, from which `load` can build the network.
@@ -52,27 +64,39 @@ def save(
     """
     if not layers.clustered(network):
         raise InvalidValueError("the network has no clustered convolutions; compress it first.")
-    if indices not in CODINGS:
-        raise UnknownNameError("coding of indices", indices, CODINGS)
     if not isinstance(architecture, (str, type(None))):
         raise InvalidValueError(
             f"architecture is {architecture!r}; it must be a name that models.load knows."
         )
+    described, tensors = encoded(network, indices=indices)
+    accuracy = None if accuracy is None else float(accuracy)
+    description = {"architecture": architecture, "accuracy": accuracy} | described
+    return container.write(Path(path), description, tensors)
+
+
+def encoded(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict[str, Tensor]]:
+    """Return what `save` writes of a network: what it says of its parts, and the tensors by name.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        Values that a precision does not hold; an unknown coding.
+    """
+    if indices not in CODINGS:
+        raise UnknownNameError("coding of indices", indices, CODINGS)
     groups, described = {}, {}
-    tensors = {f"{skeleton.STATE}{name}": value for name, value in skeleton.others(network).items()}
+    tensors, stored = skeleton.stored(network)
     for codebook, members in layers.by_codebook(network):
         group = _unused(codebook.group, groups)
         groups[group] = _described(codebook, members)
-        stored = quantization.store(codebook.values, codebook.precision)
-        tensors |= {f"codebook {part} {group}": value for part, value in stored.items()}
+        values = quantization.store(codebook.values, codebook.precision)
+        values = quantization.pack(values, codebook.precision)
+        tensors |= {f"codebook {part} {group}": value for part, value in values.items()}
         named, codings = _stored_indices(group, codebook, members, indices)
         tensors |= named | _stored_scales(codebook, members)
         described |= _described_layers(network, group, codebook, members, codings)
-    accuracy = None if accuracy is None else float(accuracy)
-    description = {
-        "architecture": architecture, "accuracy": accuracy, "groups": groups, "layers": described
-    }  # fmt: skip
-    return container.write(Path(path), description, tensors)
+    grids = {name: asdict(grid) for name, grid in activations.grids(network).items()}
+    return {"groups": groups, "layers": described, "stored": stored, "activations": grids}, tensors
 
 
 def load(
@@ -113,13 +137,15 @@ def load(
     model = skeleton.of(path, description.get("architecture"), architecture)
     try:
         network = _with_layers(path, model.network, description, tensors, block_bytes)
-        skeleton.fill(path, network, tensors)
+        skeleton.fill(path, network, tensors, description.get("stored", {}))
+        network = compression.expand(network) if resident == "dense" else network
+        grids = description.get("activations", {})
+        activations.put(network, {name: activations.Grid(**grid) for name, grid in grids.items()})
     except KclibError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DamagedFileError(f"{path} does not describe itself as this version does: {error!r}.") from error
-    network = models.moved(network, device).eval()
-    return replace(model, network=compression.expand(network) if resident == "dense" else network)
+    return replace(model, network=models.moved(network, device).eval())
 
 
 def coded(codebook: Codebook, members: Mapping[str, ClusteredConv2d]) -> coding.Coded | None:
@@ -148,7 +174,11 @@ def _stored_indices(group, codebook, members, indices: str) -> tuple[dict[str, T
 def _with_layers(path, network: nn.Module, description: dict, tensors, block_bytes: int) -> nn.Module:
     """Return an empty network with clustered convolutions in place of those that the file describes."""
     modules = dict(network.named_modules(remove_duplicate=False))
-    codebooks = {name: _codebook(path, name, group, tensors) for name, group in description["groups"].items()}
+    sizes = {layer["group"]: layer["shape"][2:] for layer in description["layers"].values()}
+    codebooks = {
+        name: _codebook(path, name, group, sizes.get(name), tensors)
+        for name, group in description["groups"].items()
+    }
     replaced, made = {}, {}
     for name, layer in description["layers"].items():
         convolution, codebook = modules.get(name), codebooks[layer["group"]]
@@ -176,13 +206,16 @@ def _with_layers(path, network: nn.Module, description: dict, tensors, block_byt
     return kernels.copied(network, replaced)
 
 
-def _codebook(path, name: str, group: dict, tensors: Mapping[str, Tensor]) -> Codebook:
-    stored = {part: tensors.get(f"codebook {part} {name}") for part in ("values", "steps")}
+def _codebook(path, name: str, group: dict, size, tensors: Mapping[str, Tensor]) -> Codebook:
+    """Return a group's codebook, of kernels of a size ``(kh, kw)``."""
+    stored = {
+        part: tensors[f"codebook {part} {name}"]
+        for part in ("values", "steps")
+        if f"codebook {part} {name}" in tensors
+    }
     dtype, precision, turned = quantization.named(group["dtype"]), group["precision"], bool(group["turned"])
-    quantization.float_type(precision)
-    values = quantization.restore({part: value for part, value in stored.items() if value is not None}).to(
-        dtype
-    )
+    shape = (len(stored["steps"]), *size) if precision == "int4" else ()
+    values = quantization.restore(quantization.unpack(stored, precision, shape)).to(dtype)
     if values.dim() != 3 or not len(values) or not torch.isfinite(values).all():
         raise DamagedFileError(f"{path}: the codebook of group {name} is not finite kernels (K, kh, kw).")
     if turned and values.shape[1] != values.shape[2]:

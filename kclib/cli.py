@@ -63,7 +63,8 @@ def compress(
     scope: Annotated[str, typer.Option(help="layer or global: what shares a codebook.")] = "layer",
     weights: Annotated[Path | None, typer.Option(help="Weights in place of the model's own.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Of codebooks: fp32, fp16, bf16 or int8; the model's own by default.")
+        str | None,
+        typer.Option(help="Of codebooks: fp32, fp16, bf16, int8 or int4; the model's own by default."),
     ] = None,
     indices: Annotated[str, typer.Option(help="entropy or fixed: how indices are coded.")] = "entropy",
     scaled: Annotated[bool, typer.Option("--scaled", help="Each kernel has a scale.")] = False,

@@ -44,9 +44,9 @@ def compress(
     ----------
     network : torch.nn.Module
     clustering : Clustering
-    precision : {"fp32", "fp16", "bf16", "int8"}, optional
+    precision : {"fp32", "fp16", "bf16", "int8", "int4"}, optional
         What the codebooks' values (and scales) are rounded to, so that a file holds what runs; the network's
-        own by default. int8 needs a float32 network.
+        own by default. int8 and int4 need a float32 network.
     block_bytes : int
         What a layer may take above its packed form while it runs.
 
@@ -170,9 +170,9 @@ def _codebook(group: Group, convolutions, precision: str | None, seed: int) -> t
         )
     device, dtype = kinds.pop()
     precision = precision or quantization.own(dtype)
-    if precision == "int8" and dtype != torch.float32:
+    if precision in ("int8", "int4") and dtype != torch.float32:
         raise InvalidValueError(
-            f"an int8 codebook needs a float32 network, not {dtype}; call .float() on it first."
+            f"an {precision} codebook needs a float32 network, not {dtype}; call .float() on it first."
         )
     order = np.argsort(-np.bincount(group.indices, minlength=group.n_clusters), kind="stable")
     values = quantization.restore(quantization.store(torch.from_numpy(group.codebook[order]), precision))

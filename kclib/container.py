@@ -15,7 +15,7 @@ from torch import Tensor
 from kclib import __version__, files
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError
 
-FORMAT = 1
+FORMAT = 2  # 1 knew neither int4, nor other tensors in a precision of their own, nor activations
 # What the first word of a tensor's name says it is.
 _PARTS = {
     "indices": "indices",
@@ -23,6 +23,7 @@ _PARTS = {
     "codebook": "codebooks",
     "scales": "scales",
     "state": "other parameters and buffers",
+    "steps": "other parameters and buffers",
 }
 
 
@@ -35,7 +36,8 @@ class Contents:
     path : pathlib.Path
     description : dict
         ``format``, ``kclib`` (the version that wrote it), ``architecture``, ``accuracy`` (percent), and by
-        name ``groups`` and ``layers``; JSON values, None if unknown.
+        name ``groups``, ``layers``, ``stored`` (other parameters that have a precision of their own) and
+        ``activations`` (what layers read); JSON values, None if unknown.
     sha256 : str
         Of the description and of each tensor's name, type, shape and bytes.
     bytes : pandas.Series

@@ -116,7 +116,7 @@ class _Stored(Codebook):
 
     def table(self) -> Tensor:
         """Return the representatives, ``(K, kh * kw)``."""
-        if self.precision == "int8":
+        if self.precision in ("int8", "int4"):
             return self.values.float() * self.steps
         return self.values.to(self.dtype)
 

@@ -13,16 +13,23 @@ from kclib.clustering import Clustering, Group
 from kclib.compression import output_order, packed_layers, users
 from kclib.container import Contents
 from kclib.errors import UnknownNameError
-from kclib.layers import N_TURNS, by_codebook
+from kclib.layers import N_TURNS, ClusteredConv2d, by_codebook
 from kclib.packing import index_bits, index_bytes
-from kclib.quantization import row_bytes, scale_type
+from kclib.quantization import codebook_bytes, scale_type
 
 __all__ = [
-    "PRECISIONS", "Savings", "break_even", "entropy_bound", "index_bits_by_layer", "ledger", "savings", "ways"
+    "PRECISIONS", "Savings", "break_even", "entropy_bound", "index_bits_by_layer", "ledger", "savings",
+    "stored", "stored_bytes", "ways",
 ]  # fmt: skip
 
 # Codebook precisions that are compared.
 PRECISIONS = ("fp32", "fp16", "int8")
+_ITEMS = (
+    "indices", "frequency tables", "codebooks", "scales", "other convolution weights", "convolution biases",
+    "rest",
+)  # fmt: skip
+# What the first word of a tensor's name in a file says it is, where it says enough.
+_NAMED = dict(zip(("indices", "frequencies", "codebook", "scales"), _ITEMS, strict=False))
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ def ledger(
     if unknown := set(codings) - set(checkpoint.CODINGS):
         raise UnknownNameError("coding of indices", min(unknown), checkpoint.CODINGS)
     copies = _copies(network, clustering)
+    shapes = [(g.n_clusters, g.codebook[0].size) for g in clustering.groups]
     scaled = {layer.name for group in clustering.groups if group.scales is not None for layer in group.layers}
     n_scales = sum(copies[x.name] * x.n_kernels for x in clustering.layers if x.name in scaled)
     for name in codings:
@@ -78,14 +86,10 @@ def ledger(
         if name == "entropy":
             indices, tables = _entropy_coded(network, clustering)
         for precision in PRECISIONS:
-            books = sum(len(g.codebook) * row_bytes(g.codebook[0].size, precision) for g in clustering.groups)
+            books = sum(codebook_bytes(*shape, precision) for shape in shapes)
             scales = n_scales * scale_type(precision).itemsize
             columns[f"{name}_{precision}"] = (0, indices, tables, books, scales, other, biases, rest)
-    items = (
-        "kernels", "indices", "frequency tables", "codebooks", "scales", "other convolution weights",
-        "convolution biases", "rest",
-    )  # fmt: skip
-    table = pd.DataFrame(columns, index=list(items), dtype="int64")
+    table = pd.DataFrame(columns, index=["kernels", *_ITEMS], dtype="int64")
     model = table.sum()
     table.loc["convolutions"] = table.drop(index="rest").sum()
     table.loc["model"] = model
@@ -107,6 +111,26 @@ def savings(network: nn.Module, clustering: Clustering) -> Savings:
 def convolution_bytes(network: nn.Module) -> int:
     """Return the bytes of all convolutions' weights and biases, dense; shared tensors count once."""
     return sum(_others(network, set())[:2])
+
+
+def stored(network: nn.Module) -> pd.Series:
+    """Return where the bytes of a network go, compressed or not, as `checkpoint.save` writes them.
+
+    Whatever the precisions of codebooks, linear layers and biases. The items are those of `ledger`, from
+    ``indices`` to ``rest``; a file has a header besides.
+    """
+    parts = dict.fromkeys(_ITEMS, 0)
+    kinds = (nn.modules.conv._ConvNd, ClusteredConv2d)
+    convolutions = {name for name, x in network.named_modules(remove_duplicate=False) if isinstance(x, kinds)}
+    for name, value in checkpoint.encoded(network)[1].items():
+        kind, _, of = name.partition(" ")
+        parts[_NAMED.get(kind) or _item(of, convolutions)] += value.nbytes
+    return pd.Series(parts, dtype="int64", name="bytes")
+
+
+def stored_bytes(network: nn.Module) -> int:
+    """Return the bytes of a network's convolutions, compressed or not, as `checkpoint.save` writes them."""
+    return int(stored(network).drop("rest").sum())
 
 
 def entropy_bound(clustering: Clustering) -> float:
@@ -179,43 +203,26 @@ def ways(
     table = ledger(network, clustering)
     groups = [group.layers for group in clustering.groups]
     most = max(len(group.indices) for group in clustering.groups)
-    rows = [
-        ("kernels removed (IPSJ report)", "kernels", clustering.n_kernels, clustering.n_clusters, most - 1)
-    ]
+    n_kernels, n_clusters = clustering.n_kernels, clustering.n_clusters
+    rows = [("kernels removed (IPSJ report)", "kernels", n_kernels, n_clusters, most - 1)]
     for name, label in (("fixed", "fixed-width"), ("entropy", "entropy-coded")):
         for precision in PRECISIONS:
             limit = pays_up_to(groups, Count.of(clustering, precision, exact=name == "fixed"))
             for part in ("convolutions", "model"):
                 sums = table.loc[part, ["dense", f"{name}_{precision}"]]
                 rows.append((f"{label} indices, {precision} codebook", part, *sums, limit))
-    spared = table.loc["indices", "fixed_fp16"] - entropy_bound(clustering)
-    bound = table.loc["convolutions", "fixed_fp16"] - spared
-    rows.append(
-        (
-            "entropy of the groups' indices, fp16 codebook",
-            "convolutions",
-            table.loc["convolutions", "dense"],
-            bound,
-            None,
-        )
-    )
+    bound = table.loc["convolutions", "fixed_fp16"] - table.loc["indices", "fixed_fp16"]
+    bound += entropy_bound(clustering)
     son = Count("fp32", exact=False, scale_bits=16)
-    kept = sum(
-        son.bytes(layers, group.n_clusters) for layers, group in zip(groups, clustering.groups, strict=True)
-    )
-    rows.append(
-        (
-            "formula of Son et al. 2018",
-            "clustered kernels",
-            table.loc["kernels", "dense"],
-            kept,
-            pays_up_to(groups, son),
-        )
-    )
+    counts = [group.n_clusters for group in clustering.groups]
+    kept = sum(son.bytes(layers, k) for layers, k in zip(groups, counts, strict=True))
+    kernels, convolutions, model = table.loc[["kernels", "convolutions", "model"], "dense"]
+    name = "entropy of the groups' indices, fp16 codebook"
+    rows.append((name, "convolutions", convolutions, bound, None))
+    limit = pays_up_to(groups, son)
+    rows.append(("formula of Son et al. 2018", "clustered kernels", kernels, kept, limit))
     if file is not None:
-        rows.append(
-            ("file, as it lies on disk", "model", table.loc["model", "dense"], file.bytes.sum(), None)
-        )
+        rows.append(("file, as it lies on disk", "model", model, file.bytes.sum(), None))
     if resident is not None:
         rows.append(("resident memory, measured", "model", resident["dense"], resident["packed"], None))
     result = pd.DataFrame(rows, columns=["way", "of", "dense", "kept", "pays_up_to"])
@@ -264,21 +271,21 @@ def _others(network: nn.Module, clustered: set[str]) -> tuple[int, int, int]:
         for name, module in network.named_modules(remove_duplicate=False)
         if isinstance(module, nn.modules.conv._ConvNd)
     }
-    other = biases = rest = 0
+    parts = dict.fromkeys(_ITEMS, 0)
     seen = {id(p) for n, p in network.named_parameters(remove_duplicate=False) if n in clustered}
     for name, value in (*network.named_parameters(), *network.named_buffers()):
-        owner, leaf = _owner(name)
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        n_bytes = value.numel() * value.element_size()
-        if owner not in convolutions:
-            rest += n_bytes
-        elif leaf == "bias":
-            biases += n_bytes
-        else:
-            other += n_bytes
-    return other, biases, rest
+        if id(value) not in seen:
+            seen.add(id(value))
+            parts[_item(name, convolutions)] += value.numel() * value.element_size()
+    return tuple(parts[item] for item in _ITEMS[-3:])
+
+
+def _item(name: str, convolutions: set[str]) -> str:
+    """Return the item that a parameter or buffer counts to, by its name and those of all convolutions."""
+    owner, leaf = _owner(name)
+    if owner not in convolutions:
+        return "rest"
+    return "convolution biases" if leaf == "bias" else "other convolution weights"
 
 
 def _owner(name: str) -> tuple[str, str]:

@@ -1,275 +1,254 @@
-"""The search behind `search.nearest`: the centres that a point need not look at (numba)."""
+"""What is taken away whole: kernels, filters with their channels, or single weights."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numba import njit
-from scipy.spatial import cKDTree
+import torch
+from torch import nn
 
-from kclib import parallel
+from kclib import channels, coding, datasets, fitting, footprint, kernels, models, stored
+from kclib.errors import InvalidValueError
+from kclib.kernels import KernelBank
+from kclib.packing import index_bytes
 
-_TILE = 64  # centres that one loop of vector instructions looks at
-_BUNCH = 16  # tiles under one outer box
-_SHELLS = 64  # distance classes that a cluster's candidates are sorted into
-_PARTS = 64  # pieces of work a pass is cut into, whatever the number of threads: same bits for any
-
-
-def pruned(
-    points: np.ndarray,
-    centres: np.ndarray,
-    order: np.ndarray,
-    starts: np.ndarray,
-    reach: float | None,
-    n_threads: int,
-    done: Callable[[float], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels, int32 ``(n,)``, and squared distances, float32 ``(n,)``; see `search.nearest`.
-
-    `order` and `starts` list the points by their guess, as `search.by_label` does.
-    """
-    n, k = len(points), len(centres)
-    tiles = _tiles(centres)
-    # A cluster costs about as much as a few of its points; the parts should be alike.
-    cost = starts + 8 * np.arange(k + 1)
-    edges = np.searchsorted(cost, np.linspace(0, cost[-1], _PARTS + 1))
-    labels, result = np.empty(n, np.int32), np.empty(n, np.float32)
-    limit = np.float32(reach or 0)
-    dims = (0,) * points.shape[1]  # numba compiles for its length
-
-    def run(i: int) -> None:
-        _search(
-            points, order, starts, centres, tiles.ids, tiles.rows, tiles.columns, tiles.turned,
-            tiles.boxes, tiles.outer, edges[i], edges[i + 1], limit, dims, labels, result,
-        )  # fmt: skip
-
-    parallel.side_by_side(run, _PARTS, n_threads, done)
-    return labels, result
+KINDS = ("kernels", "filters", "weights")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+_BITS = dict(zip(PRECISIONS, (32, 16, 8, 4), strict=True))
+_HALF = 2  # bytes of an fp16 number
 
 
 @dataclass(frozen=True)
-class _Tiles:
-    """Centres in a k-d order, in tiles that vector instructions read, with their bounding boxes."""
+class Pruned:
+    """A network of which a part is zero.
 
-    ids: np.ndarray  # int32 (tiles * _TILE,): the centre in each place; the last is repeated as padding
-    rows: np.ndarray  # float32 (tiles * _TILE, d)
-    columns: np.ndarray  # float32 (tiles, d, _TILE); padding is infinitely far away
-    turned: np.ndarray  # float32 (K, d): the centres in the boxes' axes
-    boxes: np.ndarray  # float32 (2, d, tiles): lower and upper corners
-    outer: np.ndarray  # float32 (2, d, tiles / _BUNCH)
+    Attributes
+    ----------
+    network : torch.nn.Module
+        A copy with zeros in ordinary dense weights; the others are as they were, not rounded.
+    kind : str
+        Of `KINDS`.
+    sparsity : float
+        Share of the kernels, filters or weights that were taken away for their scores, 0 to 1.
+    masks : mapping of str to numpy.ndarray
+        By layer: bool in the shape of its weight as stored (`kernels.Layer.shape`), True where a weight was
+        kept.
+    """
 
+    network: nn.Module
+    kind: str
+    sparsity: float
+    masks: Mapping[str, np.ndarray]
 
-def _tiles(centres: np.ndarray) -> _Tiles:
-    """Lay out the centres. The boxes stand in the axes of greatest variance, where they are tightest."""
-    k, d = centres.shape
-    axes = np.linalg.eigh(np.cov(centres, rowvar=False).reshape(d, d))[1][:, ::-1]
-    turned = np.ascontiguousarray(centres @ axes.astype(np.float32))
-    ids = cKDTree(turned, leafsize=_TILE // 2 + 1).indices.astype(np.int32)
-    padding = -k % (_TILE * _BUNCH)
-    ids = np.pad(ids, (0, padding), mode="edge")
-    rows = centres[ids]
-    columns = rows.copy()
-    columns[k:] = np.inf
-    corners = turned[ids].reshape(-1, _TILE, d)
-    boxes = np.stack([corners.min(1).T, corners.max(1).T])
-    bunches = boxes.reshape(2, d, -1, _BUNCH)
-    return _Tiles(
-        ids,
-        rows,
-        np.ascontiguousarray(columns.reshape(-1, _TILE, d).transpose(0, 2, 1)),
-        turned,
-        boxes,
-        np.stack([bunches[0].min(2), bunches[1].max(2)]),
-    )
+    @property
+    def kept(self) -> float:
+        """Share of the weights of these layers that were kept."""
+        n_kept = sum(np.count_nonzero(mask) for mask in self.masks.values())
+        return n_kept / sum(mask.size for mask in self.masks.values())
 
 
-@njit(nogil=True, cache=True, fastmath=parallel.FAST)
-def _search(
-    points, order, starts, centres, ids, rows, columns, turned, boxes, outer,
-    first, last, reach, dims, labels, errors,
-):  # fmt: skip
-    """Search for the points of guesses `first` to `last`."""
-    room = len(ids) + _TILE
-    place, sorted_place = np.empty(room, np.int32), np.empty(room, np.int32)
-    distance = np.empty(room, np.float32)
-    tiles = np.empty((room // _TILE, len(dims), _TILE), np.float32)
-    halves = np.empty((room // _TILE, _TILE), np.float32)
-    low = np.empty(room // _TILE, np.float32)
-    near, inside = np.empty(outer.shape[2], np.float32), np.empty(_BUNCH, np.float32)
-    scratch = np.empty(_TILE, np.float32)
-    for j in range(first, last):
-        mine = order[starts[j] : starts[j + 1]]
-        if len(mine) == 0:
-            continue
-        largest, mean = _radii(points, mine, centres[j], dims)
-        # Twice the radius, and a little more than float32 could lose on the way and in turning the axes.
-        limit = np.float32(2.002) * np.sqrt(largest) if reach <= 0 else reach * np.sqrt(mean)
-        limit += np.float32(4e-6) * np.sqrt(_dot(centres[j], centres[j], dims)) + np.float32(1e-15)
-        limit *= limit
-        n = _candidates(
-            centres[j], turned[j], limit, columns, boxes, outer, dims, near, inside, scratch, place, distance
+def prune(
+    model: models.Model,
+    sparsity: float,
+    *,
+    kind: str = "kernels",
+    weights: np.ndarray | None = None,
+    images: datasets.ImageSet | None = None,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Pruned:
+    """Set the kernels, filters or weights of the smallest scores to zero.
+
+    They are compared over all layers of `kernels.extract` together; of equal ones the first stay. The best of
+    each layer stays whatever its score, as nothing passes a layer that is all zero. The score of a weight is
+    its square (Han et al. 2015, *Learning both Weights and Connections for Efficient Neural Networks*), that
+    of a kernel the sum of its squares, that of a filter the mean of its squares, as filters of wide layers
+    have more of them (Molchanov et al. 2017, *Pruning Convolutional Neural Networks for Resource Efficient
+    Inference*, minimum weight; Li et al. 2017, *Pruning Filters for Efficient ConvNets*, sum magnitudes
+    instead and compare within a layer).
+
+    A filter goes with its channel: its bias, and weight and bias of the batch norm behind it, become zero.
+    Kernels that read a channel that is zero for all images then, and was not before, are zeroed as well; no
+    answer to these images changes by that. A channel that is added to another is not zero, and its readers
+    stay; so do those in layers that are not pruned, such as 1×1 ones.
+
+    Parameters
+    ----------
+    model : models.Model
+        Unchanged.
+    sparsity : float
+        Share that is taken away, at least 0, below 1; in number rounded to the nearest. Readers come on top.
+    kind : {"kernels", "filters", "weights"}
+    weights : numpy.ndarray, optional
+        ``(n,)`` in the rows of ``kernels.extract(model.network)``, finite, at least 0, not all 0: what a
+        kernel's squares count times (`sensitivity.weights`).
+    images : datasets.ImageSet, optional
+        Some hundred, for filters; their labels are not read.
+    batch_size : int
+    device : str or torch.device
+        Where images are answered; the network stays on its own.
+    progress : bool
+        Whether to show a progress bar.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        A sparsity out of range, or that leaves less than one to each layer; an unknown kind; weights that do
+        not fit; filters and no images; a layer that does not run.
+    """
+    stored.check_known("kind of pruning", kind, KINDS)
+    if not 0 <= sparsity < 1:
+        raise InvalidValueError(f"sparsity is {sparsity}; it must be a share, at least 0 and below 1.")
+    if kind == "filters" and images is None:
+        raise InvalidValueError("filters go with the kernels that read them; give images to find those by.")
+    network, bank = model.network, kernels.extract(model.network)
+    scores = _scores(network, bank, kind, weights)
+    gone = round(sparsity * sum(x.size for x in scores.values()))
+    masks = _masks(network, bank, kind, _kept(scores, gone, kind))
+    small = _masked(network, bank, masks)
+    if kind == "filters":
+        run = channels.Run.of(model, images, bank, batch_size, device, progress)
+        channels.silence(small, masks, run.norms(network))
+        lost = run.lost(network, small)
+        masks = {name: mask & ~lost[name][..., None, None] for name, mask in masks.items()}
+        small = _masked(small, bank, masks)
+    return Pruned(small, kind, sparsity, masks)
+
+
+def to_bytes(
+    model: models.Model, n_bytes: int, *, precision: str = "fp16", weights: np.ndarray | None = None
+) -> Pruned:
+    """Take away the fewest kernels with which the convolutions take at most so many bytes.
+
+    Parameters
+    ----------
+    model : models.Model
+        Unchanged.
+    n_bytes : int
+        Of all convolutions, as `sparse_bytes` counts them.
+    precision, weights
+        As in `sparse_bytes` and `prune`.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        So few bytes are out of reach; precision or weights as there.
+    """
+    stored.check_whole("n_bytes", n_bytes, 1)
+    stored.check_known("precision", precision, PRECISIONS)
+    bank = kernels.extract(model.network)
+    scores, rest = _scores(model.network, bank, "kernels", weights), _rest(model.network, bank)
+
+    def kept(gone: int) -> dict[str, np.ndarray]:
+        return _kept(scores, gone, "kernels")
+
+    def taken(gone: int) -> int:
+        return rest + _bytes(bank, _alive(bank) & np.concatenate(list(kept(gone).values())), precision)
+
+    most = len(bank) - len(bank.layers)
+    gone = bisect_left(range(most + 1), True, key=lambda gone: taken(gone) <= n_bytes)
+    if gone > most:
+        raise InvalidValueError(
+            f"n_bytes is {n_bytes}; it must be at least {taken(most)}, as of one kernel left in each layer."
         )
-        _sort(place, distance, n, limit, sorted_place, low)
-        _scan(
-            points, mine, j, centres[j], ids, rows, sorted_place, n, low, dims,
-            tiles, halves, scratch, labels, errors,
-        )  # fmt: skip
+    masks = _masks(model.network, bank, "kernels", kept(gone))
+    return Pruned(_masked(model.network, bank, masks), "kernels", gone / len(bank), masks)
 
 
-@njit(nogil=True, cache=True, fastmath=parallel.FAST)
-def _dot(a, b, dims):
-    total = np.float32(0)
-    for k in range(len(dims)):
-        total += a[k] * b[k]
+def sparse_bytes(network: nn.Module, *, precision: str = "fp16") -> int:
+    """Return the bytes of all convolutions of a network, not clustered, of which some kernels are all zero.
+
+    The layers of `kernels.extract` take a mask that tells which kernels are not zero, and those kernels;
+    every other convolution and all biases count dense. Counted to its favour: a layer's mask takes its
+    entropy, the bound that an arithmetic coder reaches, without the tables it needs.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+    precision : {"fp32", "fp16", "int8", "int4"}
+        Of the kernels; int8 and int4 with an fp16 scale for each output channel, as in `stored.Rounded`.
+
+    Raises
+    ------
+    UnknownNameError
+    """
+    stored.check_known("precision", precision, PRECISIONS)
+    bank = kernels.extract(network)
+    return _rest(network, bank) + _bytes(bank, _alive(bank), precision)
+
+
+def _scores(network: nn.Module, bank: KernelBank, kind: str, weights) -> dict[str, np.ndarray]:
+    """Return the scores of each layer's kernels, filters ``(n,)`` or weights ``(n, kh, kw)``, float64."""
+    weights, found = fitting.checked_weights(weights, len(bank)), {}
+    for name, module in kernels.matched(network, bank.layers).items():
+        rows = bank.layer(name).rows
+        squares = np.square(bank.weights[rows], dtype=np.float64)
+        if weights is not None:
+            squares *= weights[rows, None, None]
+        if kind == "filters":
+            filters = channels.ends(module)[0].ravel()
+            squares = np.bincount(filters, squares.mean(axis=(1, 2))) / np.bincount(filters)
+        found[name] = squares.sum(axis=(1, 2)) if kind == "kernels" else squares
+    return found
+
+
+def _kept(scores: Mapping[str, np.ndarray], gone: int, kind: str) -> dict[str, np.ndarray]:
+    """Return which are left, bool in the shape of each layer's scores, without the `gone` of the least."""
+    flat = np.concatenate([x.ravel() for x in scores.values()])
+    n_kept, most = len(flat) - gone, len(flat) - len(scores)
+    if gone > most:
+        raise InvalidValueError(
+            f"{gone} of {len(flat)} {kind} are to go; at most {most} can, as each layer keeps one."
+        )
+    starts = np.cumsum([0, *(x.size for x in scores.values())])[:-1]
+    flat[[start + x.argmax() for start, x in zip(starts, scores.values(), strict=True)]] = np.inf
+    least = np.partition(flat, gone)[gone]
+    kept = flat > least
+    kept[np.flatnonzero(flat == least)[: n_kept - np.count_nonzero(kept)]] = True
+    parts = np.split(kept, starts[1:])
+    return {name: part.reshape(x.shape) for (name, x), part in zip(scores.items(), parts, strict=True)}
+
+
+def _masks(
+    network: nn.Module, bank: KernelBank, kind: str, kept: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return which weights of each layer are kept, where kernels, filters or weights are."""
+    masks = {}
+    for name, module in kernels.matched(network, bank.layers).items():
+        mask, shape = kept[name], bank.layer(name).shape
+        if kind == "filters":
+            mask = mask[channels.ends(module)[0]]
+        taps = shape[2:] if kind == "weights" else (1, 1)
+        masks[name] = np.broadcast_to(mask.reshape(*shape[:2], *taps), shape).copy()
+    return masks
+
+
+def _masked(network: nn.Module, bank: KernelBank, masks: Mapping[str, np.ndarray]) -> nn.Module:
+    """Return a copy of a network with zeros where the masks of its layers are False."""
+    kept = np.concatenate([masks[layer.name].reshape(-1, *bank.size) for layer in bank.layers])
+    return kernels.insert(network, replace(bank, weights=np.where(kept, bank.weights, 0)))
+
+
+def _alive(bank: KernelBank) -> np.ndarray:
+    """Return which kernels are not all zero, bool ``(n,)``."""
+    return bank.weights.any(axis=(1, 2))
+
+
+def _rest(network: nn.Module, bank: KernelBank) -> int:
+    """Return the bytes of convolutions without the weights of a bank."""
+    dense = sum(stored.size(layer) * layer.itemsize for layer in bank.layers)
+    return footprint.convolution_bytes(network) - dense
+
+
+def _bytes(bank: KernelBank, alive: np.ndarray, precision: str) -> int:
+    """Return the bytes of a bank's kernels of which some are alive, bool ``(n,)``, and of their masks."""
+    total = 0
+    for layer in bank.layers:
+        n = int(np.count_nonzero(alive[layer.rows]))
+        mask = coding.entropy_bytes(np.array([n, layer.n_kernels - n]))
+        scales = stored.channels(layer)[0] * _HALF if precision in ("int8", "int4") else 0
+        total += math.ceil(mask) + index_bytes(n * math.prod(bank.size), _BITS[precision]) + scales
     return total
-
-
-@njit(nogil=True, cache=True, fastmath=parallel.FAST)
-def _radii(points, mine, centre, dims):
-    """Return the largest and the mean squared distance of the points to their guess."""
-    largest, total = np.float32(0), np.float32(0)
-    for row in mine:
-        square = np.float32(0)
-        for k in range(len(dims)):
-            square += (points[row, k] - centre[k]) ** 2
-        largest = max(largest, square)
-        total += square
-    return largest, total / np.float32(len(mine))
-
-
-@njit(nogil=True, cache=True, fastmath=parallel.FAST)
-def _candidates(centre, turned, limit, columns, boxes, outer, dims, near, inside, scratch, place, distance):
-    """List the centres within `limit` (squared) of one: their places in the k-d order, and how far."""
-    n = 0
-    _to_boxes(turned, outer, 0, dims, near)
-    for bunch in range(len(near)):
-        if near[bunch] > limit:
-            continue
-        _to_boxes(turned, boxes, bunch * _BUNCH, dims, inside)
-        for i in range(_BUNCH):
-            if inside[i] <= limit:
-                tile = bunch * _BUNCH + i
-                n = _from_tile(centre, limit, columns[tile], tile * _TILE, dims, scratch, place, distance, n)
-    return n
-
-
-@njit(nogil=True, cache=True, fastmath=parallel.FAST)
-def _to_boxes(turned, boxes, first, dims, result):
-    """Write the squared distances of a point to the boxes from `first` on."""
-    for i in range(len(result)):
-        total = np.float32(0)
-        for k in range(len(dims)):
-            below, above = boxes[0, k, first + i] - turned[k], turned[k] - boxes[1, k, first + i]
-            outside = max(max(below, above), np.float32(0))
-            total += outside * outside
-        result[i] = total
-
-
-@njit(nogil=True, cache=True, fastmath=parallel.FAST)
-def _from_tile(centre, limit, columns, first, dims, scratch, place, distance, n):
-    """Append the centres of one tile that are within the limit; return the new length."""
-    hits = 0
-    for c in range(_TILE):
-        total = np.float32(0)
-        for k in range(len(dims)):
-            difference = columns[k, c] - centre[k]
-            total += difference * difference
-        scratch[c] = total
-    for c in range(_TILE):
-        hits += np.int32(scratch[c] <= limit)
-    if hits > 0:
-        for c in range(_TILE):
-            if scratch[c] <= limit:
-                place[n], distance[n] = first + c, scratch[c]
-                n += 1
-    return n
-
-
-@njit(nogil=True, cache=True, fastmath=parallel.FAST)
-def _sort(place, distance, n, limit, sorted_place, low):
-    """Sort candidates into shells of distance; `low` bounds the distances in each tile of them."""
-    ends = np.zeros(_SHELLS + 1, np.int32)
-    scale = np.float32(_SHELLS) / limit
-    for i in range(n):
-        ends[min(_SHELLS - 1, int(distance[i] * scale)) + 1] += 1
-    for shell in range(_SHELLS):
-        ends[shell + 1] += ends[shell]
-    for i in range(n):
-        shell = min(_SHELLS - 1, int(distance[i] * scale))
-        sorted_place[ends[shell]] = place[i]
-        ends[shell] += 1
-    shell = 0
-    for tile in range((n + _TILE - 1) // _TILE):
-        while ends[shell] <= tile * _TILE:
-            shell += 1
-        low[tile] = np.sqrt(shell / scale) * np.float32(0.9995)
-
-
-@njit(nogil=True, cache=True, fastmath=parallel.FAST)
-def _fill(tile, centre, rows, sorted_place, n, dims, tiles, halves):
-    """Copy one tile of candidates, seen from the guess: small differences of small numbers lose no digits."""
-    for c in range(_TILE):
-        i = tile * _TILE + c
-        total = np.float32(0)
-        for k in range(len(dims)):
-            difference = rows[sorted_place[i], k] - centre[k] if i < n else np.float32(0)
-            tiles[tile, k, c] = difference
-            total += difference * difference
-        halves[tile, c] = np.float32(0.5) * total if i < n else np.float32(np.inf)
-
-
-@njit(nogil=True, cache=True, fastmath=parallel.FAST)
-def _scan(
-    points, mine, guess, centre, ids, rows, sorted_place, n, low, dims, tiles, halves, score, labels, errors
-):
-    """Find the nearest candidate c of each point x: the least |c|²/2 - xc, both seen from the guess."""
-    x = np.empty(len(dims), np.float32)
-    filled = 0
-    for row in mine:
-        for k in range(len(dims)):
-            x[k] = points[row, k] - centre[k]
-        square = _dot(x, x, dims)
-        radius = np.sqrt(square) * np.float32(1.0005)
-        best, where, limit = np.float32(0), -1, 2 * radius
-        for tile in range((n + _TILE - 1) // _TILE):
-            if low[tile] > limit:
-                break
-            if tile == filled:
-                _fill(tile, centre, rows, sorted_place, n, dims, tiles, halves)
-                filled += 1
-            hits = 0
-            for c in range(_TILE):
-                value = halves[tile, c]
-                for k in range(len(dims)):
-                    value -= x[k] * tiles[tile, k, c]
-                score[c] = value
-            for c in range(_TILE):
-                hits += np.int32(score[c] < best)
-            if hits > 0:
-                for c in range(_TILE):
-                    if score[c] < best:
-                        best, where = score[c], tile * _TILE + c
-                limit = radius + np.sqrt(max(square + 2 * best, np.float32(0))) * np.float32(1.0005)
-        distance = max(square + 2 * best, np.float32(0))
-        if distance < np.float32(0.125) * square:  # far nearer than the guess: the sums above lost its digits
-            distance, where = _rescan(points[row], radius, rows, sorted_place, n, low, dims)
-        labels[row] = ids[sorted_place[where]] if where >= 0 else guess
-        errors[row] = distance
-
-
-@njit(nogil=True, cache=True, fastmath=parallel.FAST)
-def _rescan(point, radius, rows, sorted_place, n, low, dims):
-    """Find the nearest candidate by plain differences; return its squared distance and where it is listed."""
-    best, where, limit = np.float32(np.inf), -1, 2 * radius
-    for tile in range((n + _TILE - 1) // _TILE):
-        if low[tile] > limit:
-            break
-        for i in range(tile * _TILE, min(n, (tile + 1) * _TILE)):
-            total = np.float32(0)
-            for k in range(len(dims)):
-                difference = point[k] - rows[sorted_place[i], k]
-                total += difference * difference
-            if total < best:
-                best, where = total, i
-        limit = min(limit, radius + np.sqrt(best) * np.float32(1.0005))
-    return best, where

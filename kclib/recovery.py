@@ -4,18 +4,98 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kclib import datasets, layers, models, packing, quantization, search, training
+from kclib import (
+    budget,
+    datasets,
+    kernels,
+    layers,
+    models,
+    packing,
+    quantization,
+    search,
+    sensitivity,
+    sequential,
+    training,
+)
+from kclib.budget import Allocation
 from kclib.calibration import calibrate
 from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
 from kclib.training import Recipe, Trained
 
-__all__ = ["RECIPE", "calibrate", "finetune"]
+__all__ = ["RECIPE", "calibrate", "finetune", "shrink"]
 
-RECIPE = Recipe(epochs=6, images=12_800, peak_rate=3e-4, weight_decay=0, label_smoothing=0, patience=3)
+RECIPE = Recipe(epochs=6, images=12_800, peak_rate=1e-4, weight_decay=0, label_smoothing=0, patience=3)
+
+
+def shrink(
+    model: models.Model,
+    images: datasets.ImageSet,
+    held_back: datasets.ImageSet,
+    n_bytes: float,
+    *,
+    weights: np.ndarray | None = None,
+    dense: nn.Module | None = None,
+    precision: str = "fp16",
+    coding: str = "entropy",
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Allocation:
+    """Return what loses least within so many bytes without training: shared out over layers, and corrected.
+
+    `sensitivity.weights` says what errors cost, `budget.allocate` how many clusters each layer gets for it,
+    `sequential.cluster` makes them. `compression.compress(found.network, found.clustering,
+    precision=precision)` packs what is found.
+
+    Parameters
+    ----------
+    model : Model
+        Unchanged.
+    images : ImageSet
+        Some hundred to correct by; their labels are not read.
+    held_back : ImageSet
+        To measure the drop on: other images, not the test set.
+    n_bytes : float
+        Most bytes of all convolutions.
+    weights : numpy.ndarray, optional
+        `sensitivity.weights` of the model's kernels, if they are there already.
+    dense : torch.nn.Module, optional
+        As in `sequential.cluster`.
+    precision, coding
+        Of codebooks and indices as they will be stored.
+    seed, device, progress
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        As `budget.allocate` and `sequential.cluster`.
+    """
+    bank, options = kernels.extract(model.network), {"seed": seed, "device": device, "progress": progress}
+    if weights is None:
+        weights = sensitivity.weights(model, images, bank, **options)
+
+    def build(scope, n_clusters):
+        found = sequential.cluster(
+            model,
+            images,
+            n_clusters,
+            scope=scope,
+            dense=dense,
+            precision=precision,
+            weights=weights,
+            **options,
+        )
+        return found.network, found.clustering
+
+    return budget.allocate(
+        model, held_back, bank, weights, n_bytes=n_bytes, scopes=("layer",), precision=precision,
+        coding=coding, build=build, uniform=False, **options,
+    )  # fmt: skip
 
 
 def finetune(

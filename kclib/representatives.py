@@ -13,7 +13,7 @@ from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.framing import Frame
 from kclib.kernels import KernelBank, Layer
 from kclib.packing import index_bits, index_bytes
-from kclib.quantization import row_bytes
+from kclib.quantization import codebook_bytes
 
 _HALF = np.dtype(np.float16)
 
@@ -42,7 +42,7 @@ class Represented:
 
         Parameters
         ----------
-        precision : {"fp32", "fp16", "bf16", "int8"}
+        precision : {"fp32", "fp16", "bf16", "int8", "int4"}
             Of the codebooks' values. Scales are stored alike beside each.
 
         Raises
@@ -52,7 +52,7 @@ class Represented:
         total = self.scale_bytes
         for group in self.clustering.groups:
             bits = index_bits(group.n_clusters * orbit(group))
-            total += group.n_clusters * row_bytes(group.codebook[0].size, precision)
+            total += codebook_bytes(group.n_clusters, group.codebook[0].size, precision)
             total += sum(index_bytes(layer.n_kernels, bits) for layer in group.layers)
         return total
 

@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 from numba import njit
 
-from kclib import parallel, pruning
+from kclib import balls, parallel
 
 _COMPARED = 256
 
@@ -72,7 +72,7 @@ def nearest(
     if guess is None:
         guess = near(points, centres, n_threads=n_threads)
     order, starts = by_label(guess, len(centres))
-    return Found(*pruning.pruned(points, centres, order, starts, reach, n_threads, done))
+    return Found(*balls.pruned(points, centres, order, starts, reach, n_threads, done))
 
 
 def near(points: np.ndarray, centres: np.ndarray, *, n_threads: int | None = None) -> np.ndarray:

@@ -82,7 +82,7 @@ def cluster(
     weights : numpy.ndarray, optional
         ``(n,)``: how much each kernel's squared error counts where a codebook is shared
         (`sensitivity.weights`).
-    precision : {"fp32", "fp16", "bf16", "int8"}
+    precision : {"fp32", "fp16", "bf16", "int8", "int4"}
         Codebooks are rounded to it before kernels are assigned.
     damping : float
         Share of the mean energy of an input that is added to each one's, so that noise is not learned.

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kclib import kernels, layers, models
+from kclib import kernels, layers, models, quantization
 from kclib.errors import DamagedFileError, InvalidValueError
 
-STATE = "state "
+STATE, STEPS = "state ", "steps "
 
 
 def of(path: Path, named: object, given: str | nn.Module | models.Model | None) -> models.Model:
@@ -60,33 +60,62 @@ def others(network: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in named if id(value) not in own}
 
 
-def fill(path: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def stored(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """Return these as a file holds them, and what it says of those that have a precision of their own."""
+    tensors, described = {}, {}
+    chosen = quantization.precisions(network)
+    for name, value in others(network).items():
+        parts, precision = {"values": value}, chosen.get(id(value))
+        if precision is not None:
+            parts = quantization.pack(quantization.store(value, precision), precision)
+            described[name] = {"precision": precision, "dtype": str(value.dtype).removeprefix("torch.")}
+        tensors[f"{STATE}{name}"] = parts["values"]
+        if "steps" in parts:
+            tensors[f"{STEPS}{name}"] = parts["steps"]
+    return tensors, described
+
+
+def fill(
+    path: Path, network: nn.Module, tensors: Mapping[str, Tensor], described: Mapping[str, dict]
+) -> None:
     """Put a file's other parameters and buffers into a network of ours, wherever each is used.
 
     Raises
     ------
-    InvalidValueError
-        They are not those of this architecture.
+    DamagedFileError, InvalidValueError, UnknownNameError
+        They are not whole; they are not those of this architecture; an unknown precision.
     """
-    state = {name.removeprefix(STATE): x for name, x in tensors.items() if name.startswith(STATE)}
     places = others(network)
-    if wrong := set(state) ^ set(places):
+    if wrong := {x.removeprefix(STATE) for x in tensors if x.startswith(STATE)} ^ set(places):
         raise InvalidValueError(
             f"{path} does not fit this architecture; only one of them has: {', '.join(sorted(wrong)[:5])}."
         )
     filled = {}
     for name, old in places.items():
-        if old.shape != state[name].shape:
+        value = _restored(name, old.shape, tensors, described.get(name))
+        if old.shape != value.shape:
             raise InvalidValueError(
-                f"{path} has {name} of shape {tuple(state[name].shape)}, "
-                f"this architecture {tuple(old.shape)}."
+                f"{path} has {name} of shape {tuple(value.shape)}, this architecture {tuple(old.shape)}."
             )
         is_parameter = isinstance(old, nn.Parameter)
-        filled[id(old)] = nn.Parameter(state[name], old.requires_grad) if is_parameter else state[name]
+        filled[id(old)] = nn.Parameter(value, old.requires_grad) if is_parameter else value
     for module in network.modules():
         for place in (module._parameters, module._buffers):
             for name, old in place.items():
                 place[name] = filled.get(id(old), old)
+    quantization.mark(
+        network, {id(filled[id(places[name])]): how["precision"] for name, how in described.items()}
+    )
+
+
+def _restored(name: str, shape: torch.Size, tensors: Mapping[str, Tensor], how: dict | None) -> Tensor:
+    parts = {"values": tensors[f"{STATE}{name}"]}
+    if how is None:
+        return parts["values"]
+    if f"{STEPS}{name}" in tensors:
+        parts["steps"] = tensors[f"{STEPS}{name}"]
+    parts = quantization.unpack(parts, how["precision"], tuple(shape))
+    return quantization.restore(parts).to(quantization.named(how["dtype"]))
 
 
 def _built(name: str) -> models.Model:

@@ -91,7 +91,7 @@ def curves(
     ks : iterable of int
         Numbers of clusters. A group with fewer kernels keeps all of its own. Powers of two up to 65,536 by
         default.
-    precision : {"fp32", "fp16", "bf16", "int8"}
+    precision : {"fp32", "fp16", "bf16", "int8", "int4"}
         Of the stored codebooks.
     coding : {"fixed", "entropy"}
         Of the stored indices.
@@ -246,7 +246,7 @@ class _Members:
             ends = np.cumsum([layer.n_kernels for layer in self.layers])[:-1]
             words = coding.coded(np.split(ranks[rung.labels], ends), k)
             indices = min(indices, words.index_bytes + words.table_bytes)
-        return k * quantization.row_bytes(self.points.shape[1], precision) + indices
+        return quantization.codebook_bytes(k, self.points.shape[1], precision) + indices
 
 
 def _bar(groups: list[_Members], shown: bool) -> bars.Fits:

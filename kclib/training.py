@@ -17,7 +17,9 @@ from kclib import datasets, files, models
 from kclib.errors import DamagedFileError, InvalidValueError
 from kclib.recipe import Recipe, augment
 
-__all__ = ["Recipe", "Trained", "augment", "save_half", "start_from_features", "train", "train_fashion"]
+__all__ = [
+    "Recipe", "Trained", "augment", "save_half", "split", "start_from_features", "train", "train_fashion"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def train(
     DamagedFileError
         A checkpoint that cannot be read.
     """
-    kept, held = _split(data, recipe)
+    kept, held = split(data, recipe)
     identity = _identity(network, data, recipe, teacher)
     network = _copied(network, device)
     if teacher is not None:
@@ -252,8 +254,14 @@ def _answers(network, data, preprocess, device) -> torch.Tensor:
     return torch.cat(found)
 
 
-def _split(data: datasets.ImageSet, recipe: Recipe) -> tuple[datasets.ImageSet, datasets.ImageSet]:
-    """Return the images to train on and those held back, drawn by the recipe's seed."""
+def split(data: datasets.ImageSet, recipe: Recipe) -> tuple[datasets.ImageSet, datasets.ImageSet]:
+    """Return the images that `train` trains on and those it holds back, drawn by the recipe's seed.
+
+    Raises
+    ------
+    InvalidValueError
+        Images that are not in memory; too few for the recipe.
+    """
     if not torch.is_tensor(data.images):
         raise InvalidValueError(f"{data.name} is read file by file; training needs its images in memory.")
     largest = len(data) - recipe.batch_size

@@ -20,6 +20,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kclib import (
+    activations,
     checkpoint,
     clustering,
     compression,
@@ -39,7 +40,7 @@ from kclib.errors import (
     StorageError,
     UnknownNameError,
 )
-from kclib.kernels import extract
+from kclib.kernels import copied, extract
 
 
 class Odd(nn.Module):
@@ -74,6 +75,9 @@ PARTS = {
 }
 
 
+GRID = activations.Grid(0.1, 17, 8)
+
+
 def tied(module, other, name):
     setattr(module, name, getattr(other, name))
     return module
@@ -101,6 +105,14 @@ def compressed(network, n_clusters=3, *, size=None, precision=None, **options):
         extract(network, size=size), n_clusters, n_threads=1, progress=False, **options
     )
     return compression.compress(network, found, precision=precision)
+
+
+def noted(network):
+    """Return what is noted of how parameters are stored and of what layers read, by module."""
+    return {
+        name: (getattr(module, "stored_as", None), getattr(module, "input_grid", None))
+        for name, module in network.named_modules(remove_duplicate=False)
+    }
 
 
 def by_hand(network, n_clusters, *, size=None, skew=0.5, scale=1.0, precision=None):
@@ -173,7 +185,7 @@ def small(dense, path):
 def test_a_network_comes_back_to_the_bit_and_shared_as_it_was(tmp_path_factory, data):
     parts = data.draw(st.lists(st.sampled_from(sorted(PARTS)), max_size=5))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    precisions = [None, *quantization.PRECISIONS][: 5 if dtype == torch.float32 else 4]
+    precisions = [None, *quantization.PRECISIONS][: None if dtype == torch.float32 else 4]
     network = built(*parts, dtype=dtype)
     bank = extract(network, size=3)
     scope = data.draw(st.sampled_from(["layer", "global", "mapping"]))
@@ -190,11 +202,17 @@ def test_a_network_comes_back_to_the_bit_and_shared_as_it_was(tmp_path_factory, 
         turned=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 9)),
     )
+    if dtype == torch.float32:
+        linear, biases = data.draw(st.sampled_from([(None, None), ("int8", "fp16"), ("int4", "bf16")]))
+        expected = quantization.quantize(expected, linear=linear, biases=biases)
+        if data.draw(st.booleans()):
+            activations.put(expected, {"0": GRID, str(len(expected) - 1): activations.Grid(0.01, 0, 4)})
     path, again = (tmp_path_factory.getbasetemp() / f"any {i}.safetensors" for i in range(2))
     coding = data.draw(st.sampled_from(checkpoint.CODINGS))
     saved = save(expected, path, indices=coding)
     found = load(path, architecture=built(*parts, seed=1)).network
     assert_same(found, expected)
+    assert noted(found) == noted(expected)
     images = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert bits(found(images)) == bits(expected(images))
     assert save(found, again, indices=coding).sha256 == saved.sha256 == inspect(path).sha256
@@ -757,7 +775,7 @@ REFUSED = {
     "state missing": without("state 0.bias"),
     "state of another shape": tensor("state 1.weight", lambda old: old[:2]),
     "state of another name": lambda _, tensors: tensors.update({"state elsewhere": tensors["state 0.bias"]}),
-    "format newer": setting("format", to=2),
+    "format newer": setting("format", to=3),
 }
 
 
@@ -773,6 +791,105 @@ def test_contents_that_fit_something_else_are_refused_though_their_hash_is_right
     rewritten(path, change)
     with pytest.raises(KclibError):
         load(path, architecture=dense)
+
+
+# ---- Precisions of other parameters, and of what layers read
+
+
+@pytest.fixture
+def quantized():
+    """A network that has all there is to note, and its dense one; numbers of weights are odd."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)
+    )
+    network = quantization.quantize(compressed(dense, 3, precision="int4"), linear="int4")
+    activations.put(network, {"0": GRID, "4": activations.Grid(0.01, 100, 8)})
+    return dense, network.eval()
+
+
+def test_each_tensor_takes_the_bytes_of_its_precision(path, quantized):
+    parts = save(quantized[1], path, indices="fixed").bytes
+    assert parts["codebooks"] == 14 + 3 * 2  # 27 halves of a byte, and scales
+    linear, biases, norm = 8 + 5 * 2, 2 * (3 + 5), 4 * 4 * 3 + 8
+    assert parts["other parameters and buffers"] == linear + biases + norm
+    assert inspect(path).bytes.equals(parts)
+    assert inspect(path).description["activations"] == {
+        "0": {"scale": 0.1, "zero_point": 17, "bits": 8}, "4": {"scale": 0.01, "zero_point": 100, "bits": 8}
+    }  # fmt: skip
+    assert set(inspect(path).description["stored"]) == {"0.bias", "4.bias", "4.weight"}
+
+
+def test_what_is_noted_comes_back_and_acts(path, quantized):
+    dense, network = quantized
+    save(network, path)
+    found, images = load(path, architecture=dense).network, torch.randn(4, 1, 6, 6)
+    assert_same(found, network)
+    assert noted(found) == noted(network)
+    assert torch.equal(found(images), network(images))
+    assert torch.equal(copied(found)(images), network(images))
+    expanded = load(path, architecture=dense, resident="dense").network
+    assert torch.equal(expanded(images), network(images))
+    activations.put(network, {"0": activations.Grid(5.0, 0, 2)})
+    assert not torch.equal(found(images), network(images))
+
+
+def test_parameters_trained_since_are_rounded_in_the_file_alone(path, quantized):
+    dense, network = quantized
+    with torch.no_grad():
+        network[4].weight += torch.rand(5, 3)
+        network[0].bias += torch.rand(3)
+    trained = copy.deepcopy(network)
+    save(network, path)
+    assert_same(network, trained)
+    found = load(path, architecture=dense).network
+    assert torch.equal(found[4].weight, quantization.rounded(trained[4].weight, "int4"))
+    assert torch.equal(found[0].bias, trained[0].bias.half().float())
+    assert not torch.equal(found[0].bias, trained[0].bias)
+
+
+def test_files_of_format_1_are_read(path, dense, small):
+    rewritten(path, both(setting("format", to=1), removing("stored"), removing("activations")))
+    assert inspect(path).description["format"] == 1
+    assert_same(load(path, architecture=dense).network, small)
+
+
+STATED = ("stored", "4.weight")
+NOT_NOTED = {
+    "stored null": setting("stored", to=None),
+    "stored of what is not there": setting(
+        "stored", "5.weight", to={"precision": "fp16", "dtype": "float32"}
+    ),
+    "precision missing": removing(*STATED, "precision"),
+    "precision another": setting(*STATED, "precision", to="fp16"),
+    "precision unheard of": setting(*STATED, "precision", to="int3"),
+    "dtype of whole numbers": setting(*STATED, "dtype", to="int8"),
+    "not said to be stored so": removing(*STATED),
+    "weight short": tensor("state 4.weight", lambda old: old[:-1]),
+    "steps missing": without("steps 4.weight"),
+    "steps short": tensor("steps 4.weight", lambda old: old[:-1]),
+    "codebook short": tensor("codebook values 0", lambda old: old[:-1]),
+    "codebook of fewer": tensor("codebook steps 0", lambda old: old[:-1]),
+    "codebook without steps": without("codebook steps 0"),
+    "activations a list": setting("activations", to=["0"]),
+    "grid of what is not there": setting("activations", "5", to={"scale": 1.0, "zero_point": 0, "bits": 8}),
+    "grid null": setting("activations", "0", to=None),
+    "grid without scale": removing("activations", "0", "scale"),
+    "grid of more": setting("activations", "0", "more", to=1),
+    "scale 0": setting("activations", "0", "scale", to=0),
+    "scale a word": setting("activations", "0", "scale", to="1"),
+    "scale NaN": setting("activations", "0", "scale", to=float("nan")),
+    "zero point beyond": setting("activations", "0", "zero_point", to=256),
+    "9 bits": setting("activations", "0", "bits", to=9),
+}
+
+
+@pytest.mark.parametrize("change", [pytest.param(x, id=name) for name, x in NOT_NOTED.items()])
+def test_notes_that_are_none_are_refused_though_their_hash_is_right(path, quantized, change):
+    save(quantized[1], path)
+    rewritten(path, change)
+    with pytest.raises(KclibError):
+        load(path, architecture=quantized[0])
 
 
 @pytest.mark.parametrize("architecture", [5, True, 1.5, [], {}, ["resnet18"], {"a": 1}, "", "unknown"])

@@ -397,7 +397,10 @@ def test_a_file_that_is_missing_or_damaged_is_one_sentence(
     [
         (["--clusters", 81], "n_clusters is 81; it must be a whole number from 1 to 80"),
         (["--clusters", 5, "--scope", "laye"], "Did you mean 'layer'?"),
-        (["--clusters", 5, "--precision", "fp8"], "unknown precision 'fp8'; known: fp32, fp16, bf16, int8."),
+        (
+            ["--clusters", 5, "--precision", "fp8"],
+            "unknown precision 'fp8'; known: fp32, fp16, bf16, int8, int4.",
+        ),
         (["--clusters", 5, "--indices", "fix"], "unknown coding of indices 'fix'; known: entropy, fixed."),
         (["--clusters", 5, "--weights", "absent"], "weights file absent does not exist"),
         (["--clusters", 5, "--data", "fashion"], "unknown data set 'fashion'"),

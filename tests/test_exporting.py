@@ -131,7 +131,7 @@ def assert_answers_alike(network, path, shape=(3, 8, 8), batches=(1, 5), dtype=t
 def test_onnxruntime_answers_like_torch_at_every_precision_and_scope(options, tmp_path):
     torch.manual_seed(0)
     dense = two_layers()
-    scopes = ("layer", "global", "layer", "global") if len(options) == 1 else ("global", "layer") * 2
+    scopes = [("layer", "global")[(i + len(options)) % 2] for i in range(1, 6)]
     parts = zip(quantization.PRECISIONS, scopes, strict=True)
     networks = [compressed(dense, 7, precision=kind, scope=scope, **options) for kind, scope in parts]
     path = written(Beside(*networks), tmp_path / "model.onnx")
@@ -269,7 +269,7 @@ def test_file_takes_indices_codebooks_the_rest_and_little_else(exported, large):
     for codebook, members in by_codebook(network):
         n = sum(module.n_kernels for module in members.values())
         indices += n * (1 if codebook.n_members <= 256 else 2)
-        codebooks += len(codebook.values) * quantization.row_bytes(9, precision)
+        codebooks += quantization.codebook_bytes(len(codebook.values), 9, precision)
         scales += n * quantization.scale_type(precision).itemsize * (kind != "plain")
     weights = {f"{name}.weight" for name in ("0", "3", "5")}
     rest = sum(x.nbytes for name, x in large.state_dict().items() if name not in weights)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from kclib import checkpoint, coding
+from kclib import checkpoint, coding, quantization
 from kclib.clustering import Clustering, Group, cluster
 from kclib.compression import compress
 from kclib.footprint import (
@@ -19,6 +19,8 @@ from kclib.footprint import (
     index_bits_by_layer,
     ledger,
     savings,
+    stored,
+    stored_bytes,
     ways,
 )
 from kclib.kernels import KernelBank, Layer, extract
@@ -464,3 +466,48 @@ def test_up_to_the_k_it_says_each_way_keeps_less_than_dense_and_not_beyond(count
     )
     son = table[table.way == "formula of Son et al. 2018"].iloc[0]
     assert (son.dense, son.kept) == (dense, pytest.approx(formula(k, "fp32", 2, 1)))
+
+
+def test_stored_bytes_of_a_tiny_network_are_as_by_hand():
+    network = tiny()
+    packed = compress(network, cluster(extract(network), 3, scaled=True), precision="int4")
+    packed = quantization.quantize(packed, linear="int8", biases="fp16")
+    assert stored(packed).to_dict() == {
+        "indices": 2, "frequency tables": 0, "codebooks": 14 + 3 * 2, "scales": 8 * 2,
+        "other convolution weights": 32, "convolution biases": 2 * (4 + 2),
+        "rest": 4 * 4 * 4 + 8 + 3 * 2 + 3 * 2 + 3 * 2,  # batch norm; linear, its scales and biases
+    }  # fmt: skip
+    assert stored_bytes(packed) == 2 + 20 + 16 + 32 + 12
+    assert stored_bytes(network) == convolution_bytes(network)
+
+
+@given(
+    networks(),
+    st.integers(1, 12),
+    st.sampled_from(["layer", "global"]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(quantization.PRECISIONS),
+    st.sampled_from([(None, None), ("int8", "fp16"), ("int4", "bf16")]),
+)
+@settings(deadline=None, max_examples=20)
+def test_stored_bytes_are_what_a_file_takes_but_for_its_header(
+    tmp_path_factory, network, n_clusters, scope, scaled, turned, precision, others
+):
+    network = network.float()
+    bank = extract(network, size=3)
+    most = len(bank) if scope == "global" else max(layer.n_kernels for layer in bank.layers)
+    result = cluster(bank, min(n_clusters, most), scope=scope, scaled=scaled, turned=turned)
+    plain = compress(network, result, precision=precision)
+    packed = quantization.quantize(plain, linear=others[0], biases=others[1])
+    found = stored(packed)
+    parts = checkpoint.save(packed, tmp_path_factory.mktemp("file") / "model").bytes
+    assert stored_bytes(packed) + found["rest"] == found.sum() == parts.sum() - parts["header"]
+    for item in ("indices", "frequency tables", "codebooks", "scales"):
+        assert found[item] == parts[item]
+    books = [(g.n_clusters, g.codebook[0].size) for g in result.groups]
+    assert found["codebooks"] == sum(quantization.codebook_bytes(*book, precision) for book in books)
+    if precision in PRECISIONS:
+        column = ledger(network, result)[f"entropy_{precision}"]
+        assert stored(plain).to_dict() == column[found.index].to_dict()
+        assert stored_bytes(plain) == column["convolutions"]

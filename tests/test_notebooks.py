@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import re
+from dataclasses import replace
 
 import nbformat
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 
-from kclib import batch, reports
+from kclib import batch, checkpoint, datasets, footprint, models, reports, training
 
 NOTEBOOKS = sorted(batch.NOTEBOOKS.glob("*.ipynb"))
 
@@ -27,8 +29,8 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_six_notebooks_in_run_order():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+def test_there_are_seven_notebooks_in_run_order():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
 
 
 def test_committed_without_outputs(notebook):
@@ -58,17 +60,66 @@ def test_begins_with_its_question_and_ends_with_claims_and_a_headline(notebook):
 
 @pytest.mark.parametrize("name", batch.profile_names())
 def test_every_profile_names_the_notebooks_in_order_with_known_parameters(name):
-    assert list(batch.load_profile(name).parameters) == [path.stem for path in NOTEBOOKS]
+    left_out = {"imagenet": ["07-recovery"]}.get(name, [])  # no training images there
+    expected = [path.stem for path in NOTEBOOKS if path.stem not in left_out]
+    assert list(batch.load_profile(name).parameters) == expected
+
+
+SMALL = """
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from kclib import models
+
+
+def network():
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 32, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+
+
+def model():
+    made = network()
+    made.load_state_dict(load_file(r"{path}"))
+    return models.Model("small", made.eval(), models.fashion_preprocess(), {classes})
+"""
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """The smoke profile on the shipped model and data, with fewer K and images."""
+def small(tmp_path_factory):
+    """A folder with module `smallnet`, whose factory `model` gives a small network trained for a moment."""
+    folder = tmp_path_factory.mktemp("small")
+    data = datasets.load("fashion-mnist", "train", limit=6000)
+    source = SMALL.replace("{path}", str(folder / "weights.safetensors")).replace(
+        "{classes}", repr(data.classes)
+    )
+    (folder / "smallnet.py").write_text(source)
+    names = {}
+    exec(source, names)
+    torch.manual_seed(0)
+    recipe = training.Recipe(epochs=2, peak_rate=1e-2, held_back=500)
+    fit = training.train(
+        names["network"](), data, models.fashion_preprocess(), recipe, folder / "training.pt"
+    )
+    save_file(
+        {k: v.contiguous() for k, v in fit.network.state_dict().items()}, folder / "weights.safetensors"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory, small):
+    """The smoke profile with fewer K and images; on the shipped model, and recovery on a small one."""
     folder = tmp_path_factory.mktemp("smoke")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KCLIB_STORE", str(folder / "store"))
+        patch.setenv("PYTHONPATH", str(small))
         changes = {"limit": 200, "clusters": [16, 4096], "per_layer": 60, "batches": [1, 2]}
-        batch.run(batch.load_profile("smoke", changes=changes), folder)
+        profile = batch.load_profile("smoke", changes=changes | {"held_back": 1000, "images": 1280})
+        own = {"model": "smallnet:model", "limit": 2000, "shares": [12, 16]}
+        parameters = profile.parameters | {"07-recovery": profile.parameters["07-recovery"] | own}
+        batch.run(replace(profile, parameters=parameters), folder)
     return folder / "smoke"
 
 
@@ -90,6 +141,19 @@ def test_the_accuracy_table_of_the_run_makes_sense(smoke):
     assert at.loc[("global", 4096)].top1 > at.loc[("global", 16)].top1 + 20
     assert at.loc[("global", 4096)].kernels_removed == pytest.approx(100 * (1 - 4096 / 1_634_496))
     assert at.loc[("layer", 4096)].inertia < at.loc[("global", 4096)].inertia
+
+
+def test_what_recovery_wins_at_equal_bytes_is_in_its_table_and_its_file(smoke, small, monkeypatch):
+    table = pd.read_csv(smoke / "recovery.csv").set_index(["method", "setting"])
+    assert table.loc[("dense", np.nan), "top1"].item() > 60
+    for share in ("1/12", "1/16"):
+        plain, best = (table.loc[(f"clustering, {step}", share)] for step in ("same K everywhere", "trained"))
+        assert best["drop"] < plain["drop"]
+        assert best.ratio >= float(share[2:])
+    assert {"pruning", "product quantization"} <= set(table.index.get_level_values("method"))
+    monkeypatch.syspath_prepend(small)
+    found = checkpoint.load(smoke / "recovered.safetensors", architecture="smallnet:model")
+    assert footprint.stored_bytes(found.network) == table.loc[("clustering, trained", "1/16"), "bytes"]
 
 
 def test_pictures_of_widgets_stand_beside_them_for_readers_without_a_kernel(smoke):

@@ -1,12 +1,16 @@
+import copy
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import nn
 
-from kclib import quantization
-from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.quantization import PRECISIONS, restore, row_bytes, store
+from kclib import clustering, compression, kernels, quantization
+from kclib.errors import DamagedFileError, InvalidValueError, UnknownNameError
+from kclib.layers import ClusteredConv2d
+from kclib.quantization import PRECISIONS, codebook_bytes, pack, restore, store, unpack
 
 EACH = pytest.mark.parametrize("precision", PRECISIONS)
 
@@ -98,13 +102,18 @@ def test_floats_are_rounded_to_their_precision_and_no_further(precision, unit):
 
 @EACH
 def test_stored_bytes_are_those_predicted(precision):
-    stored = store(codebook(20, 25), precision)
-    assert sum(value.nbytes for value in stored.values()) == 20 * row_bytes(25, precision)
+    for n in (20, 21):
+        stored = pack(store(codebook(n, 25), precision), precision)
+        assert sum(value.nbytes for value in stored.values()) == codebook_bytes(n, 25, precision)
 
 
-@pytest.mark.parametrize(("precision", "n_bytes"), [("fp32", 36), ("fp16", 18), ("bf16", 18), ("int8", 11)])
-def test_bytes_of_a_3x3_representative(precision, n_bytes):
-    assert row_bytes(9, precision) == n_bytes
+@pytest.mark.parametrize(
+    ("precision", "n_bytes"), [("fp32", 36), ("fp16", 18), ("bf16", 18), ("int8", 11), ("int4", 7)]
+)
+def test_bytes_of_3x3_representatives(precision, n_bytes):
+    assert codebook_bytes(1, 9, precision) == n_bytes
+    half = precision == "int4"  # a byte is shared by two representatives of odd area
+    assert codebook_bytes(101, 9, precision) == 101 * n_bytes - 50 * half
 
 
 @EACH
@@ -114,9 +123,11 @@ def test_stored_values_have_the_codebooks_shape_and_lie_in_one_piece(precision):
     assert not values.is_contiguous()
     assert all(value.is_contiguous() and not value.requires_grad for value in stored.values())
     assert stored["values"].shape == restore(stored).shape == (20, 3, 3)
-    assert set(stored) == ({"values", "steps"} if precision == "int8" else {"values"})
+    assert set(stored) == ({"values", "steps"} if precision in ("int8", "int4") else {"values"})
     largest = values.detach().abs().amax()
-    np.testing.assert_allclose(restore(stored).float(), values.detach(), atol=float(largest) / 100)
+    np.testing.assert_allclose(
+        restore(stored).float(), values.detach(), atol=float(largest) / (13 if precision == "int4" else 100)
+    )
 
 
 @EACH
@@ -143,16 +154,17 @@ def test_largest_values_of_each_precision_are_kept():
 
 
 def test_unknown_precision_is_refused_with_the_nearest_known_one():
-    for use in (lambda: store(codebook(), "int4"), lambda: quantization.float_type("int4")):
-        with pytest.raises(UnknownNameError, match=r"unknown precision 'int4'; known: fp32.*'int8'\?"):
+    for use in (lambda: store(codebook(), "int3"), lambda: quantization.float_type("int3")):
+        with pytest.raises(UnknownNameError, match=r"unknown precision 'int3'; known: fp32.*'int8'\?"):
             use()
 
 
-def test_scales_beside_a_codebook_have_its_type_and_fp16_beside_int8():
+def test_scales_beside_a_codebook_have_its_type_and_fp16_beside_whole_numbers():
     assert [quantization.scale_type(precision) for precision in PRECISIONS] == [
         torch.float32,
         torch.float16,
         torch.bfloat16,
+        torch.float16,
         torch.float16,
     ]
 
@@ -160,3 +172,101 @@ def test_scales_beside_a_codebook_have_its_type_and_fp16_beside_int8():
 def test_own_precision_is_that_of_the_weights():
     for precision in ("fp32", "fp16", "bf16"):
         assert quantization.own(quantization.float_type(precision)) == precision
+
+
+# ---- int4
+
+
+def test_int4_by_hand():
+    values = torch.tensor([[[7.0, -3.5, 0.4]], [[0.0, 0.0, 0.0]], [[-14.0, 2.9, 3.1]]])
+    stored = store(values, "int4")
+    assert stored["steps"].tolist() == [1, 0, 2]
+    assert stored["values"].tolist() == [[[7, -4, 0]], [[0, 0, 0]], [[-7, 1, 2]]]
+    packed = pack(stored, "int4")
+    assert [f"{byte:02x}" for byte in packed["values"].tolist()] == ["c7", "00", "00", "19", "02"]
+    assert_same_bits(unpack(packed, "int4", (3, 1, 3)), stored)
+
+
+@given(st.integers(1, 30), st.sampled_from([1, 4, 9, 25]), st.integers(0, 9999))
+@settings(deadline=None, max_examples=30)
+def test_int4_is_off_by_half_a_step_and_comes_out_of_its_bytes(n_clusters, area, seed):
+    values = codebook(n_clusters, area, -30, 30, seed)
+    stored = store(values, "int4")
+    largest = values.flatten(1).abs().amax(1).double()
+    np.testing.assert_allclose(stored["steps"].double(), largest / 7, rtol=2**-8)
+    off = (restore(stored).double() - values.double()).abs().flatten(1).amax(1)
+    assert (off <= (0.5 + 2**-6) * stored["steps"].double()).all()
+    assert_same_bits(unpack(pack(stored, "int4"), "int4", values.shape), stored)
+
+
+@pytest.mark.parametrize(
+    "values", [torch.zeros(5, dtype=torch.uint8), torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8)]
+)
+def test_int4_values_that_are_not_of_the_shape_are_damage(values):
+    with pytest.raises(DamagedFileError, match=r"int4 weights of shape \(2, 4\) are not stored in 4 bytes"):
+        unpack({"values": values}, "int4", (2, 4))
+
+
+# ---- Linear layers and biases
+
+
+def network():
+    """Return a network of every kind that is rounded and some that are not, two of one weight."""
+    torch.manual_seed(0)
+    head = nn.Linear(4, 4)
+    result = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 4, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), head, nn.LayerNorm(4), nn.Linear(4, 4, bias=False),
+    )  # fmt: skip
+    result[-1].weight = head.weight
+    found = clustering.cluster(kernels.extract(result), 3, scaled=True, n_threads=1, progress=False)
+    return compression.compress(result, found, precision="fp16")
+
+
+def test_linear_layers_and_biases_are_rounded_and_nothing_else():
+    before = network()
+    original = copy.deepcopy(before.state_dict())
+    after = quantization.quantize(before, linear="int4", biases="bf16")
+    wanted = {"6.weight": "int4", "8.weight": "int4"} | dict.fromkeys(
+        ("0.bias", "2.bias", "3.bias", "6.bias"), "bf16"
+    )
+    for name, value in after.state_dict().items():
+        old = original[name]
+        expected = quantization.rounded(old, wanted[name]) if name in wanted else old
+        assert torch.equal(value, expected)
+        assert torch.equal(value, old) == (name not in wanted)
+        assert torch.equal(before.state_dict()[name], old)
+    assert after[6].weight is after[8].weight
+    noted = {
+        f"{owner}.{name}": precision
+        for owner, module in after.named_modules()
+        for name, precision in getattr(module, "stored_as", {}).items()
+    }
+    assert noted == wanted
+    assert not quantization.precisions(before)
+
+
+def test_what_is_noted_is_kept_by_copies_and_added_to():
+    first = quantization.quantize(network(), linear=None)
+    assert quantization.precisions(first)
+    again = quantization.quantize(kernels.copied(first), linear="int8", biases=None)
+    assert again[6].stored_as == {"weight": "int8", "bias": "fp16"}
+    assert first[6].stored_as == {"bias": "fp16"}
+    assert isinstance(again[0], ClusteredConv2d)
+    assert again[0].stored_as == {"bias": "fp16"}
+    assert set(quantization.precisions(again)) == {
+        id(x) for x in (again[0].bias, again[2].bias, again[3].bias, again[6].bias, again[6].weight)
+    }
+
+
+def test_unknown_precisions_and_other_types_are_refused():
+    with pytest.raises(UnknownNameError, match="unknown precision 'int5'"):
+        quantization.quantize(network(), linear="int5")
+    with pytest.raises(UnknownNameError, match="precision of biases 'int8'; known: fp32, fp16, bf16"):
+        quantization.quantize(network(), biases="int8")
+    with pytest.raises(InvalidValueError, match=r"0.weight is torch.float16; call .float\(\)"):
+        quantization.quantize(nn.Sequential(nn.Linear(2, 2)).half())
+    large = nn.Linear(1, 1)
+    nn.init.constant_(large.bias, 1e6)
+    with pytest.raises(InvalidValueError, match="no finite fp16"):
+        quantization.quantize(large)

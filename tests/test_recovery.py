@@ -11,6 +11,7 @@ from kclib import (
     clustering,
     compression,
     datasets,
+    footprint,
     kernels,
     models,
     quantization,
@@ -53,6 +54,28 @@ def dense(seed: int = 0) -> nn.Module:
 def last_is_best(monkeypatch):
     """The last check counts as the best, so that what is returned was trained."""
     monkeypatch.setattr(train_module, "_score", lambda row: row["epoch"])
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, 3),
+    ).eval()  # fmt: skip
+
+
+def pictures(n: int, seed: int) -> datasets.ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (n, 1, 10, 10), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(3, (n,), generator=generator)
+    return datasets.ImageSet("made up", images, labels, tuple("abc"), f"made up {seed}")
+
+
+@torch.no_grad()
+def apart(model: Model, network: nn.Module, images: datasets.ImageSet) -> float:
+    """Return the mean squared difference of a network's answers from the model's."""
+    inputs = images.images.float()
+    return float((network(inputs) - model.network(inputs)).square().mean())
 
 
 def compressed(network=None, *, n_clusters=5, precision="fp16", **how) -> Model:
@@ -237,6 +260,19 @@ def test_patience_ends_each_part_on_its_own(tmp_path, monkeypatch):
     recipe = replace(RECIPE, epochs=5, patience=2)
     found = finetuned(compressed(), tmp_path / "a.pt", recipe, reassigned=4)
     assert [row["epoch"] for row in found.history] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_shrinking_keeps_within_the_bytes_and_answers_nearer_than_plain_clustering():
+    model = Model("small", wide(), lambda x: x.float(), ())
+    images, held = (pictures(n, seed) for n, seed in ((48, 1), (200, 2)))
+    n_bytes = footprint.convolution_bytes(model.network) / 6
+    found = recovery.shrink(model, images, held, n_bytes, progress=False)
+    assert found.table.choice.tolist() == ["solved"]
+    packed = compression.compress(found.network, found.clustering, precision="fp16")
+    assert footprint.stored_bytes(packed) == found.n_bytes <= n_bytes
+    plain = clustering.cluster(kernels.extract(model.network), found.n_clusters)
+    simple = compression.compress(model.network, plain, precision="fp16")
+    assert apart(model, packed, held) < 0.7 * apart(model, simple, held)
 
 
 def test_a_dense_network_trains_as_long_for_comparison(tmp_path):

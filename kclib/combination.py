@@ -1,0 +1,285 @@
+"""Prune, cluster, quantize and train, in any order: ``Prune(0.5) >> Cluster(256) >> Quantize("int8")``."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from kclib import (
+    clustering,
+    datasets,
+    pruning,
+    quantization,
+    recovery,
+    sequential,
+    stages,
+    stored,
+    zeros,
+)
+from kclib.combined import Combined, Given
+from kclib.errors import InvalidValueError
+from kclib.models import Model, fingerprint
+from kclib.recipe import Recipe
+from kclib.stages import Stage
+
+
+class Step:
+    """One step of a pipeline; ``a >> b`` does b after a."""
+
+    def __rshift__(self, other: "Step | Pipeline") -> "Pipeline":
+        return Pipeline((self,)) >> other
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What `Pipeline.run` must be given for it."""
+        return ()
+
+    def after(self, stage: Stage, given: Given) -> Stage:
+        """Return what this step makes of a stage."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Prune(Step):
+    """Make the kernels, filters or weights of the smallest scores zero, as `pruning.prune` does.
+
+    After `Cluster`, kernels and filters are scored as they stand, by their representatives. The pruned ones
+    get one more, zero, the last of their group's; those that stand for none any more go. Of single weights,
+    `sparsity` is then the share of the codebooks' that is made zero: those of the smallest square times
+    number of kernels served, the squared error that it adds.
+
+    Before `Cluster`, single weights do not stay zero, as representatives are means; only kernels that are all
+    zero do.
+
+    Attributes
+    ----------
+    sparsity : float
+        At least 0, below 1.
+    kind : {"kernels", "filters", "weights"}
+        Filters need images.
+    weighted : bool
+        Whether squares count times what an error in their kernel costs (`sensitivity.weights`, by images).
+    """
+
+    sparsity: float
+    kind: str = "kernels"
+    weighted: bool = False
+
+    def __post_init__(self):
+        stored.check_known("kind of pruning", self.kind, pruning.KINDS)
+        if not 0 <= self.sparsity < 1:
+            raise InvalidValueError(
+                f"sparsity is {self.sparsity}; it must be a share, at least 0 and below 1."
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What `Pipeline.run` must be given for it."""
+        return ("images",) if self.weighted or self.kind == "filters" else ()
+
+    def after(self, stage: Stage, given: Given) -> Stage:
+        """Return what this step makes of a stage."""
+        weights = given.weights(stage) if self.weighted else None
+        if stage.clustering is not None and self.kind == "weights":
+            stage = stage.clustered(stages.thinned(stage.clustering, self.sparsity, weights))
+            return stage.pruned(stage.model.network)
+        options = {"kind": self.kind, "weights": weights, "images": given.images, **given.running}
+        return stage.pruned(pruning.prune(stage.model, self.sparsity, **options).network)
+
+
+@dataclass(frozen=True)
+class Cluster(Step):
+    """Cluster the kernels: all of them, or after `Prune` those that are not zero (`zeros.cluster`).
+
+    Attributes
+    ----------
+    n_clusters, scope
+        As in `clustering.cluster`; after `Prune`, zero comes on top.
+    weighted : bool
+        Whether kernels count by what their errors cost (`sensitivity.weights`, by images).
+    corrected : bool
+        Whether layers make good what those before them lost (`sequential.cluster`, by images). Not after
+        `Prune`: what is zero would be moved.
+    """
+
+    n_clusters: int | Mapping[str, int]
+    scope: str | Mapping[str, str] = "layer"
+    weighted: bool = False
+    corrected: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What `Pipeline.run` must be given for it."""
+        return ("images",) if self.weighted or self.corrected else ()
+
+    def after(self, stage: Stage, given: Given) -> Stage:
+        """Return what this step makes of a stage."""
+        options = {"scope": self.scope, "seed": given.seed, "progress": given.progress}
+        options["weights"] = given.weights(stage) if self.weighted else None
+        if self.corrected:
+            options |= {"dense": given.model.network, "precision": stage.precision, "device": given.device}
+            found = sequential.cluster(stage.model, given.images, self.n_clusters, **options)
+            return stage.on(found.network, clustering=found.clustering).as_stored()
+        method = clustering.cluster if stage.held is None else zeros.cluster
+        return replace(stage, clustering=method(stage.bank, self.n_clusters, **options)).as_stored()
+
+
+@dataclass(frozen=True)
+class Quantize(Step):
+    """Round to the precision of the file, at once; a file has one, and what later steps make is rounded too.
+
+    Before `Cluster` the kernels themselves are rounded, and then the codebooks found for them. `linear`,
+    `biases` and `activations` are rounded after the last step, wherever this one stands.
+
+    Attributes
+    ----------
+    codebook : {"fp32", "fp16", "bf16", "int8", "int4"}
+        Of codebooks; where nothing is clustered, of the kernels, whole numbers with an fp16 scale for each
+        output channel as in `stored.Rounded`.
+    linear, biases
+        As in `quantization.quantize`; None leaves them.
+    activations : int, optional
+        Bits, 2 to 8, as in `activations.quantize`, by images; None leaves them.
+    """
+
+    codebook: str = "fp16"
+    linear: str | None = None
+    biases: str | None = None
+    activations: int | None = None
+
+    def __post_init__(self):
+        stored.check_known("precision", self.codebook, quantization.PRECISIONS)
+        stored.check_known("precision", self.linear or "fp32", quantization.PRECISIONS)
+        stored.check_known("precision of biases", self.biases or "fp32", ("fp32", "fp16", "bf16"))
+        if self.activations is not None:
+            stored.check_whole("activations", self.activations, 2, 8)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What `Pipeline.run` must be given for it."""
+        return () if self.activations is None else ("images",)
+
+    def after(self, stage: Stage, given: Given) -> Stage:
+        """Return what this step makes of a stage."""
+        rest = {"linear": self.linear, "biases": self.biases, "activations": self.activations}
+        return replace(stage, precision=self.codebook, **rest).as_stored()
+
+
+@dataclass(frozen=True)
+class Train(Step):
+    """Train with the dense model as teacher (`recovery.finetune`); what was pruned stays zero.
+
+    Kernels that are not clustered are rounded again at the end, to a precision that training did not know.
+
+    Attributes
+    ----------
+    recipe : Recipe
+    """
+
+    recipe: Recipe = recovery.RECIPE
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What `Pipeline.run` must be given for it."""
+        return ("train", "folder")
+
+    def after(self, stage: Stage, given: Given) -> Stage:
+        """Return what this step makes of a stage."""
+        start = stage.guarded()
+        path = Path(given.folder) / f"{fingerprint(start)[:16]}.pt"
+        found = recovery.finetune(
+            replace(stage.model, network=start), given.train, path, teacher=given.model.network,
+            recipe=self.recipe, device=given.device,
+        )  # fmt: skip
+        return stage.trained(found.network.state_dict())
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Steps in the order in which they are done; each kind once, but `Train` as often as wanted.
+
+    Orders differ where the arithmetic does. Pruning whole kernels and rounding codebooks commute but for
+    ties: zero stays zero, and magnitudes keep their ranks as far as the precision tells them apart.
+    Clustering commutes with neither.
+
+    Attributes
+    ----------
+    steps : tuple of Step
+
+    Raises
+    ------
+    InvalidValueError
+        Something that is no step; a step that is there twice.
+    """
+
+    steps: tuple[Step, ...]
+
+    def __post_init__(self):
+        if wrong := [step for step in self.steps if not isinstance(step, Step)]:
+            raise InvalidValueError(f"{wrong[0]!r} is no step; it must be Prune, Cluster, Quantize or Train.")
+        for kind, n in Counter(type(step) for step in self.steps).items():
+            if n > 1 and kind is not Train:
+                raise InvalidValueError(f"{kind.__name__} is there {n} times; it must be once at most.")
+
+    def __rshift__(self, other: "Step | Pipeline") -> "Pipeline":
+        return Pipeline((*self.steps, *(other.steps if isinstance(other, Pipeline) else (other,))))
+
+    def run(
+        self,
+        model: Model,
+        *,
+        images: datasets.ImageSet | None = None,
+        train: datasets.ImageSet | None = None,
+        folder: str | Path | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+        progress: bool = True,
+    ) -> Combined:
+        """Do all steps.
+
+        The same seed gives the same result, but where a step's own docstring says that it hangs on the number
+        of threads (`sequential.cluster`, `sensitivity.weights`, training).
+
+        Parameters
+        ----------
+        model : Model
+            Dense; unchanged. Kernels are those of `kernels.extract`; other convolutions stay as they are.
+        images : ImageSet, optional
+            Some hundred, not the test set, for the steps that need any; their labels are not read.
+        train : ImageSet, optional
+            Training images, for `Train`.
+        folder : path, optional
+            For `Train`: where its states go, a file each; the same call resumes.
+        seed : int
+        device : str
+            Where networks are run; the result is on the CPU.
+        progress : bool
+
+        Raises
+        ------
+        InvalidValueError, UnknownNameError
+            A step lacks images or a folder; zeros and a corrected clustering; as the steps' own functions.
+        """
+        given = Given(model, images, train, folder, seed, device, progress)
+        self._check(given)
+        stage = Stage.of(model)
+        network = stage.final()
+        rows = [stage.row("dense", network)]
+        for step in tqdm(self.steps, desc="steps", unit="step", delay=2, leave=False, disable=not progress):
+            stage = step.after(stage, given)
+            network = stage.final()
+            rows.append(stage.row(type(step).__name__.lower(), network))
+        return Combined.of(stage, network, given, pd.DataFrame(rows))
+
+    def _check(self, given: Given) -> None:
+        pruned = False
+        for step in self.steps:
+            for name in step.needs:
+                if getattr(given, name) is None:
+                    raise InvalidValueError(f"{step} needs {name}; give {name}=... to run.")
+            if pruned and isinstance(step, Cluster) and step.corrected:
+                raise InvalidValueError("a corrected clustering would move zeros; prune after it.")
+            pruned |= isinstance(step, Prune)

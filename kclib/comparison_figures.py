@@ -1,0 +1,105 @@
+"""Plots of ways to make a network small, side by side: each draws on an axes and returns it."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+_MARKERS = "oDs^v<>PXpdh8H"
+
+
+def equal_bytes(table: pd.DataFrame, *, own: str = "clustering", ax: Axes | None = None) -> Axes:
+    """Draw the drop of each method against the bytes it keeps, with 95 % intervals.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        As `comparison.table` returns; dense models are left out, the one compared with is the line at 0.
+    own : str
+        How the names of the methods begin that are drawn in colour and in front; the others are grey.
+    """
+    ax = ax or plt.gca()
+    table = table[~table.method.str.startswith("dense")]
+    groups = dict(list(table.groupby("method", sort=False)))
+    ours = [name for name in groups if name.startswith(own)]
+    colours = dict(zip(ours, plt.get_cmap("viridis")(np.linspace(0.75, 0, len(ours))), strict=True))
+    for i, name in enumerate([*ours, *(name for name in groups if name not in colours)]):
+        rows, mine = groups[name].sort_values("bytes"), name in colours
+        bars = [rows["drop"] - rows.drop_low, rows.drop_high - rows["drop"]]
+        style = {"linewidth": 2, "markersize": 9 - i} if mine else {"linewidth": 0.8, "markersize": 5}
+        ax.errorbar(
+            rows.ratio, rows["drop"], bars, color=colours.get(name, "0.55"), zorder=2 + mine, capsize=2,
+            marker=_MARKERS[i % len(_MARKERS)], label=name, **style,
+        )  # fmt: skip
+    ax.axhline(0, color="0.4", linestyle="--", linewidth=1)
+    ax.set(xscale="log", xlabel="bytes of the convolutions kept", ylabel="drop (accuracy points)")
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set_ylim(min(-0.5, table.drop_low.min()), 110)
+    ax.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100])
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda drop, _: f"{drop:g}"))
+    ends = table.ratio.min() / 1.2, table.ratio.max() * 1.2
+    ax.set_xticks(_ticks(*ends))
+    ax.set_xlim(ends)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"1/{ratio:g}"))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return ax
+
+
+def gains(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw the drop of each step of one method as bars, with 95 % intervals, in the order of the rows."""
+    ax = ax or plt.gca()
+    places = np.arange(len(table))
+    ax.barh(places, table["drop"], color="0.8", height=0.6)
+    bars = [table["drop"] - table.drop_low, table.drop_high - table["drop"]]
+    ax.errorbar(table["drop"], places, xerr=bars, fmt="ko", markersize=4, capsize=3)
+    ax.set_yticks(places, table.method)
+    ax.invert_yaxis()
+    ax.set_xlabel("drop (accuracy points)")
+    ax.axvline(0, color="0.4", linestyle="--", linewidth=1)
+    ax.grid(axis="x", alpha=0.3)
+    return ax
+
+
+def sensitivities(by_layer: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> Axes:
+    """Draw sensitivities ``(n,)`` of each layer's kernels as boxes, whiskers from 1 to 99 percent.
+
+    Kernels of sensitivity 0 have no place on the log axis; a layer's label says how many percent they are.
+    """
+    ax = ax or plt.gca()
+    positive = [values[values > 0] for values in by_layer.values()]
+    labels = [
+        name + (f"\n({100 * (1 - len(some) / len(values)):.0f} % are 0)" if len(some) < len(values) else "")
+        for (name, values), some in zip(by_layer.items(), positive, strict=True)
+    ]
+    ax.boxplot(positive, whis=(1, 99), showfliers=False, medianprops={"color": "k"})
+    ax.set_yscale("log")
+    ax.set_xticks(range(1, len(labels) + 1), labels, rotation=45, ha="right", fontsize=8)
+    ax.set_ylabel("sensitivity of a kernel")
+    ax.grid(axis="y", alpha=0.3)
+    return ax
+
+
+def clusters(choices: Mapping[str, Mapping[str, int]], *, ax: Axes | None = None) -> Axes:
+    """Draw how many clusters each group got, a line a choice, on a log axis."""
+    ax = ax or plt.gca()
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.75, len(choices)))
+    for (label, n_clusters), colour in zip(choices.items(), colours, strict=True):
+        ax.plot(list(n_clusters), list(n_clusters.values()), "o-", color=colour, markersize=5, label=label)
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:,.0f}"))
+    ax.tick_params("x", rotation=45, labelsize=8)
+    ax.set_ylabel("clusters")
+    ax.grid(alpha=0.3)
+    ax.legend(title="bytes kept", fontsize=8, frameon=False)
+    return ax
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return the powers of two, and what lies halfway between them, from `low` to `high`."""
+    powers = 2.0 ** np.arange(np.floor(np.log2(low)), np.ceil(np.log2(high)))
+    return [tick for tick in np.sort(np.concatenate([powers, 1.5 * powers])) if low <= tick <= high]

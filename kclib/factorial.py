@@ -1,0 +1,216 @@
+"""Every combination of pruning, clustering and quantizing, evaluated; and whether their losses add up."""
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from kclib import datasets, evaluation, footprint, models, parallel, stored, sweep
+from kclib.additivity import effects, orthogonality
+from kclib.combination import Cluster, Given, Prune, Quantize
+from kclib.evaluation import Evaluation
+from kclib.stages import Stage
+from kclib.store import Entry, Store
+
+__all__ = ["ORDERS", "cells", "effects", "orthogonality", "run"]
+
+ORDERS = ("prune first", "cluster first")
+# Part of every key: raise it when the same inputs would give other results.
+_METHOD = 1
+_DENSE = {"sparsity": 0.0, "clusters": None, "scope": None, "precision": None, "order": None, "seed": None}
+
+
+def cells(
+    sparsities: Iterable[float] = (0, 0.3, 0.5, 0.7),
+    clusters: Iterable[int | None] = (None, 64, 256, 4096),
+    scopes: Iterable[str] = ("layer", "global"),
+    precisions: Iterable[str | None] = (None, "fp16", "int8", "int4"),
+    orders: Iterable[str] = ("prune first",),
+    seeds: Iterable[int] = (0, 1, 2),
+) -> list[dict]:
+    """Return every combination of these levels once.
+
+    Parameters
+    ----------
+    sparsities : iterable of float
+        Shares of the kernels that are pruned (`combination.Prune`); 0 for none.
+    clusters, scopes
+        K, and who shares a codebook (`combination.Cluster`); None clusters nothing.
+    precisions : iterable of str or None
+        Of the codebooks, or of the kernels where none are clustered (`combination.Quantize`), always last;
+        None rounds nothing.
+    orders : iterable of {"prune first", "cluster first"}
+    seeds : iterable of int
+        Of the clustering.
+
+    Returns
+    -------
+    list of dict
+        By ``sparsity``, ``clusters``, ``scope``, ``precision``, ``order`` and ``seed``. What does not matter
+        is None: scope and seed where nothing is clustered, order but where kernels are pruned and clustered.
+
+    Raises
+    ------
+    UnknownNameError
+    """
+    found = {}
+    levels = (sparsities, clusters, scopes, precisions, orders, seeds)
+    for sparsity, k, scope, precision, order, seed in itertools.product(*map(tuple, levels)):
+        stored.check_known("order", order, ORDERS)
+        order = order if sparsity and k is not None else None
+        scope, seed = (None, None) if k is None else (scope, seed)
+        values = float(sparsity), k, scope, precision, order, seed
+        found[values] = dict(zip(_DENSE, values, strict=True))
+    return list(found.values())
+
+
+def run(
+    model: models.Model,
+    data: datasets.ImageSet,
+    cells: Iterable[dict],
+    *,
+    store: Store | None = None,
+    precision: str = "fp32",
+    device: str = "cpu",
+    progress: bool = True,
+    n_jobs: int = 1,
+) -> pd.DataFrame:
+    """Make and evaluate the network of each cell, or look up what it answered.
+
+    Cells that differ in their precision alone share one clustering.
+
+    Parameters
+    ----------
+    model : Model
+        Dense; unchanged.
+    data : ImageSet
+    cells : iterable of dict
+        From `cells`.
+    store : Store, optional
+        Where finished cells are looked for and kept; the default store if None.
+    precision, device : str
+        As in `evaluation.evaluate`.
+    progress : bool
+    n_jobs : int
+        Threads, each with cells of its own; the result is the same.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a cell: those of `cells`, with "none" and missing numbers for None; ``clustering``, K and
+        scope in words; ``bytes`` of all convolutions as `combination.Combined.n_bytes`, and ``ratio`` of the
+        dense ones' to them; what `sweep.accuracy` says, with paired intervals against the dense model;
+        ``images``, their number, and ``right``, which are answered rightly, a bit each (`numpy.packbits`).
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        As in the steps and in `evaluation.evaluate`.
+    """
+    sheet = _Sheet(model, data, store or Store(), precision, device)
+    wanted = [{name: cell[name] for name in _DENSE} for cell in cells]
+    groups = _by_clustering([_DENSE, *wanted])
+    n_cells, lock = sum(map(len, groups)), threading.Lock()
+    with tqdm(total=n_cells, desc="combinations", unit="cell", delay=2, disable=not progress) as bar:
+
+        def done() -> None:
+            with lock:
+                bar.update()
+
+        found = parallel.side_by_side(lambda i: sheet.entries(groups[i], done), len(groups), n_jobs)
+    entries = {_values(entry.key["cell"]): entry for part in found for entry in part}
+    dense = _answers(entries[_values(_DENSE)])
+    n_bytes = footprint.convolution_bytes(model.network)
+    rows = [_row(cell, entries[_values(cell)], dense, n_bytes) for cell in wanted]
+    return pd.DataFrame(rows).astype({"clusters": "Int64", "seed": "Int64"})
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """What cells are computed from, and where they are kept."""
+
+    model: models.Model
+    data: datasets.ImageSet
+    store: Store
+    precision: str
+    device: str
+
+    @cached_property
+    def key(self) -> dict:
+        """What all cells depend on; the first image as the network sees it tells its preprocessing."""
+        first = datasets.select(self.data, torch.tensor([0]))
+        inputs, _ = next(datasets.batches(first, self.model.preprocess, 1))
+        return {
+            "method": _METHOD,
+            "model": [self.model.name, models.fingerprint(self.model.network)],
+            "input": hashlib.sha256(inputs.contiguous().numpy()).hexdigest(),
+            "data": [self.data.name, self.data.fingerprint],
+            "evaluated": self.precision,
+        }
+
+    def entries(self, cells: list[dict], done: Callable[[], None]) -> list[Entry]:
+        """Return the entries of cells that differ in their precision alone; each is stored at once."""
+        stage, result = None, []
+        for cell in cells:
+            entry = self.store.get(self.key | {"cell": cell})
+            if entry is None:
+                stage = stage or self._before_rounding(cell)
+                entry = self._computed(cell, stage)
+                self.store.put(entry)
+            result.append(entry)
+            done()
+        return result
+
+    def _before_rounding(self, cell: dict) -> Stage:
+        steps = [Prune(cell["sparsity"])] if cell["sparsity"] else []
+        if cell["clusters"] is not None:
+            steps.append(Cluster(cell["clusters"], cell["scope"]))
+        if cell["order"] == "cluster first":
+            steps.reverse()
+        stage, given = Stage.of(self.model), Given(self.model, seed=cell["seed"] or 0, progress=False)
+        for step in steps:
+            stage = step.after(stage, given)
+        return stage
+
+    def _computed(self, cell: dict, stage: Stage) -> Entry:
+        if cell["precision"] is not None:
+            stage = Quantize(cell["precision"]).after(stage, Given(self.model))
+        options = {"precision": self.precision, "device": self.device, "progress": False}
+        answers = evaluation.evaluate(stage.model, self.data, **options)
+        row = {"bytes": stage.n_bytes(stage.final()), "classes": list(answers.classes)}
+        arrays = {"predictions": answers.predictions, "labels": answers.labels, "in_top5": answers.in_top5}
+        return Entry(self.key | {"cell": cell}, row | {"seconds": answers.seconds}, arrays)
+
+
+def _values(cell: dict) -> tuple:
+    return tuple(cell[name] for name in _DENSE)
+
+
+def _by_clustering(cells: list[dict]) -> list[list[dict]]:
+    """Return the cells, each once, those together that differ in their precision alone."""
+    groups = {}
+    for cell in {_values(cell): cell for cell in cells}.values():
+        groups.setdefault(_values(cell | {"precision": None}), []).append(cell)
+    return list(groups.values())
+
+
+def _answers(entry: Entry) -> Evaluation:
+    kept = entry.arrays
+    right = kept["predictions"], kept["labels"], kept["in_top5"].astype(bool)
+    return Evaluation(*right, tuple(entry.row["classes"]), entry.row["seconds"])
+
+
+def _row(cell: dict, entry: Entry, dense: Evaluation, n_bytes: int) -> dict:
+    answers, k = _answers(entry), cell["clusters"]
+    words = {name: cell[name] or "none" for name in ("scope", "precision", "order")}
+    words["clustering"] = "none" if k is None else f"{k} {cell['scope']}"
+    sizes = {"bytes": entry.row["bytes"], "ratio": n_bytes / entry.row["bytes"]}
+    right = {"images": len(answers.correct), "right": np.packbits(answers.correct).tobytes()}
+    return cell | words | sizes | sweep.accuracy(answers, dense) | right

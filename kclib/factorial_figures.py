@@ -1,0 +1,77 @@
+"""Plots of methods that are combined: each draws given values on axes and returns them."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import CenteredNorm
+
+
+def interactions(table: pd.DataFrame, *, axes: np.ndarray | None = None) -> np.ndarray:
+    """Draw the drop against the sparsity, a line a clustering, a panel a precision.
+
+    Lines that run parallel, in all panels alike, are methods whose losses add up.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        From `factorial.run`, of one order; rows that differ in their seed are averaged, intervals too.
+    axes : numpy.ndarray, optional
+        As many axes as there are precisions.
+
+    Returns
+    -------
+    numpy.ndarray
+        Axes ``(n,)``, of a shared drop.
+    """
+    precisions, lines = table.precision.unique(), table.clustering.unique()
+    if axes is None:
+        options = {"figsize": (3.2 * len(precisions), 3.2), "layout": "constrained"}
+        axes = plt.subplots(1, len(precisions), sharey=True, squeeze=False, **options)[1]
+    axes = np.asarray(axes).ravel()
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lines)))
+    for ax, precision in zip(axes, precisions, strict=True):
+        for line, colour in zip(lines, colours, strict=True):
+            rows = table[(table.precision == precision) & (table.clustering == line)]
+            means = rows.groupby("sparsity")[["drop", "drop_low", "drop_high"]].mean()
+            bars = [means["drop"] - means.drop_low, means.drop_high - means["drop"]]
+            style = {"color": colour, "marker": "o", "markersize": 4, "capsize": 2, "label": line}
+            ax.errorbar(means.index, means["drop"], bars, **style)
+        ax.axhline(0, color="0.4", linestyle="--", linewidth=1)
+        ax.set(title=f"precision: {precision}", xlabel="share of kernels pruned")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("drop (accuracy points)")
+    beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    axes[-1].legend(title="clusters", fontsize=8, frameon=False, **beside)
+    return axes
+
+
+def excess(orthogonality: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw what combinations lose beyond the sum of their methods, as a map; red harms, blue spares.
+
+    Numbers are points, bold where the 95 % interval leaves 0 out. Empty fields are no combinations.
+
+    Parameters
+    ----------
+    orthogonality : pandas.DataFrame
+        As `factorial.orthogonality` returns, of one order.
+    ax : matplotlib.axes.Axes, optional
+    """
+    ax = ax or plt.gca()
+    columns, rows = ["precision", "sparsity"], "clustering"
+    shown = orthogonality.pivot_table(["excess", "low", "high"], rows, columns, sort=False)
+    precisions = list(orthogonality.precision.unique())
+    names = sorted(shown["excess"].columns, key=lambda x: (precisions.index(x[0]), x[1]))
+    values, low, high = (shown[name][names].to_numpy(float) for name in ("excess", "low", "high"))
+    image = ax.imshow(values, cmap="RdBu_r", norm=CenteredNorm(), aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            weight = "bold" if low[y, x] > 0 or high[y, x] < 0 else "normal"
+            dark = abs(value) > 0.6 * np.nanmax(np.abs(values))
+            ax.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8, weight=weight,
+                    color="white" if dark else "black")  # fmt: skip
+    ax.set_xticks(range(len(names)), [f"{name}\n{share:.0%}" for name, share in names], fontsize=8)
+    ax.set_yticks(range(len(shown)), shown.index)
+    ax.set(xlabel="precision, share of kernels pruned", ylabel="clusters")
+    ax.figure.colorbar(image, ax=ax, label="excess of the drop (points)")
+    return ax

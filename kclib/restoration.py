@@ -1,0 +1,251 @@
+"""Bytes that win back most: the clusters whose errors cost the network most are split."""
+
+import heapq
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from kclib import coding, compression, damage, footprint, kmeans, quantization, search
+from kclib.clustering import Clustering
+from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.kernels import KernelBank
+from kclib.models import Model
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A clustering that more bytes were spent on.
+
+    Attributes
+    ----------
+    clustering : Clustering
+        Not rounded; `compression.compress` and `checkpoint.save` round it.
+    network : torch.nn.Module
+        A copy with ordinary dense weights, rounded as they are stored.
+    n_bytes : int
+        Spent: what the convolutions take more, stored with entropy-coded indices.
+    table : pandas.DataFrame
+        One row a group: ``group``; ``clusters``, the representatives bought; ``before`` and ``after``, its
+        damage.
+    """
+
+    clustering: Clustering
+    network: nn.Module
+    n_bytes: int
+    table: pd.DataFrame
+
+
+def restore_worst(
+    model: Model,
+    clustering: Clustering,
+    budget: float,
+    *,
+    weights: np.ndarray | None = None,
+    precision: str = "fp16",
+    seed: int = 0,
+    n_threads: int | None = None,
+    progress: bool = True,
+) -> Restored:
+    """Spend bytes on more representatives, where they lower the damage most.
+
+    Clusters are split in two by weighted k-means, first always the one that gains most per byte: the greedy
+    growing of a tree-structured quantizer (Riskin and Gray 1991, *A Greedy Tree Growing Algorithm for the
+    Design of Variable Rate Vector Quantizers*). A split costs a row of the codebook, and the entropy that it
+    adds to the group's indices. The same seed gives the same result for any number of threads.
+
+    Parameters
+    ----------
+    model : Model
+        Dense; unchanged.
+    clustering : Clustering
+        Of kernels neither scaled nor turned.
+    budget : float
+        Most bytes to spend: `footprint.ledger`'s ``convolutions``, with entropy-coded indices.
+    weights : numpy.ndarray, optional
+        As in `damage.by_cluster`.
+    precision : {"fp32", "fp16", "int8"}
+        Of the stored codebooks.
+    seed : int
+    n_threads : int, optional
+        All processors by default.
+    progress : bool
+        Whether to show a progress bar.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        A clustering of another architecture, or of scaled or turned kernels; a budget or weights out of
+        range; an unknown precision.
+    """
+    _check(clustering, budget, precision)
+    bank = damage.bank_of(model.network, clustering)
+    _, before = damage.errors(bank, clustering, weights)
+    bought = _Market.of(bank, clustering, weights, precision, seed, n_threads).bought(budget, progress)
+    made, n_bytes = _affordable(model.network, bank, clustering, bought, budget, precision)
+    _, after = damage.errors(bank, made, weights)
+    rows = [
+        (new.name, new.n_clusters - old.n_clusters, before[mine].sum(), after[mine].sum())
+        for (old, mine), new in zip(damage.members(clustering), made.groups, strict=True)
+    ]
+    table = pd.DataFrame(rows, columns=["group", "clusters", "before", "after"])
+    network = compression.replaced(model.network, _rounded(made, precision))
+    return Restored(made, network, n_bytes, table)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A cluster cut in two.
+
+    Attributes
+    ----------
+    group, cluster : int
+    stays, moves : numpy.ndarray
+        Rows of the group's kernels.
+    centres : numpy.ndarray
+        float32 ``(2, d)``: of those that stay and of those that move.
+    gain : float
+        The damage that it saves.
+    n_bytes : float
+    """
+
+    group: int
+    cluster: int
+    stays: np.ndarray
+    moves: np.ndarray
+    centres: np.ndarray
+    gain: float
+    n_bytes: float
+
+
+@dataclass(frozen=True)
+class _Market:
+    """The kernels and weights of each group, and what is asked for a split."""
+
+    clustering: Clustering
+    points: list[np.ndarray]
+    weights: list[np.ndarray]
+    row_bytes: int
+    seed: int
+    n_threads: int | None
+
+    @classmethod
+    def of(
+        cls, bank: KernelBank, clustering: Clustering, weights, precision: str, seed, n_threads
+    ) -> "_Market":
+        weights = np.ones(len(bank), np.float32) if weights is None else np.asarray(weights, np.float32)
+        rows = [rows for _, rows in damage.members(clustering)]
+        price = quantization.codebook_bytes(1, bank.points.shape[1], precision)
+        return cls(
+            clustering, [bank.points[x] for x in rows], [weights[x] for x in rows], price, seed, n_threads
+        )
+
+    def bought(self, budget: float, progress: bool) -> list[_Split]:
+        """Return the splits in the order in which they are bought."""
+        title, total = "splits of clusters", self.clustering.n_clusters
+        order, shelf, bought = itertools.count(), [], []
+        used = [group.n_clusters for group in self.clustering.groups]
+        with tqdm(desc=title, unit="split", total=total, delay=2, leave=False, disable=not progress) as bar:
+
+            def offer(group: int, cluster: int, rows: np.ndarray, centre: np.ndarray) -> None:
+                split = self.split(group, cluster, rows, centre)
+                bar.update()
+                if split is not None and split.n_bytes <= budget:
+                    heapq.heappush(shelf, (-split.gain / split.n_bytes, next(order), split))
+
+            for i, group in enumerate(self.clustering.groups):
+                rows, starts = search.by_label(group.indices, group.n_clusters)
+                for k, mine in enumerate(np.split(rows, starts[1:-1])):
+                    offer(i, k, mine, group.codebook[k].ravel())
+            while shelf:
+                _, _, split = heapq.heappop(shelf)
+                if split.n_bytes > budget:
+                    continue
+                bought.append(split)
+                budget -= split.n_bytes
+                offer(split.group, split.cluster, split.stays, split.centres[0])
+                offer(split.group, used[split.group], split.moves, split.centres[1])
+                used[split.group] += 1
+        return bought
+
+    def split(self, group: int, cluster: int, rows: np.ndarray, centre: np.ndarray) -> _Split | None:
+        """Return the best split of a cluster; None if none gains anything."""
+        points, weights = self.points[group][rows], self.weights[group][rows]
+        cost = float(np.square(points - centre).sum(1, dtype=np.float64) @ weights)
+        if len(rows) < 2 or not cost > 0:
+            return None
+        found = kmeans.kmeans(points, 2, weights=weights, seed=self.seed, n_threads=self.n_threads)
+        if len(found.centres) < 2 or not cost > found.inertia:
+            return None
+        parts = rows[found.labels == 0], rows[found.labels == 1]
+        # A group's entropy is that of its clusters' shares and, within each, of the parts' shares.
+        n_bytes = self.row_bytes + coding.entropy_bytes(np.array([len(part) for part in parts]))
+        return _Split(group, cluster, *parts, found.centres, cost - found.inertia, n_bytes)
+
+
+def _affordable(
+    network: nn.Module,
+    bank: KernelBank,
+    clustering: Clustering,
+    bought: list[_Split],
+    budget: float,
+    precision: str,
+) -> tuple[Clustering, int]:
+    """Return the clustering after as many splits as the bytes that a file takes allow, and these bytes."""
+    column = f"entropy_{precision}"
+    cumulated = np.cumsum([0, *(split.n_bytes for split in bought)])
+
+    def stored(made: Clustering) -> int:
+        return int(footprint.ledger(network, made, codings=["entropy"]).loc["convolutions", column])
+
+    before, n = stored(clustering), len(bought)
+    while n:
+        made = _after(bank, clustering, bought[:n])
+        over = stored(made) - before - budget
+        if over <= 0:
+            return made, int(over + budget)
+        n = max(0, min(n, int(np.searchsorted(cumulated, cumulated[n] - over, side="right"))) - 1)
+    return clustering, 0
+
+
+def _after(bank: KernelBank, clustering: Clustering, bought: list[_Split]) -> Clustering:
+    """Return the clustering after some splits."""
+    groups = []
+    for i, group in enumerate(clustering.groups):
+        mine = [split for split in bought if split.group == i]
+        indices, size = group.indices.copy(), group.codebook.shape[1:]
+        codebook = np.concatenate([group.codebook, np.empty((len(mine), *size), np.float32)])
+        for new, split in enumerate(mine, group.n_clusters):
+            indices[split.moves] = new
+            codebook[[split.cluster, new]] = split.centres.reshape(2, *size)
+        groups.append(replace(group, codebook=codebook, indices=indices))
+    made = replace(clustering, groups=tuple(groups))
+    errors, _ = damage.errors(bank, made, None)
+    return replace(
+        made, groups=tuple(replace(x, inertia=float(errors[rows].sum())) for x, rows in damage.members(made))
+    )
+
+
+def _rounded(clustering: Clustering, precision: str) -> Clustering:
+    def stored(codebook: np.ndarray) -> np.ndarray:
+        return quantization.rounded(torch.from_numpy(codebook), precision).numpy()
+
+    return replace(
+        clustering, groups=tuple(replace(x, codebook=stored(x.codebook)) for x in clustering.groups)
+    )
+
+
+def _check(clustering: Clustering, budget: float, precision: str) -> None:
+    if precision not in footprint.PRECISIONS:
+        raise UnknownNameError("precision", precision, footprint.PRECISIONS)
+    if not 0 <= budget < math.inf:
+        raise InvalidValueError(f"budget is {budget}; it must be a number of bytes, at least 0.")
+    if any(group.scales is not None or group.turns is not None for group in clustering.groups):
+        raise InvalidValueError(
+            "clusters of scaled or turned kernels cannot be split; cluster without scaled and turned."
+        )
