@@ -18,14 +18,23 @@ from torch.nn.functional import kl_div
 
 from benchmarks import networks
 from benchmarks.recovery import PRECISION, Rows
-from kclib import clustering, datasets, evaluation, footprint, kernels, models, representatives, sensitivity
+from kclib import (
+    clustering,
+    datasets,
+    evaluation,
+    footprint,
+    kernels,
+    models,
+    representatives,
+    sensitivity,
+    tradeoff,
+)
 from kclib.breakeven import Count
 from kclib.clustering import Clustering
 from kclib.evaluation import Evaluation
 from kclib.kernels import KernelBank, Layer
 from kclib.layers import N_TURNS
 from kclib.scopes import grouping
-from kclib.tradeoff import rounded
 
 OUT = Path("reports/bench/choices.json")
 HELD_BACK, TEST, CALIBRATION = 500, 1000, 256  # images
@@ -113,8 +122,7 @@ def log_shares(model: models.Model, data: datasets.ImageSet) -> Tensor:
 
 def stored(found: Clustering) -> np.ndarray:
     """Return what stands for each kernel once codebooks are fp16, in the rows of the bank."""
-    groups = tuple(replace(x, codebook=rounded(x.codebook, "fp16")) for x in found.groups)
-    return clustering.quantized(replace(found, groups=groups))
+    return clustering.quantized(tradeoff.stored(found, "fp16"))
 
 
 def weighting(bench: Bench, kind: str) -> None:

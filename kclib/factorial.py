@@ -1,6 +1,5 @@
 """Every combination of pruning, clustering and quantizing, evaluated; and whether their losses add up."""
 
-import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Iterable
@@ -9,7 +8,6 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from kclib import datasets, evaluation, footprint, models, parallel, stored, sweep
@@ -144,13 +142,11 @@ class _Sheet:
 
     @cached_property
     def key(self) -> dict:
-        """What all cells depend on; the first image as the network sees it tells its preprocessing."""
-        first = datasets.select(self.data, torch.tensor([0]))
-        inputs, _ = next(datasets.batches(first, self.model.preprocess, 1))
+        """What all cells depend on."""
         return {
             "method": _METHOD,
             "model": [self.model.name, models.fingerprint(self.model.network)],
-            "input": hashlib.sha256(inputs.contiguous().numpy()).hexdigest(),
+            "input": sweep.input_fingerprint(self.model, self.data),
             "data": [self.data.name, self.data.fingerprint],
             "evaluated": self.precision,
         }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kclib import bars, clustering, fitting, kmeans, lloyd, parallel, scopes, search
+from kclib import bars, clustering, fitting, kmeans, lloyd, parallel, scopes, search, stored
 from kclib.breakeven import orbit
 from kclib.clustering import Clustering, Group
 from kclib.errors import InvalidValueError, UnknownNameError
@@ -169,7 +169,7 @@ def _scaled(bank: KernelBank, n_clusters, options: _Options, *, turned: bool) ->
     found = options.fit(bank, n_clusters, scaled=True, turned=turned)
     n_bytes = sum(index_bytes(layer.n_kernels, options.scale_bits) for layer in bank.layers)
     if options.scale_bits == 16:
-        return _with_scales(bank, found, [_half(group.scales) for group in found.groups]), n_bytes
+        return _with_scales(bank, found, [stored.half(group.scales) for group in found.groups]), n_bytes
     with bars.of_shares("scales", options.progress) as bar:
         tables = [_table(bank, group, options, _part(bar, group, bank)) for group in found.groups]
     scales = [_looked_up(group.scales, table) for group, table in zip(found.groups, tables, strict=True)]
@@ -186,7 +186,7 @@ def _table(bank: KernelBank, group: Group, options: _Options, done: Callable[[fl
         n_threads=options.n_threads,
         progress=lambda step: done(step.share),
     )
-    return np.unique(_half(found.centres))
+    return np.unique(stored.half(found.centres))
 
 
 def _looked_up(values: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -205,7 +205,7 @@ def _normalised(
         count = int(owner[layer.rows].max()) + 1
     squares = np.einsum("nd,nd->n", bank.points, bank.points, dtype=np.float64)
     areas = np.bincount(owner) * bank.points.shape[1]
-    scales = _half(np.sqrt(np.bincount(owner, squares) / areas))[owner]
+    scales = stored.half(np.sqrt(np.bincount(owner, squares) / areas))[owner]
     divided = replace(bank, weights=bank.weights / np.where(scales > 0, scales, 1)[:, None, None])
     found = options.fit(divided, n_clusters, weights=_weights_over(bank, scales, options))
     found = _with_scales(bank, found, [scales[_rows(group.layers)] for group in found.groups])
@@ -249,18 +249,6 @@ KINDS: dict[str, Callable[..., tuple[Clustering, int]]] = {
 def _rows(layers: Iterable[Layer]) -> np.ndarray:
     """Return the bank's rows of some layers' kernels, int64 ``(n,)``, in order of the layers."""
     return np.concatenate([np.arange(layer.rows.start, layer.rows.stop) for layer in layers])
-
-
-def _half(values: np.ndarray) -> np.ndarray:
-    """Return values as fp16 holds them, in float32."""
-    with np.errstate(over="ignore"):
-        result = values.astype(_HALF).astype(np.float32)
-    if not np.isfinite(result).all():
-        raise InvalidValueError(
-            f"a scale is {np.abs(values).max():.6g}; "
-            f"fp16, which stores it, holds up to {np.finfo(_HALF).max:.0f}."
-        )
-    return result
 
 
 def _with_scales(bank: KernelBank, found: Clustering, scales: list[np.ndarray]) -> Clustering:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from kclib import coding, compression, damage, footprint, kmeans, quantization, search
+from kclib import coding, compression, damage, footprint, kmeans, quantization, search, tradeoff
 from kclib.clustering import Clustering
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank
@@ -94,7 +93,7 @@ def restore_worst(
         for (old, mine), new in zip(damage.members(clustering), made.groups, strict=True)
     ]
     table = pd.DataFrame(rows, columns=["group", "clusters", "before", "after"])
-    network = compression.replaced(model.network, _rounded(made, precision))
+    network = compression.replaced(model.network, tradeoff.stored(made, precision))
     return Restored(made, network, n_bytes, table)
 
 
@@ -228,15 +227,6 @@ def _after(bank: KernelBank, clustering: Clustering, bought: list[_Split]) -> Cl
     errors, _ = damage.errors(bank, made, None)
     return replace(
         made, groups=tuple(replace(x, inertia=float(errors[rows].sum())) for x, rows in damage.members(made))
-    )
-
-
-def _rounded(clustering: Clustering, precision: str) -> Clustering:
-    def stored(codebook: np.ndarray) -> np.ndarray:
-        return quantization.rounded(torch.from_numpy(codebook), precision).numpy()
-
-    return replace(
-        clustering, groups=tuple(replace(x, codebook=stored(x.codebook)) for x in clustering.groups)
     )
 
 

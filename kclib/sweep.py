@@ -69,7 +69,7 @@ def run(
     key = {
         "method": _METHOD,
         "model": [model.name, models.fingerprint(model.network)],
-        "input": _input_fingerprint(model, data),
+        "input": input_fingerprint(model, data),
         "data": [data.name, data.fingerprint],
         "seed": seed,
         "precision": precision,
@@ -92,7 +92,7 @@ def run(
     return pd.DataFrame(rows)
 
 
-def _input_fingerprint(model: models.Model, data: datasets.ImageSet) -> str:
+def input_fingerprint(model: models.Model, data: datasets.ImageSet) -> str:
     """Return the SHA-256 of the first image as the network sees it: other preprocessing is another key."""
     first, _ = next(datasets.batches(datasets.select(data, torch.tensor([0])), model.preprocess, 1))
     return hashlib.sha256(first.contiguous().numpy()).hexdigest()

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from kclib import (
     scopes,
     search,
 )
+from kclib.clustering import Clustering
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
 from kclib.packing import index_bits, index_bytes
@@ -190,6 +191,12 @@ def resolved(bank: KernelBank, scope: Scope) -> Scope:
 def rounded(codebook: np.ndarray, precision: str) -> np.ndarray:
     """Return a codebook's values, float32 ``(K, ...)``, as they come back from `quantization.store`."""
     return quantization.rounded(torch.from_numpy(codebook), precision).numpy()
+
+
+def stored(made: Clustering, precision: str) -> Clustering:
+    """Return a clustering with its codebooks as they come back from `quantization.store`."""
+    groups = (replace(group, codebook=rounded(group.codebook, precision)) for group in made.groups)
+    return replace(made, groups=tuple(groups))
 
 
 @dataclass(frozen=True)
