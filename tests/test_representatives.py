@@ -279,7 +279,7 @@ def test_only_square_kernels_are_turned(kind):
 @pytest.mark.parametrize("kind", ["scaled", "scaled-symmetric", "layer-normalised", "filter-normalised"])
 def test_scales_that_fp16_cannot_hold_are_refused(kind):
     bank = bank_of(np.full((2, 2, 3, 3), 1e6))
-    with pytest.raises(InvalidValueError, match=r"a value of [13]e\+06 is to be stored in fp16; it must be 65504 at most"):
+    with pytest.raises(InvalidValueError, match=r"a value of [13]e\+06 is to be stored in fp16"):
         cluster(bank, 1, kind)
 
 
