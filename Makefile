@@ -40,6 +40,7 @@ bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of othe
 	WEIGHTS=$(WEIGHTS) $(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.choices
 	$(BIN)/python -m benchmarks.attribution
+	$(BIN)/python -m benchmarks.orthogonality
 	$(BIN)/python -m benchmarks.kmeans $(WEIGHTS)
 
 train: setup  ## Train the shipped model again (START=features.safetensors; resumable, about an hour)

@@ -29,6 +29,7 @@ from kclib.evaluation import Evaluation
 
 OUT = Path("reports/bench/recovery.json")
 SHARES = (16, 24, 32, 48)  # the convolutions keep one byte of so many
+SHIPPED = (*SHARES, 64)  # those of the shipped model, and of its peers
 RECIPE = replace(recovery.RECIPE, epochs=3)
 SMALL = replace(RECIPE, images=1600, held_back=1000)  # for inputs of four times the pixels
 SON = ((64, False), (512, False), (512, True))
@@ -127,9 +128,9 @@ def clustered(
     return checkpoint.load(path, architecture=bench.model).network
 
 
-def own(bench: Bench, others: Callable | None = None) -> None:
+def own(bench: Bench, others: Callable | None = None, shares: tuple[int, ...] = SHARES) -> None:
     """Measure clustering at each budget, as it is and trained, and the control."""
-    for share in SHARES:
+    for share in shares:
         network = clustered(bench, share, others)
         n_bytes, key = footprint.stored_bytes(network), bench.key("clustering, corrected", share)
         if not bench.rows.get(**key):
@@ -143,7 +144,7 @@ def own(bench: Bench, others: Callable | None = None) -> None:
 
 def others(bench: Bench) -> None:
     """Measure the peers at each budget, and Son et al.'s recipe at its own bytes, also fine-tuned."""
-    for share in SHARES:
+    for share in SHIPPED:
         if bench.rows.get(network=bench.model.name, share=share, peers="done"):
             continue
         start = time.perf_counter()
@@ -204,7 +205,7 @@ def main() -> None:
     folder = files.data_dir() / "cache" / "recovery"
     folder.mkdir(parents=True, exist_ok=True)
     shipped = bench_of(models.load(), images, RECIPE, folder, rows)
-    own(shipped)
+    own(shipped, shares=SHIPPED)
     others(shipped)
     own(bench_of(networks.resnet18(folder), images, RECIPE, folder, rows), pointwise(images.calibration))
     if (features := networks.features_file()) is not None:

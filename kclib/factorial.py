@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,17 +12,18 @@ from tqdm.auto import tqdm
 
 from kclib import datasets, evaluation, footprint, models, parallel, stored, sweep
 from kclib.additivity import effects, orthogonality
-from kclib.combination import Cluster, Given, Prune, Quantize
+from kclib.combination import Cluster, Given, Pipeline, Prune, Quantize
 from kclib.evaluation import Evaluation
 from kclib.stages import Stage
 from kclib.store import Entry, Store
 
-__all__ = ["ORDERS", "cells", "effects", "orthogonality", "run"]
+__all__ = ["CELL", "ORDERS", "cells", "effects", "orthogonality", "pipeline", "run"]
 
 ORDERS = ("prune first", "cluster first")
 # Part of every key: raise it when the same inputs would give other results.
 _METHOD = 1
-_DENSE = {"sparsity": 0.0, "clusters": None, "scope": None, "precision": None, "order": None, "seed": None}
+# What a cell is: its levels, those of the dense model here.
+CELL = {"sparsity": 0.0, "clusters": None, "scope": None, "precision": None, "order": None, "seed": None}
 
 
 def cells(
@@ -65,8 +66,25 @@ def cells(
         order = order if sparsity and k is not None else None
         scope, seed = (None, None) if k is None else (scope, seed)
         values = float(sparsity), k, scope, precision, order, seed
-        found[values] = dict(zip(_DENSE, values, strict=True))
+        found[values] = dict(zip(CELL, values, strict=True))
     return list(found.values())
+
+
+def pipeline(cell: Mapping) -> Pipeline:
+    """Return the steps that make a cell's network.
+
+    Parameters
+    ----------
+    cell : mapping
+        From `cells`, or a row of what `run` returns.
+    """
+    found = {name: None if pd.isna(cell[name]) or cell[name] == "none" else cell[name] for name in CELL}
+    steps = [Prune(float(found["sparsity"]))] if found["sparsity"] else []
+    if found["clusters"] is not None:
+        steps.append(Cluster(int(found["clusters"]), found["scope"]))
+    if found["order"] == "cluster first":
+        steps.reverse()
+    return Pipeline((*steps, *_rounding(found["precision"])))
 
 
 def run(
@@ -113,8 +131,8 @@ def run(
         As in the steps and in `evaluation.evaluate`.
     """
     sheet = _Sheet(model, data, store or Store(), precision, device)
-    wanted = [{name: cell[name] for name in _DENSE} for cell in cells]
-    groups = _by_clustering([_DENSE, *wanted])
+    wanted = [{name: cell[name] for name in CELL} for cell in cells]
+    groups = _by_clustering([CELL, *wanted])
     n_cells, lock = sum(map(len, groups)), threading.Lock()
     with tqdm(total=n_cells, desc="combinations", unit="cell", delay=2, disable=not progress) as bar:
 
@@ -124,7 +142,7 @@ def run(
 
         found = parallel.side_by_side(lambda i: sheet.entries(groups[i], done), len(groups), n_jobs)
     entries = {_values(entry.key["cell"]): entry for part in found for entry in part}
-    dense = _answers(entries[_values(_DENSE)])
+    dense = _answers(entries[_values(CELL)])
     n_bytes = footprint.convolution_bytes(model.network)
     rows = [_row(cell, entries[_values(cell)], dense, n_bytes) for cell in wanted]
     return pd.DataFrame(rows).astype({"clusters": "Int64", "seed": "Int64"})
@@ -165,19 +183,14 @@ class _Sheet:
         return result
 
     def _before_rounding(self, cell: dict) -> Stage:
-        steps = [Prune(cell["sparsity"])] if cell["sparsity"] else []
-        if cell["clusters"] is not None:
-            steps.append(Cluster(cell["clusters"], cell["scope"]))
-        if cell["order"] == "cluster first":
-            steps.reverse()
         stage, given = Stage.of(self.model), Given(self.model, seed=cell["seed"] or 0, progress=False)
-        for step in steps:
+        for step in pipeline(cell | {"precision": None}).steps:
             stage = step.after(stage, given)
         return stage
 
     def _computed(self, cell: dict, stage: Stage) -> Entry:
-        if cell["precision"] is not None:
-            stage = Quantize(cell["precision"]).after(stage, Given(self.model))
+        for step in _rounding(cell["precision"]):
+            stage = step.after(stage, Given(self.model))
         options = {"precision": self.precision, "device": self.device, "progress": False}
         answers = evaluation.evaluate(stage.model, self.data, **options)
         row = {"bytes": stage.n_bytes(stage.final()), "classes": list(answers.classes)}
@@ -185,8 +198,12 @@ class _Sheet:
         return Entry(self.key | {"cell": cell}, row | {"seconds": answers.seconds}, arrays)
 
 
+def _rounding(precision: str | None) -> tuple[Quantize, ...]:
+    return () if precision is None else (Quantize(precision),)
+
+
 def _values(cell: dict) -> tuple:
-    return tuple(cell[name] for name in _DENSE)
+    return tuple(cell[name] for name in CELL)
 
 
 def _by_clustering(cells: list[dict]) -> list[list[dict]]:

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import CenteredNorm
+from matplotlib.colors import CenteredNorm, to_rgba
 
 
 def interactions(table: pd.DataFrame, *, axes: np.ndarray | None = None) -> np.ndarray:
@@ -30,6 +30,7 @@ def interactions(table: pd.DataFrame, *, axes: np.ndarray | None = None) -> np.n
         axes = plt.subplots(1, len(precisions), sharey=True, squeeze=False, **options)[1]
     axes = np.asarray(axes).ravel()
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lines)))
+    colours[lines == "none"] = to_rgba("tab:red")
     for ax, precision in zip(axes, precisions, strict=True):
         for line, colour in zip(lines, colours, strict=True):
             rows = table[(table.precision == precision) & (table.clustering == line)]
@@ -60,7 +61,7 @@ def excess(orthogonality: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     columns, rows = ["precision", "sparsity"], "clustering"
     shown = orthogonality.pivot_table(["excess", "low", "high"], rows, columns, sort=False)
-    precisions = list(orthogonality.precision.unique())
+    precisions = sorted(orthogonality.precision.unique(), key=lambda x: x != "none")  # none comes first
     names = sorted(shown["excess"].columns, key=lambda x: (precisions.index(x[0]), x[1]))
     values, low, high = (shown[name][names].to_numpy(float) for name in ("excess", "low", "high"))
     image = ax.imshow(values, cmap="RdBu_r", norm=CenteredNorm(), aspect="auto")

@@ -10,11 +10,14 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from kclib import coding, compression, damage, footprint, kmeans, quantization, search, tradeoff
+from kclib import coding, compression, damage, footprint, quantization, search, tradeoff
 from kclib.clustering import Clustering
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank
 from kclib.models import Model
+
+# Most rounds of k-means in a cluster that is split.
+_ROUNDS = 50
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,14 @@ def restore_worst(
     *,
     weights: np.ndarray | None = None,
     precision: str = "fp16",
-    seed: int = 0,
-    n_threads: int | None = None,
     progress: bool = True,
 ) -> Restored:
     """Spend bytes on more representatives, where they lower the damage most.
 
-    Clusters are split in two by weighted k-means, first always the one that gains most per byte: the greedy
-    growing of a tree-structured quantizer (Riskin and Gray 1991, *A Greedy Tree Growing Algorithm for the
-    Design of Variable Rate Vector Quantizers*). A split costs a row of the codebook, and the entropy that it
-    adds to the group's indices. The same seed gives the same result for any number of threads.
+    Clusters are split in two by weighted k-means from their principal axis, first always the one that gains
+    most per byte: the greedy growing of a tree-structured quantizer (Riskin and Gray 1991, *A Greedy Tree
+    Growing Algorithm for the Design of Variable Rate Vector Quantizers*). A split costs a row of the
+    codebook, and the entropy that it adds to the group's indices.
 
     Parameters
     ----------
@@ -70,9 +71,6 @@ def restore_worst(
         As in `damage.by_cluster`.
     precision : {"fp32", "fp16", "int8"}
         Of the stored codebooks.
-    seed : int
-    n_threads : int, optional
-        All processors by default.
     progress : bool
         Whether to show a progress bar.
 
@@ -85,7 +83,7 @@ def restore_worst(
     _check(clustering, budget, precision)
     bank = damage.bank_of(model.network, clustering)
     _, before = damage.errors(bank, clustering, weights)
-    bought = _Market.of(bank, clustering, weights, precision, seed, n_threads).bought(budget, progress)
+    bought = _Market.of(bank, clustering, weights, precision).bought(budget, progress)
     made, n_bytes = _affordable(model.network, bank, clustering, bought, budget, precision)
     _, after = damage.errors(bank, made, weights)
     rows = [
@@ -95,6 +93,16 @@ def restore_worst(
     table = pd.DataFrame(rows, columns=["group", "clusters", "before", "after"])
     network = compression.replaced(model.network, tradeoff.stored(made, precision))
     return Restored(made, network, n_bytes, table)
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """A cluster of a group: its number, its kernels' rows of the group, and its centre, float32 ``(d,)``."""
+
+    group: int
+    cluster: int
+    rows: np.ndarray
+    centre: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -130,61 +138,106 @@ class _Market:
     points: list[np.ndarray]
     weights: list[np.ndarray]
     row_bytes: int
-    seed: int
-    n_threads: int | None
 
     @classmethod
-    def of(
-        cls, bank: KernelBank, clustering: Clustering, weights, precision: str, seed, n_threads
-    ) -> "_Market":
+    def of(cls, bank: KernelBank, clustering: Clustering, weights, precision: str) -> "_Market":
         weights = np.ones(len(bank), np.float32) if weights is None else np.asarray(weights, np.float32)
         rows = [rows for _, rows in damage.members(clustering)]
         price = quantization.codebook_bytes(1, bank.points.shape[1], precision)
-        return cls(
-            clustering, [bank.points[x] for x in rows], [weights[x] for x in rows], price, seed, n_threads
-        )
+        return cls(clustering, [bank.points[x] for x in rows], [weights[x] for x in rows], price)
 
     def bought(self, budget: float, progress: bool) -> list[_Split]:
-        """Return the splits in the order in which they are bought."""
-        title, total = "splits of clusters", self.clustering.n_clusters
+        """Return the splits in the order in which they are bought.
+
+        A cluster is only split once the most that it could gain for a row's bytes (`most`) is more than the
+        best split on offer gains.
+        """
         order, shelf, bought = itertools.count(), [], []
         used = [group.n_clusters for group in self.clustering.groups]
-        with tqdm(desc=title, unit="split", total=total, delay=2, leave=False, disable=not progress) as bar:
+        title, total = "bytes spent", int(budget)
+        with tqdm(desc=title, unit="B", total=total, delay=2, leave=False, disable=not progress) as bar:
 
-            def offer(group: int, cluster: int, rows: np.ndarray, centre: np.ndarray) -> None:
-                split = self.split(group, cluster, rows, centre)
-                bar.update()
-                if split is not None and split.n_bytes <= budget:
-                    heapq.heappush(shelf, (-split.gain / split.n_bytes, next(order), split))
+            def offer(whole: _Cluster) -> None:
+                if len(whole.rows) > 1 and (most := self.most(whole)) > 0:
+                    heapq.heappush(shelf, (-most / self.row_bytes, next(order), whole))
 
             for i, group in enumerate(self.clustering.groups):
                 rows, starts = search.by_label(group.indices, group.n_clusters)
                 for k, mine in enumerate(np.split(rows, starts[1:-1])):
-                    offer(i, k, mine, group.codebook[k].ravel())
+                    offer(_Cluster(i, k, mine, group.codebook[k].ravel()))
             while shelf:
-                _, _, split = heapq.heappop(shelf)
-                if split.n_bytes > budget:
-                    continue
-                bought.append(split)
-                budget -= split.n_bytes
-                offer(split.group, split.cluster, split.stays, split.centres[0])
-                offer(split.group, used[split.group], split.moves, split.centres[1])
-                used[split.group] += 1
+                _, place, best = heapq.heappop(shelf)
+                if isinstance(best, _Cluster):
+                    split = self.split(best)
+                    if split is not None and split.n_bytes <= budget:
+                        heapq.heappush(shelf, (-split.gain / split.n_bytes, place, split))
+                elif best.n_bytes <= budget:
+                    bought.append(best)
+                    budget -= best.n_bytes
+                    bar.update(round(best.n_bytes))
+                    offer(_Cluster(best.group, best.cluster, best.stays, best.centres[0]))
+                    offer(_Cluster(best.group, used[best.group], best.moves, best.centres[1]))
+                    used[best.group] += 1
         return bought
 
-    def split(self, group: int, cluster: int, rows: np.ndarray, centre: np.ndarray) -> _Split | None:
-        """Return the best split of a cluster; None if none gains anything."""
-        points, weights = self.points[group][rows], self.weights[group][rows]
-        cost = float(np.square(points - centre).sum(1, dtype=np.float64) @ weights)
-        if len(rows) < 2 or not cost > 0:
+    def most(self, whole: _Cluster) -> float:
+        """Return no less than any split of a cluster gains.
+
+        That is its centre's distance from the mean, and the largest eigenvalue of its scatter: two means lie
+        on a line, and between them is no more scatter than there is in all along it (Ding and He 2004,
+        *K-means Clustering via Principal Component Analysis*, theorem 2.1).
+        """
+        points, weights = self.members(whole)
+        if not (total := weights.sum()) > 0:
+            return 0.0
+        mean, values, _ = _principal(points, weights)
+        most = values[-1] + total * np.square(mean - whole.centre).sum()
+        return float(most) * (1 + 1e-9)  # what rounding may add
+
+    def split(self, whole: _Cluster) -> _Split | None:
+        """Return a good split of a cluster; None if none gains anything."""
+        points, weights = self.members(whole)
+        moves, centres = _halves(points, weights)
+        if moves.all() or not moves.any():
             return None
-        found = kmeans.kmeans(points, 2, weights=weights, seed=self.seed, n_threads=self.n_threads)
-        if len(found.centres) < 2 or not cost > found.inertia:
+        before = np.square(points - whole.centre).sum(1) @ weights
+        gain = before - np.square(points - centres[moves.astype(int)]).sum(1) @ weights
+        if not gain > 0:
             return None
-        parts = rows[found.labels == 0], rows[found.labels == 1]
         # A group's entropy is that of its clusters' shares and, within each, of the parts' shares.
-        n_bytes = self.row_bytes + coding.entropy_bytes(np.array([len(part) for part in parts]))
-        return _Split(group, cluster, *parts, found.centres, cost - found.inertia, n_bytes)
+        n_bytes = self.row_bytes + coding.entropy_bytes(np.array([(~moves).sum(), moves.sum()]))
+        parts = whole.rows[~moves], whole.rows[moves]
+        return _Split(whole.group, whole.cluster, *parts, centres.astype(np.float32), float(gain), n_bytes)
+
+    def members(self, whole: _Cluster) -> tuple[np.ndarray, np.ndarray]:
+        """Return a cluster's kernels and what their errors cost, float64."""
+        kept = self.points[whole.group][whole.rows], self.weights[whole.group][whole.rows]
+        return kept[0].astype(np.float64), kept[1].astype(np.float64)
+
+
+def _principal(points: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the weighted mean, and the eigenvalues and eigenvectors of the scatter, the largest last."""
+    mean = np.average(points, axis=0, weights=weights)
+    apart = points - mean
+    return mean, *np.linalg.eigh(apart.T @ (weights[:, None] * apart))
+
+
+def _halves(points: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which points move to the second half, and the halves' means; all or none if they are alike."""
+    mean, _, axes = _principal(points, weights)
+    moves = (points - mean) @ axes[:, -1] > 0
+    centres = np.stack([mean, mean])
+    for _ in range(_ROUNDS):
+        if moves.all() or not moves.any():
+            break
+        for i, part in enumerate((~moves, moves)):
+            heavy = weights[part] if weights[part].any() else None  # what costs nothing has a plain mean
+            centres[i] = np.average(points[part], axis=0, weights=heavy)
+        nearer = (points - centres.mean(0)) @ (centres[1] - centres[0]) > 0
+        if (nearer == moves).all():
+            break
+        moves = nearer
+    return moves, centres
 
 
 def _affordable(

@@ -100,7 +100,7 @@ def test_never_more_bytes_than_the_budget_nor_more_damage_than_before(seed, budg
     model, made, _ = small(seed, scope)
     bank = kernels.extract(model.network)
     weights = np.random.default_rng(seed).lognormal(size=len(bank)).astype(np.float32)
-    options = {"weights": weights, "precision": precision, "n_threads": 1, "progress": False}
+    options = {"weights": weights, "precision": precision, "progress": False}
     found = restoration.restore_worst(model, made, budget, **options)
     spent = stored(model, found.clustering, precision) - stored(model, made, precision)
     assert found.n_bytes == spent <= budget
@@ -167,3 +167,24 @@ def test_nothing_is_bought_of_nothing_and_wrong_values_are_refused():
         restoration.restore_worst(model, made, 9, precision="fp8")
     with pytest.raises(InvalidValueError, match="scaled or turned"):
         restoration.restore_worst(model, small(scaled=True)[1], 9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), budget=st.integers(0, 400))
+def test_what_is_not_split_could_not_have_gained_more(seed, budget):
+    draw = np.random.default_rng(seed)
+    layer = Layer("one", (6, 5, 1, 3), 0)
+    bank = KernelBank(draw.standard_normal((30, 1, 3), np.float32), (layer,), {})
+    made = clustering.cluster(bank, 4, seed=seed, progress=False)
+    costs = draw.random(30, np.float32)
+    market = restoration._Market.of(bank, made, costs, "fp16")
+    for k in range(4):
+        rows = np.flatnonzero(made.groups[0].indices == k)
+        whole = restoration._Cluster(0, k, rows, made.groups[0].codebook[k].ravel())
+        if len(rows) > 1 and (split := market.split(whole)) is not None:
+            assert split.gain <= market.most(whole)
+    lazy = market.bought(budget, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(restoration._Market, "most", lambda self, whole: float("1e9"))
+        eager = market.bought(budget, progress=False)
+    assert [(x.cluster, x.gain) for x in lazy] == [(x.cluster, x.gain) for x in eager]

@@ -70,6 +70,17 @@ def counted(monkeypatch):
     return calls
 
 
+def test_a_cells_pipeline_makes_the_network_that_was_evaluated(table):
+    cells = factorial.cells(orders=factorial.ORDERS, **LEVELS)
+    for cell, (_, row) in zip(cells, table.iterrows(), strict=True):
+        assert factorial.pipeline(row) == factorial.pipeline(cell)
+        found = factorial.pipeline(row).run(tiny_model(), seed=cell["seed"] or 0, progress=False)
+        assert found.n_bytes == row.bytes
+        made = Model("tiny", found.network, tiny_model().preprocess)
+        answers = evaluation.evaluate(made, tiny_data(), progress=False)
+        assert np.packbits(answers.correct).tobytes() == row.right
+
+
 def test_every_cell_is_there_once_and_what_does_not_matter_is_none():
     found = factorial.cells()
     assert len(found) == 4 * 4 * (1 + 3 * 2 * 3) == len({tuple(cell.values()) for cell in found})

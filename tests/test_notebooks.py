@@ -3,7 +3,10 @@
 import base64
 import html
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import nbformat
@@ -29,8 +32,8 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_seven_notebooks_in_run_order():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
+def test_there_are_nine_notebooks_in_run_order():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{i:02}" for i in range(1, 10)]
 
 
 def test_committed_without_outputs(notebook):
@@ -60,8 +63,9 @@ def test_begins_with_its_question_and_ends_with_claims_and_a_headline(notebook):
 
 @pytest.mark.parametrize("name", batch.profile_names())
 def test_every_profile_names_the_notebooks_in_order_with_known_parameters(name):
-    left_out = {"imagenet": ["07-recovery"]}.get(name, [])  # no training images there
-    expected = [path.stem for path in NOTEBOOKS if path.stem not in left_out]
+    expected = [path.stem for path in NOTEBOOKS]
+    if name == "imagenet":
+        expected = expected[:6]  # no training images there
     assert list(batch.load_profile(name).parameters) == expected
 
 
@@ -110,15 +114,20 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory, small):
-    """The smoke profile with fewer K and images; on the shipped model, and recovery on a small one."""
+    """The smoke profile with fewer K and images; on the shipped model, from recovery on on a small one."""
     folder = tmp_path_factory.mktemp("smoke")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KCLIB_STORE", str(folder / "store"))
         patch.setenv("PYTHONPATH", str(small))
         changes = {"limit": 200, "clusters": [16, 4096], "per_layer": 60, "batches": [1, 2]}
         profile = batch.load_profile("smoke", changes=changes | {"held_back": 1000, "images": 1280})
-        own = {"model": "smallnet:model", "limit": 2000, "shares": [12, 16]}
-        parameters = profile.parameters | {"07-recovery": profile.parameters["07-recovery"] | own}
+        own = {
+            "07-recovery": {"limit": 2000, "shares": [12, 16]},
+            "08-orthogonality": {"limit": 500, "codebooks": [None, 32, 256], "seeds": [0, 1]},
+            "09-damage": {"limit": 1000, "n_clusters": 24, "restored": 400},
+        }
+        own = {stem: {"model": "smallnet:model"} | changed for stem, changed in own.items()}
+        parameters = {stem: given | own.get(stem, {}) for stem, given in profile.parameters.items()}
         batch.run(replace(profile, parameters=parameters), folder)
     return folder / "smoke"
 
@@ -156,6 +165,23 @@ def test_what_recovery_wins_at_equal_bytes_is_in_its_table_and_its_file(smoke, s
     assert footprint.stored_bytes(found.network) == table.loc[("clustering, trained", "1/16"), "bytes"]
 
 
+def test_the_best_combination_is_a_file_of_the_bytes_that_its_table_says(smoke, small, monkeypatch):
+    table = pd.read_csv(smoke / "combinations.csv", keep_default_na=False)
+    assert len(table) == (1 + 2 * 2 * 2) * 2 * 4 + 2 * 2 * 2 * 4  # both orders where kernels are pruned too
+    monkeypatch.syspath_prepend(small)
+    found = checkpoint.load(smoke / "combined.safetensors", architecture="smallnet:model")
+    best = table[(table.clustering != "none") & (table.bytes == footprint.stored_bytes(found.network))]
+    assert best["drop"].min() <= max(1, table.loc[table.clustering != "none", "drop"].min())
+    excess = pd.read_csv(smoke / "excess.csv", keep_default_na=False)
+    assert excess.excess.tolist() == pytest.approx((excess["drop"] - excess.predicted).tolist())
+
+
+def test_damage_is_told_for_each_layer_both_ways(smoke):
+    table = pd.read_csv(smoke / "damage.csv").set_index("way")
+    assert table.loc["alone", "layer"].tolist() == table.loc["all but", "layer"].tolist() == ["0", "3", "6"]
+    assert table.loc["all", "drop"] > 0
+
+
 def test_pictures_of_widgets_stand_beside_them_for_readers_without_a_kernel(smoke):
     page = (smoke / "04-clustering.html").read_text()
     executed = json.loads((smoke / "04-clustering.ipynb").read_text())
@@ -188,6 +214,16 @@ def test_the_interactive_map_is_in_the_page_and_asks_no_network(smoke):
     assert page.count("<iframe") == 1
     assert "Bokeh" in page
     assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?https?:""", html.unescape(page))
+
+
+def test_papermill_alone_runs_a_notebook_from_any_folder(tmp_path, small):
+    command = [sys.executable, "-m", "papermill", batch.NOTEBOOKS / "05-accuracy.ipynb", "out.ipynb"]
+    given = {"model": "smallnet:model", "limit": 50, "clusters": "[4, 64]", "report_dir": "found"}
+    options = [part for name, value in given.items() for part in ("-y", f"{name}: {value}")]
+    paths = {"PYTHONPATH": str(small), "KCLIB_STORE": str(tmp_path / "store")}
+    subprocess.run([*command, *options], cwd=tmp_path, env=os.environ | paths, check=True)
+    assert reports.read_headline(nbformat.read(tmp_path / "out.ipynb", as_version=4))
+    assert set(pd.read_csv(tmp_path / "found" / "accuracy.csv").k) == {0, 4, 64}
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
-from kclib import datasets, models
+from kclib import batch, datasets, models
 
 ROOT = Path(__file__).parents[1]
 
@@ -190,3 +191,33 @@ def test_its_pairs_neighbours_slider_and_maps_are_those_of_the_benchmark():
     for r in run["maps"]:
         numbers = f"{r['neighbours (s)']:.2f} | {r['layout (s)']:.1f} | {r['trustworthiness']:.3f}"
         assert f"| {r['kernels']:,} | {numbers} |" in text
+
+
+def test_its_combinations_are_those_of_the_run():
+    run = pd.read_csv(ROOT / "docs" / "orthogonality.csv", keep_default_na=False)
+    run = run[run.order != "cluster first"]
+    means = run.pivot_table(["ratio", "drop"], ["clustering", "sparsity"], "precision")
+    drop = means["drop"]
+    rows = [
+        f"| {clusters} | {sparsity:.0%} | {row.int8:.1f} "
+        + "".join(f"| {drop.loc[(clusters, sparsity), name]:.1f} " for name in ("none", "int8", "int4"))
+        + "|"
+        for (clusters, sparsity), row in means["ratio"].iterrows()
+    ]
+    printed = re.findall(
+        r"^\| (?:none|\d+ (?:layer|global)) \| \d+% \|.*$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(printed) == 16
+    assert set(printed) <= set(rows)
+
+
+def test_the_workflow_is_yaml_whose_commands_exist():
+    text = (ROOT / "docs" / "ci.md").read_text()
+    workflow = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    steps = workflow["jobs"]["report"]["steps"]
+    commands = [step["run"] for step in steps if "run" in step]
+    assert commands == ["make setup", '.venv/bin/kclib batch --profile "$PROFILE" --no-open']
+    assert workflow["jobs"]["report"]["env"]["PROFILE"] in batch.profile_names()
+    uploaded = next(step for step in steps if "upload-artifact" in step.get("uses", ""))
+    assert uploaded["with"]["path"] == "reports/"
+    assert uploaded["if"] == "always()"  # also of a run that failed
