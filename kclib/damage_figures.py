@@ -86,7 +86,7 @@ def flipped(images: np.ndarray, table: pd.DataFrame, *, columns: int = 8, ax: Ax
         sheet[top : top + height, left : left + width] = image
         text = f"{row.label}\n{row.before} → {row.after}"
         colour = {"lost": "firebrick", "won": "darkgreen"}.get(row.way, "0.3")
-        ax.text(left + width / 2, top + height + 1, text, ha="center", va="top", fontsize=5, color=colour)
+        ax.text(left + width / 2, top + height + 1, text, ha="center", va="top", fontsize=7, color=colour)
     ax.imshow(sheet, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     ax.set_axis_off()
     return ax
