@@ -20,16 +20,18 @@ from kclib import (
     evaluation,
     files,
     footprint,
+    kernels,
     models,
     peers,
     recovery,
+    sensitivity,
     sequential,
 )
 from kclib.evaluation import Evaluation
 
 OUT = Path("reports/bench/recovery.json")
 SHARES = (16, 24, 32, 48)  # the convolutions keep one byte of so many
-SHIPPED = (*SHARES, 64)  # those of the shipped model, and of its peers
+SMALLER = 0.36  # of each K at 1/48: what takes less than 1/64
 RECIPE = replace(recovery.RECIPE, epochs=3)
 SMALL = replace(RECIPE, images=1600, held_back=1000)  # for inputs of four times the pixels
 SON = ((64, False), (512, False), (512, True))
@@ -128,9 +130,9 @@ def clustered(
     return checkpoint.load(path, architecture=bench.model).network
 
 
-def own(bench: Bench, others: Callable | None = None, shares: tuple[int, ...] = SHARES) -> None:
+def own(bench: Bench, others: Callable | None = None) -> None:
     """Measure clustering at each budget, as it is and trained, and the control."""
-    for share in shares:
+    for share in SHARES:
         network = clustered(bench, share, others)
         n_bytes, key = footprint.stored_bytes(network), bench.key("clustering, corrected", share)
         if not bench.rows.get(**key):
@@ -142,9 +144,30 @@ def own(bench: Bench, others: Callable | None = None, shares: tuple[int, ...] = 
     bench.trained(dense, bench.dense_bytes, bench.model.network, f"{bench.model.name}-dense")
 
 
+def smallest(bench: Bench) -> None:
+    """Measure below 1/64: the K of 1/48, all smaller by one factor, as bytes shared out anew break down there.
+
+    Its rows go beside the others', into ``smallest.json``; training is one epoch.
+    """
+    n_clusters = bench.rows.get(**bench.key("search", 48))["clusters"]
+    first = next(iter(n_clusters))
+    fewer = {name: k if name == first else max(2, round(k * SMALLER)) for name, k in n_clusters.items()}
+    bank, start = kernels.extract(bench.model.network), time.perf_counter()
+    weights = sensitivity.weights(bench.model, bench.images.calibration, bank)
+    found = sequential.cluster(bench.model, bench.images.calibration, fewer, weights=weights)
+    network = compression.compress(found.network, found.clustering, precision="fp16")
+    n_bytes, took = footprint.stored_bytes(network), time.perf_counter() - start
+    bench = replace(bench, rows=Rows(OUT.with_stem("smallest")), recipe=replace(RECIPE, epochs=1))
+    if not bench.rows.get(**(key := bench.key("smaller K of 1/48, corrected", 64))):
+        bench.measure(key, n_bytes, network, took)
+    bench.trained(
+        bench.key("smaller K of 1/48, trained", 64), n_bytes, network, f"{bench.model.name}-smallest"
+    )
+
+
 def others(bench: Bench) -> None:
     """Measure the peers at each budget, and Son et al.'s recipe at its own bytes, also fine-tuned."""
-    for share in SHIPPED:
+    for share in SHARES:
         if bench.rows.get(network=bench.model.name, share=share, peers="done"):
             continue
         start = time.perf_counter()
@@ -205,7 +228,8 @@ def main() -> None:
     folder = files.data_dir() / "cache" / "recovery"
     folder.mkdir(parents=True, exist_ok=True)
     shipped = bench_of(models.load(), images, RECIPE, folder, rows)
-    own(shipped, shares=SHIPPED)
+    own(shipped)
+    smallest(shipped)
     others(shipped)
     own(bench_of(networks.resnet18(folder), images, RECIPE, folder, rows), pointwise(images.calibration))
     if (features := networks.features_file()) is not None:

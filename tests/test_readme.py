@@ -221,3 +221,16 @@ def test_the_workflow_is_yaml_whose_commands_exist():
     uploaded = next(step for step in steps if "upload-artifact" in step.get("uses", ""))
     assert uploaded["with"]["path"] == "reports/"
     assert uploaded["if"] == "always()"  # also of a run that failed
+
+
+def test_what_is_smaller_still_is_as_measured():
+    rows = json.loads((ROOT / "docs" / "smallest.json").read_text())["rows"]
+    found = {r["method"]: r for r in rows if "top1" in r}
+    corrected, trained = (found[f"smaller K of 1/48, {step}"] for step in ("corrected", "trained"))
+    text = " ".join(_lose_less().split())
+    assert f"at 1/{corrected['ratio']:.1f} ({corrected['bytes'] / 1e6:.2f} MB)" in text
+    ends = f"[{trained['drop_low']:.2f}, {trained['drop_high']:.2f}]"
+    assert f"and {trained['drop']:.2f} {ends} after 100 steps" in text
+    assert f"loses {_points(corrected).replace(' [', ' points [')} corrected" in text
+    assert f"loses {found['clustering, corrected']['drop']:.2f} points" in text
+    assert f"{found['clustering, trained']['drop']:.2f} once trained" in text
