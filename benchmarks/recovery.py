@@ -145,7 +145,7 @@ def own(bench: Bench, others: Callable | None = None) -> None:
 
 
 def smallest(bench: Bench) -> None:
-    """Measure below 1/64: the K of 1/48, all smaller by one factor, as bytes shared out anew break down there.
+    """Measure below 1/64: the K of 1/48, smaller by one factor, as bytes shared out anew break down there.
 
     Its rows go beside the others', into ``smallest.json``; training is one epoch.
     """
