@@ -1,10 +1,13 @@
 """Pruning x clustering x quantization: what combinations lose beyond the sum, as docs/orthogonality.csv."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
 
-from kclib import datasets, factorial, factorial_figures, files, models
+from kclib import datasets, factorial, factorial_figures, files, models, recovery
 
 OUT = Path("reports/bench/orthogonality.csv")
 SPARSITIES = (0, 0.3, 0.5, 0.7)
@@ -14,27 +17,43 @@ PRECISIONS = (None, "fp16", "int8", "int4")
 IMAGES = 1000
 
 
+def picture(axes: Axes, path: Path) -> None:
+    """Write the figure of some axes."""
+    with files.replacing(path) as temporary:
+        axes.figure.savefig(temporary, dpi=150, format="png")
+
+
+def table_of(part: pd.DataFrame, name: str) -> None:
+    """Write a table beside the others."""
+    with files.replacing(OUT.with_stem(name)) as temporary:
+        part.to_csv(temporary, index=False, float_format="%.4f")
+
+
+def mattering(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what training could make usable: int8, one seed, a drop between 1 and 50 points."""
+    kept = (table.precision == "int8") & (table.seed == 0) & (table.order != "cluster first")
+    return table[kept & table["drop"].between(1, 50)]
+
+
 def main() -> None:
     model, data = models.load(), datasets.load(limit=IMAGES)
     levels = (SPARSITIES, CLUSTERS, SCOPES, PRECISIONS)
-    cells = factorial.cells(*levels) + factorial.cells(*levels, ["cluster first"], [0])
-    table = factorial.run(model, data, cells, precision="bf16", n_jobs=2).drop_duplicates(
-        list(factorial.CELL)
-    )
+    cells = factorial.cells(*levels)
+    cells += [x for x in factorial.cells(*levels, ["cluster first"], [0]) if x not in cells]
+    table = factorial.run(model, data, cells, precision="bf16", n_jobs=2)
+    table_of(table.drop(columns="right"), OUT.stem)
     excess = factorial.orthogonality(table)
-    for part, path in ((table.drop(columns="right"), OUT), (excess, OUT.with_stem("excess"))):
-        with files.replacing(path) as temporary:
-            part.to_csv(temporary, index=False, float_format="%.4f")
     first, kept = (x[x.order != "cluster first"] for x in (table, excess))
-    axes = factorial_figures.interactions(first)
-    with files.replacing(OUT.with_suffix(".png")) as temporary:
-        axes[0].figure.savefig(temporary, dpi=150, format="png")
-    fig, ax = plt.subplots(figsize=(11, 0.6 * kept.clustering.nunique() + 1.8), layout="constrained")
-    factorial_figures.excess(kept, ax=ax)
-    with files.replacing(OUT.with_name("excess.png")) as temporary:
-        fig.savefig(temporary, dpi=150, format="png")
+    picture(factorial_figures.interactions(first)[0], OUT.with_suffix(".png"))
+    _, ax = plt.subplots(figsize=(11, 0.6 * kept.clustering.nunique() + 1.8), layout="constrained")
+    picture(factorial_figures.excess(kept, ax=ax), OUT.with_name("excess.png"))
     print(factorial.effects(first, "logit").to_string(index=False))
     print(excess.to_string(index=False))
+    folder, recipe = files.data_dir() / "cache" / "orthogonality", replace(recovery.RECIPE, epochs=1)
+    train = datasets.load("fashion-mnist", "train")
+    trained = factorial.trained(model, data, mattering(table), train, folder, recipe=recipe, precision="bf16")
+    table_of(trained, "trained")
+    print(trained.to_string(index=False))
 
 
 if __name__ == "__main__":

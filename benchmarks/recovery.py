@@ -130,54 +130,65 @@ def clustered(
     return checkpoint.load(path, architecture=bench.model).network
 
 
+def at_share(bench: Bench, share: int, others: Callable | None = None) -> None:
+    """Measure clustering at one budget, as it is and trained."""
+    network = clustered(bench, share, others)
+    n_bytes, key = footprint.stored_bytes(network), bench.key("clustering, corrected", share)
+    if not bench.rows.get(**key):
+        bench.measure(key, n_bytes, network, bench.rows.get(**bench.key("search", share))["seconds"])
+    bench.trained(bench.key("clustering, trained", share), n_bytes, network, f"{bench.model.name}-{share}")
+
+
 def own(bench: Bench, others: Callable | None = None) -> None:
-    """Measure clustering at each budget, as it is and trained, and the control."""
+    """Measure clustering at each budget, and the control."""
     for share in SHARES:
-        network = clustered(bench, share, others)
-        n_bytes, key = footprint.stored_bytes(network), bench.key("clustering, corrected", share)
-        if not bench.rows.get(**key):
-            bench.measure(key, n_bytes, network, bench.rows.get(**bench.key("search", share))["seconds"])
-        bench.trained(
-            bench.key("clustering, trained", share), n_bytes, network, f"{bench.model.name}-{share}"
-        )
+        at_share(bench, share, others)
     dense = bench.key("dense, trained as long", None)
     bench.trained(dense, bench.dense_bytes, bench.model.network, f"{bench.model.name}-dense")
 
 
 def smallest(bench: Bench) -> None:
-    """Measure below 1/64: the K of 1/48, smaller by one factor, as bytes shared out anew break down there.
+    """Measure at 1/64, where sharing out anew breaks down, and with the K of 1/48, smaller by one factor.
 
-    Its rows go beside the others', into ``smallest.json``; training is one epoch.
+    The rows go beside the others', into ``smallest.json``; the smaller K are trained for one epoch.
     """
     n_clusters = bench.rows.get(**bench.key("search", 48))["clusters"]
-    first = next(iter(n_clusters))
+    bench = replace(bench, rows=Rows(OUT.with_stem("smallest")))
+    at_share(bench, 64)
+    others_at(bench, 64)
+    key = bench.key("smaller K of 1/48, corrected", 64)
+    if bench.rows.get(**(last := bench.key("smaller K of 1/48, trained", 64))):
+        return
+    start, first = time.perf_counter(), next(iter(n_clusters))
     fewer = {name: k if name == first else max(2, round(k * SMALLER)) for name, k in n_clusters.items()}
-    bank, start = kernels.extract(bench.model.network), time.perf_counter()
-    weights = sensitivity.weights(bench.model, bench.images.calibration, bank)
+    weights = sensitivity.weights(bench.model, bench.images.calibration, kernels.extract(bench.model.network))
     found = sequential.cluster(bench.model, bench.images.calibration, fewer, weights=weights)
     network = compression.compress(found.network, found.clustering, precision="fp16")
     n_bytes, took = footprint.stored_bytes(network), time.perf_counter() - start
-    bench = replace(bench, rows=Rows(OUT.with_stem("smallest")), recipe=replace(RECIPE, epochs=1))
-    if not bench.rows.get(**(key := bench.key("smaller K of 1/48, corrected", 64))):
+    if not bench.rows.get(**key):
         bench.measure(key, n_bytes, network, took)
-    bench.trained(
-        bench.key("smaller K of 1/48, trained", 64), n_bytes, network, f"{bench.model.name}-smallest"
-    )
+    bench = replace(bench, recipe=replace(RECIPE, epochs=1))
+    bench.trained(last, n_bytes, network, f"{bench.model.name}-smallest")
+
+
+def others_at(bench: Bench, share: int) -> None:
+    """Measure the peers at one budget."""
+    if bench.rows.get(network=bench.model.name, share=share, peers="done"):
+        return
+    start = time.perf_counter()
+    found = peers.at_bytes(bench.model.network, int(bench.dense_bytes / share))
+    took = (time.perf_counter() - start) / len(found)
+    for peer in found:
+        key = bench.key(peer.name, share, peer.setting)
+        if not bench.rows.get(**key):
+            bench.measure(key, peer.bytes, peer.network, took)
+    bench.rows.put(bench.key("peers", share) | {"peers": "done"})
 
 
 def others(bench: Bench) -> None:
     """Measure the peers at each budget, and Son et al.'s recipe at its own bytes, also fine-tuned."""
     for share in SHARES:
-        if bench.rows.get(network=bench.model.name, share=share, peers="done"):
-            continue
-        start = time.perf_counter()
-        found = peers.at_bytes(bench.model.network, int(bench.dense_bytes / share))
-        took = (time.perf_counter() - start) / len(found)
-        for peer in found:
-            key = bench.key(peer.name, share, peer.setting)
-            if not bench.rows.get(**key):
-                bench.measure(key, peer.bytes, peer.network, took)
-        bench.rows.put(bench.key("peers", share) | {"peers": "done"})
+        others_at(bench, share)
     for n_clusters, turned in SON:
         peer = peers.son(bench.model.network, n_clusters, turned=turned)
         key = bench.key(peer.name, None, peer.setting)

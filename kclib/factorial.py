@@ -3,27 +3,30 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kclib import datasets, evaluation, footprint, models, parallel, stored, sweep
+from kclib import datasets, evaluation, footprint, models, parallel, recovery, stored, sweep
 from kclib.additivity import effects, orthogonality
-from kclib.combination import Cluster, Given, Pipeline, Prune, Quantize
+from kclib.combination import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.evaluation import Evaluation
+from kclib.recipe import Recipe
 from kclib.stages import Stage
 from kclib.store import Entry, Store
 
-__all__ = ["CELL", "ORDERS", "cells", "effects", "orthogonality", "pipeline", "run"]
+__all__ = ["ORDERS", "cells", "effects", "orthogonality", "pipeline", "run", "trained"]
 
 ORDERS = ("prune first", "cluster first")
 # Part of every key: raise it when the same inputs would give other results.
 _METHOD = 1
 # What a cell is: its levels, those of the dense model here.
-CELL = {"sparsity": 0.0, "clusters": None, "scope": None, "precision": None, "order": None, "seed": None}
+_CELL = {"sparsity": 0.0, "clusters": None, "scope": None, "precision": None, "order": None, "seed": None}
+_GIVEN = ("sparsity", "clustering", "precision", "order", "bytes", "ratio")
 
 
 def cells(
@@ -66,7 +69,7 @@ def cells(
         order = order if sparsity and k is not None else None
         scope, seed = (None, None) if k is None else (scope, seed)
         values = float(sparsity), k, scope, precision, order, seed
-        found[values] = dict(zip(CELL, values, strict=True))
+        found[values] = dict(zip(_CELL, values, strict=True))
     return list(found.values())
 
 
@@ -78,7 +81,7 @@ def pipeline(cell: Mapping) -> Pipeline:
     cell : mapping
         From `cells`, or a row of what `run` returns.
     """
-    found = {name: None if pd.isna(cell[name]) or cell[name] == "none" else cell[name] for name in CELL}
+    found = {name: None if pd.isna(cell[name]) or cell[name] == "none" else cell[name] for name in _CELL}
     steps = [Prune(float(found["sparsity"]))] if found["sparsity"] else []
     if found["clusters"] is not None:
         steps.append(Cluster(int(found["clusters"]), found["scope"]))
@@ -131,8 +134,8 @@ def run(
         As in the steps and in `evaluation.evaluate`.
     """
     sheet = _Sheet(model, data, store or Store(), precision, device)
-    wanted = [{name: cell[name] for name in CELL} for cell in cells]
-    groups = _by_clustering([CELL, *wanted])
+    wanted = [{name: cell[name] for name in _CELL} for cell in cells]
+    groups = _by_clustering([_CELL, *wanted])
     n_cells, lock = sum(map(len, groups)), threading.Lock()
     with tqdm(total=n_cells, desc="combinations", unit="cell", delay=2, disable=not progress) as bar:
 
@@ -142,10 +145,61 @@ def run(
 
         found = parallel.side_by_side(lambda i: sheet.entries(groups[i], done), len(groups), n_jobs)
     entries = {_values(entry.key["cell"]): entry for part in found for entry in part}
-    dense = _answers(entries[_values(CELL)])
+    dense = _answers(entries[_values(_CELL)])
     n_bytes = footprint.convolution_bytes(model.network)
     rows = [_row(cell, entries[_values(cell)], dense, n_bytes) for cell in wanted]
     return pd.DataFrame(rows).astype({"clusters": "Int64", "seed": "Int64"})
+
+
+def trained(
+    model: models.Model,
+    data: datasets.ImageSet,
+    table: pd.DataFrame,
+    train: datasets.ImageSet,
+    folder: str | Path,
+    *,
+    recipe: Recipe = recovery.RECIPE,
+    precision: str = "fp32",
+    device: str = "cpu",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train some combinations, the dense model as teacher (`combination.Train`), and evaluate them again.
+
+    Parameters
+    ----------
+    model, data, precision, device, progress
+        As in `run`.
+    table : pandas.DataFrame
+        Rows of what `run` returns.
+    train : ImageSet
+        Training images.
+    folder : path
+        Where the states of the trainings go, one for each recipe; the same call resumes.
+    recipe : Recipe
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a combination: ``sparsity``, ``clustering``, ``precision``, ``order``, ``bytes`` and ``ratio``
+        as given, bytes before training; ``untrained``, the points it lost; what `sweep.accuracy` says of it
+        trained.
+
+    Raises
+    ------
+    InvalidValueError, DamagedFileError
+        As `recovery.finetune`.
+    """
+    options = {"precision": precision, "device": device, "progress": progress}
+    dense, rows = evaluation.evaluate(model, data, **options), []
+    bar = tqdm(table.iterrows(), desc="training", unit="network", total=len(table), disable=not progress)
+    for _, row in bar:
+        given = {"train": train, "folder": folder, "device": device, "progress": False}
+        steps, seed = pipeline(row) >> Train(recipe), 0 if pd.isna(row.seed) else int(row.seed)
+        network = steps.run(model, seed=seed, **given).network
+        answers = evaluation.evaluate(replace(model, network=network), data, **options)
+        before = {name: row[name] for name in _GIVEN} | {"untrained": row["drop"]}
+        rows.append(before | sweep.accuracy(answers, dense))
+    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)
@@ -203,7 +257,7 @@ def _rounding(precision: str | None) -> tuple[Quantize, ...]:
 
 
 def _values(cell: dict) -> tuple:
-    return tuple(cell[name] for name in CELL)
+    return tuple(cell[name] for name in _CELL)
 
 
 def _by_clustering(cells: list[dict]) -> list[list[dict]]:

@@ -8,10 +8,11 @@ from statsmodels.formula.api import ols
 from torch import nn
 
 from kclib import clustering, evaluation, factorial
-from kclib.combination import Cluster, Prune, Quantize
+from kclib.combination import Cluster, Prune, Quantize, Train
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.models import Model
+from kclib.recipe import Recipe
 from kclib.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,6 +80,22 @@ def test_a_cells_pipeline_makes_the_network_that_was_evaluated(table):
         made = Model("tiny", found.network, tiny_model().preprocess)
         answers = evaluation.evaluate(made, tiny_data(), progress=False)
         assert np.packbits(answers.correct).tobytes() == row.right
+
+
+def test_training_is_told_beside_what_was_lost_without_it_and_resumes(table, tmp_path, monkeypatch):
+    some, recipe = table[table.clustering == "4 layer"].tail(2), Recipe(2, batch_size=20, held_back=20)
+    given = tiny_model(), tiny_data(), some, tiny_data(), tmp_path
+    found = factorial.trained(*given, recipe=recipe, progress=False)
+    assert found.untrained.tolist() == some["drop"].tolist()
+    assert found.bytes.tolist() == some.bytes.tolist()
+    steps = factorial.pipeline(some.iloc[0]) >> Train(recipe)
+    options = {"train": tiny_data(), "folder": tmp_path / "other", "progress": False}
+    by_hand = steps.run(tiny_model(), seed=int(some.seed.iloc[0]), **options)
+    made = Model("tiny", by_hand.network, tiny_model().preprocess)
+    top1 = evaluation.evaluate(made, tiny_data(), progress=False).top1.estimate
+    assert found.top1.iloc[0] == top1
+    monkeypatch.delattr(torch.optim.AdamW, "step")  # all epochs are there
+    pd.testing.assert_frame_equal(factorial.trained(*given, recipe=recipe, progress=False), found)
 
 
 def test_every_cell_is_there_once_and_what_does_not_matter_is_none():
