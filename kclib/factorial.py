@@ -180,9 +180,9 @@ def trained(
     Returns
     -------
     pandas.DataFrame
-        One row a combination: ``sparsity``, ``clustering``, ``precision``, ``order``, ``bytes`` and ``ratio``
-        as given, bytes before training; ``untrained``, the points it lost; what `sweep.accuracy` says of it
-        trained.
+        One row a combination, by the index of `table`: ``sparsity``, ``clustering``, ``precision``,
+        ``order``, ``bytes`` and ``ratio`` as given, bytes before training; ``untrained``, the points it lost;
+        what `sweep.accuracy` says of it trained.
 
     Raises
     ------
@@ -199,7 +199,7 @@ def trained(
         answers = evaluation.evaluate(replace(model, network=network), data, **options)
         before = {name: row[name] for name in _GIVEN} | {"untrained": row["drop"]}
         rows.append(before | sweep.accuracy(answers, dense))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, table.index)
 
 
 @dataclass(frozen=True)
