@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kclib import datasets, kernels, models, moments
+from kclib import checks, datasets, kernels, models, moments
 from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
 
@@ -38,8 +38,8 @@ class Grid:
 
     def __post_init__(self):
         _check_bits(self.bits)
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise InvalidValueError(f"a scale is {self.scale}; it must be finite and above 0.")
+        if not (checks.is_real(self.scale) and self.scale > 0):
+            raise InvalidValueError(f"a scale is {self.scale!r}; it must be finite and above 0.")
         if not isinstance(self.zero_point, Integral) or not 0 <= self.zero_point <= self.largest:
             raise InvalidValueError(
                 f"a zero point is {self.zero_point!r}; it must be a whole number, 0 to {self.largest}."
@@ -103,7 +103,8 @@ def quantize(
         No image; bits out of range; a layer that reads values that are not finite; no layer to quantize.
     """
     _check_bits(bits)
-    network = _ungridded(kernels.copied(model.network)).eval().to(device)
+    network = _ungridded(kernels.copied(model.network)).eval()
+    models.moved(network, device)
     batches = moments.batches(images, model.preprocess, batch_size, device)
     bar = tqdm(batches(), desc="what layers read", unit="batch", delay=2, leave=False, disable=not progress)
     found = _ranges(network, bar)
@@ -166,10 +167,9 @@ def _ranges(network: nn.Module, batches: Iterator[Tensor]) -> dict[str, tuple[fl
         if isinstance(module, _READERS):
             module.register_forward_pre_hook(observed(name))
     for inputs in batches:
-        network(inputs)
+        models.answers(network, inputs)
     return found
 
 
 def _check_bits(bits: int) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, Integral) or not 2 <= bits <= 8:
-        raise InvalidValueError(f"bits is {bits!r}; it must be a whole number, 2 to 8.")
+    checks.check_whole("bits", bits, 2, 8)

@@ -9,7 +9,7 @@ from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
-from kclib import stored
+from kclib import checks
 from kclib.errors import InvalidValueError
 
 RESPONSES = ("drop", "logit")
@@ -49,7 +49,8 @@ def effects(table: pd.DataFrame, response: str = "drop") -> pd.DataFrame:
     InvalidValueError, UnknownNameError
         Several orders; combinations that are missing; no more rows than effects; an unknown response.
     """
-    stored.check_known("response", response, RESPONSES)
+    checks.check_known("response", response, RESPONSES)
+    checks.check_columns(table, (*_CELL, "drop", "top1", "images"))
     factors = [name for name in _FACTORS if len(table[name].unique()) > 1]
     _check(table, factors)
     values = _logit(table) if response == "logit" else table["drop"]
@@ -87,6 +88,7 @@ def orthogonality(table: pd.DataFrame) -> pd.DataFrame:
     InvalidValueError
         A method alone, or the dense model, is not in the table.
     """
+    checks.check_columns(table, (*_CELL, "right", "images"))
     groups = {key: rows for key, rows in table.groupby(_CELL, sort=False)}
     right = {key: _right(rows) for key, rows in groups.items()}
     result = []

@@ -9,10 +9,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kclib import compression, evaluation, kernels, prefix
+from kclib import checks, compression, evaluation, kernels, prefix
 from kclib.clustering import Clustering
 from kclib.datasets import ImageSet
-from kclib.errors import UnknownNameError
 from kclib.evaluation import Evaluation, Interval
 from kclib.models import Model
 
@@ -63,8 +62,7 @@ def by_layer(
         A clustering of another architecture; an unknown way; what `evaluation.evaluate` raises.
     """
     for way in ways:
-        if way not in WAYS:
-            raise UnknownNameError("way to cluster a layer", way, WAYS)
+        checks.check_known("way to cluster a layer", way, WAYS)
     owners = kernels.matched(model.network, clustering.layers)
     users = {name: tuple(compression.users(model.network, name, x.weight)) for name, x in owners.items()}
     keys = [*((layer, way) for layer in users for way in ways), _ALL]

@@ -1,18 +1,76 @@
-"""Progress bars, seen from two seconds on, with the time left."""
+"""Progress bars, seen from two seconds on, with the time left; in a log file they are whole lines."""
 
+import io
 import math
+import os
+import re
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from unittest import mock
 
+from tqdm import std
 from tqdm.auto import tqdm
 
-from kclib.fitting import Step
+if TYPE_CHECKING:  # the command line draws bars before it loads what computes
+    from kclib.fitting import Step
+
+_EVERY = 30  # seconds between the lines of a bar in a log
+_MOVES = re.compile(r"[\r\n]|\x1b\[[\d;]*[A-Za-z]")  # of the cursor
+_CHILDREN = {"TQDM_MININTERVAL": str(_EVERY), "TQDM_MAXINTERVAL": str(_EVERY)}  # tqdm reads them on import
 
 
 def of_shares(what: str, shown: bool) -> tqdm:
     """Return a progress bar that is told shares of the work, and is seen from two seconds on."""
     form = "{desc} {percentage:3.0f} %|{bar}| about {remaining} left"
     return tqdm(total=1.0, desc=what, delay=2, leave=False, disable=not shown, bar_format=form)
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Let all bars of this process print whole lines, one in 30 s, where ``sys.stderr`` is no terminal.
+
+    A bar's last state is a line too, unless the bar would be cleared at its end and none of it was seen.
+    Processes that are started meanwhile draw their bars as rarely. On a terminal nothing changes.
+    """
+    if sys.stderr.isatty():
+        yield
+        return
+    original = std.tqdm.__init__
+
+    def begin(bar, *args, **options):
+        if len(args) < 5 and options.get("file") is None:  # the fifth is the file
+            lines = _Lines(left=bool(options.get("leave", True)))
+            options |= {"file": lines, "leave": True, "position": 0}  # one that moves no cursor
+        original(bar, *args, **options)
+
+    changes = {name: value for name, value in _CHILDREN.items() if name not in os.environ}
+    with mock.patch.object(std.tqdm, "__init__", begin), mock.patch.dict(os.environ, changes):
+        yield
+
+
+class _Lines(io.TextIOBase):
+    """What one bar draws on, as lines of ``sys.stderr``; `left` says whether a short bar leaves its end."""
+
+    def __init__(self, left: bool):
+        self.left, self.state, self.shown, self.printed = left, "", "", time.monotonic()
+
+    @property
+    def encoding(self) -> str:
+        return getattr(sys.stderr, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        self.state = _MOVES.sub("", text).strip() or self.state
+        due, ended = time.monotonic() >= self.printed + _EVERY, text == "\n"
+        share = self.state.rpartition("|")[0] or self.state  # without times, which go on
+        if share not in ("", self.shown) and (due or (ended and self.left)):
+            sys.stderr.write(self.state + "\n")
+            sys.stderr.flush()
+            self.state, self.shown, self.left, self.printed = "", share, True, time.monotonic()
+        return len(text)
 
 
 class Fits:
@@ -31,10 +89,10 @@ class Fits:
     def __exit__(self, *_) -> None:
         self.bar.close()
 
-    def of(self, name: str, n: int) -> Callable[[Step], None]:
+    def of(self, name: str, n: int) -> Callable[["Step"], None]:
         """Return what the fit of one group of n kernels calls."""
 
-        def step(step: Step) -> None:
+        def step(step: "Step") -> None:
             with self.lock:
                 if not math.isnan(step.inertia):
                     self.inertias[name] = step.inertia

@@ -1,98 +1,25 @@
 """Run notebooks in order by papermill, under a profile of parameters, into a folder of reports."""
 
 import os
+import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import papermill
-import yaml
+from nbclient.exceptions import CellTimeoutError
 from tqdm.auto import tqdm
 from traitlets.config import Config
 
-from kclib import reports
-from kclib.errors import (
-    DamagedFileError,
-    InvalidValueError,
-    MissingFileError,
-    NotebookError,
-    UnknownNameError,
-)
+from kclib import files, profiles, reports
+from kclib.errors import NotebookError, reason
+from kclib.profiles import Profile
 from kclib.reports import Chapter
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 # Sockets in the file system: kernels of batches that run side by side could race for TCP ports.
 _KERNEL = Config({"KernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"}})
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What a batch runs.
-
-    Attributes
-    ----------
-    name : str
-    note : str
-        For the reader of the report: what this profile leaves out, and what was changed for this run.
-    folder : Path
-        Where the notebooks are.
-    parameters : mapping of str to mapping
-        Parameters by notebook file stem, in the order they run.
-    seconds : mapping of str to float
-        Expected seconds a notebook, for the time left.
-    """
-
-    name: str
-    note: str
-    folder: Path
-    parameters: Mapping[str, Mapping[str, object]]
-    seconds: Mapping[str, float]
-
-
-def profile_names(folder: Path = NOTEBOOKS) -> tuple[str, ...]:
-    """Return the profiles beside the notebooks."""
-    return tuple(sorted(path.stem for path in (folder / "profiles").glob("*.yaml")))
-
-
-def load_profile(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
-    """Read a profile by name, or from the path of a YAML file.
-
-    Its keys: ``note``, ``parameters`` (for every notebook that has them), ``notebooks`` (from file stem
-    to that notebook's own ``parameters`` and expected ``seconds``), and ``folder`` (relative to the file; the
-    project's notebooks by default).
-
-    Parameters
-    ----------
-    changes : mapping, optional
-        Parameters that replace the profile's, in every notebook that has them.
-
-    Raises
-    ------
-    UnknownNameError
-        No such profile, or a parameter that no notebook (or not that notebook) has.
-    DamagedFileError, MissingFileError
-    """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else NOTEBOOKS / "profiles" / f"{name}.yaml"
-    if not path.is_file():
-        raise UnknownNameError("profile", name, profile_names())
-    content = _read_yaml(path)
-    folder = (path.parent / content["folder"]).resolve() if "folder" in content else NOTEBOOKS
-    shared, changes = content.get("parameters") or {}, dict(changes or {})
-    parameters, seconds, every = {}, {}, set()
-    for stem, entry in content["notebooks"].items():
-        known = _parameters(folder / f"{stem}.ipynb")
-        own = (entry or {}).get("parameters") or {}
-        _check_names(own, known, f"parameter of {stem}")
-        parameters[stem] = {k: v for k, v in (shared | own | changes).items() if k in known}
-        seconds[stem] = float((entry or {}).get("seconds", 60))
-        every |= set(known)
-    _check_names(shared | changes, sorted(every), "parameter")
-    note = content.get("note", "")
-    if changes:
-        note += " Changed for this run: " + ", ".join(f"{k} = {v}" for k, v in changes.items()) + "."
-    return Profile(path.stem, note, folder, parameters, seconds)
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
 def run(profile: Profile, out: Path) -> Path:
@@ -100,46 +27,58 @@ def run(profile: Profile, out: Path) -> Path:
 
     Under ``out/<profile>/`` each notebook leaves its executed ``.ipynb`` and an ``.html`` for readers;
     ``index.html`` is written anew after each, so an interrupted batch leaves its finished part readable.
+    What a sweep wrote there is kept.
 
     Raises
     ------
     NotebookError
-        A notebook failed; it is kept with its error, the later ones did not run, and the index says so.
+        Notebooks failed; each is kept with its error, the others ran, and the index says so.
     """
     folder = Path(out) / profile.name
-    chapters = [Chapter(stem, "not run") for stem in profile.parameters]
-    index = reports.write_index(folder, profile.name, profile.note, chapters)
-    bar = tqdm(
+    chapters = [Chapter(stem, "not run", parameters=given) for stem, given in profile.parameters.items()]
+    about = reports.read(folder, profile.name).provenance | reports.provenance() | _hashes(profile)
+    report = replace(reports.read(folder, profile.name), note=profile.note, provenance=about)
+    index = reports.write(folder, replace(report, chapters=tuple(chapters)))
+    with tqdm(
         total=sum(profile.seconds.values()),
         desc=f"batch {profile.name}",
         bar_format="{desc}{percentage:3.0f} %|{bar}| {elapsed} elapsed, about {remaining} left",
-    )
-    with bar:
+    ) as bar:
         for i, stem in enumerate(profile.parameters):
             bar.set_description(f"batch {profile.name}, {i + 1} of {len(chapters)}: {stem}")
             try:
-                chapters[i] = _run_one(profile, stem, folder)
+                chapters[i] = _run_one(profile, chapters[i], folder)
             except KeyboardInterrupt:
                 chapters[i] = replace(chapters[i], status="interrupted")
                 raise
             finally:
-                reports.write_index(folder, profile.name, profile.note, chapters)
-            if chapters[i].status != "done":
-                raise NotebookError(
-                    f"notebook {stem} failed ({chapters[i].error}); its executed copy with the error is "
-                    f"{folder / stem}.ipynb, and {index} says what was finished."
-                )
+                reports.write(folder, replace(report, chapters=tuple(chapters)))
             bar.update(profile.seconds[stem])
+    _check(chapters, folder, index)
     return index
 
 
-def _run_one(profile: Profile, stem: str, folder: Path) -> Chapter:
+def _check(chapters: list[Chapter], folder: Path, index: Path) -> None:
+    """Raise an error that names the notebooks that failed, if there are some."""
+    failed = [chapter for chapter in chapters if chapter.status == "failed"]
+    if failed:
+        several = "notebooks" if len(failed) > 1 else "notebook"
+        names = "; ".join(f"{chapter.stem} failed ({chapter.error})" for chapter in failed)
+        raise NotebookError(
+            f"{several} {names}: executed copies with the errors are in {folder} "
+            f"({', '.join(f'{chapter.stem}.ipynb' for chapter in failed)}), and {index} says what else "
+            "was finished."
+        )
+
+
+def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
     """Execute one notebook and render it; a failure is a status, not an exception."""
-    source, target = profile.folder / f"{stem}.ipynb", folder / f"{stem}.ipynb"
-    parameters = dict(profile.parameters[stem])
-    if "report_dir" in _parameters(source):
+    source, target = profile.folder / f"{chapter.stem}.ipynb", folder / f"{chapter.stem}.ipynb"
+    target.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
+    parameters, timeout = dict(chapter.parameters), profile.timeouts.get(chapter.stem)
+    if "report_dir" in profiles.declared(source):
         parameters.setdefault("report_dir", str(folder.resolve()))
-    start, error = time.perf_counter(), ""
+    start, error, traceback = time.perf_counter(), "", ""
     try:
         papermill.execute_notebook(
             source,
@@ -147,57 +86,30 @@ def _run_one(profile: Profile, stem: str, folder: Path) -> Chapter:
             parameters,
             cwd=profile.folder,
             start_timeout=120,
-            progress_bar={"desc": stem, "position": 1, "leave": False},
+            execution_timeout=timeout,
+            progress_bar={"desc": chapter.stem, "position": 1, "leave": False},
             config=_KERNEL,
             kernel_name="python3",  # this environment's, whatever the file was last saved with
             language="python",
         )
     except papermill.PapermillExecutionError as failure:
-        error = f"{failure.ename}: {failure.evalue}"
+        error = f"{failure.ename}: {reason(failure.evalue)}"
+        traceback = _COLOURS.sub("", "\n".join(failure.traceback))
+    except CellTimeoutError:
+        error = f"a cell ran longer than the {timeout} s that the profile gives it"
     except RuntimeError as failure:  # nbclient: the kernel died, or never started
-        error = str(failure)
+        error = reason(failure)
+    seconds = time.perf_counter() - start
+    ended = replace(chapter, seconds=seconds, error=error, traceback=traceback, parameters=parameters)
     if not target.is_file():
-        return Chapter(stem, "failed", error=error)
+        return replace(ended, status="failed")
     notebook = nbformat.read(target, as_version=4)
     if not error and reports.read_headline(notebook) is None:
-        error = "it ended without its headline, so its last cell did not run"
-    return reports.render(notebook, folder, stem, seconds=time.perf_counter() - start, error=error)
+        ended = replace(ended, error="it ended without its headline, so its last cell did not run")
+    return reports.render(notebook, folder, replace(ended, status="failed" if ended.error else "done"))
 
 
-def _read_yaml(path: Path) -> dict:
-    """Read a profile and check its form."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise DamagedFileError(f"profile {path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("notebooks"), dict):
-        raise InvalidValueError(f"profile {path} must be a mapping with the key 'notebooks', a mapping too.")
-    _check_names(content, ("note", "folder", "parameters", "notebooks"), f"key of profile {path.name}")
-    _check_mapping(content.get("parameters"), f"parameters of profile {path.name}")
-    for stem, entry in content["notebooks"].items():
-        _check_mapping(entry, f"{stem} in profile {path.name}")
-        _check_names(entry or {}, ("parameters", "seconds"), f"key of {stem} in profile {path.name}")
-        _check_mapping((entry or {}).get("parameters"), f"parameters of {stem} in profile {path.name}")
-        if not isinstance((entry or {}).get("seconds", 60), (int, float)):
-            raise InvalidValueError(f"seconds of {stem} in profile {path.name} must be a number.")
-    return content
-
-
-def _check_mapping(value: object, what: str) -> None:
-    if value is not None and not isinstance(value, dict):
-        raise InvalidValueError(f"{what} must be a mapping of names to values, not {value!r}.")
-
-
-def _check_names(names: Iterable[str], known: Sequence[str], kind: str) -> None:
-    for name in names:
-        if name not in known:
-            raise UnknownNameError(kind, str(name), known)
-
-
-def _parameters(notebook: Path) -> tuple[str, ...]:
-    if not notebook.is_file():
-        raise MissingFileError(f"notebook {notebook} does not exist.")
-    try:
-        return tuple(papermill.inspect_notebook(notebook))
-    except nbformat.reader.NotJSONError as error:
-        raise DamagedFileError(f"{notebook} is not a whole notebook: {error}") from error
+def _hashes(profile: Profile) -> dict[str, str]:
+    """Return the SHA-256 of each notebook as it is before it runs."""
+    sources = {stem: profile.folder / f"{stem}.ipynb" for stem in profile.parameters}
+    return {"notebooks, SHA-256": ", ".join(f"{k} {files.sha256(path)}" for k, path in sources.items())}

@@ -10,11 +10,11 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from kclib import clustering, compression, evaluation, fitting, footprint, scopes, tradeoff
+from kclib import checks, clustering, compression, evaluation, fitting, footprint, kmeans, scopes, tradeoff
 from kclib.breakeven import Count
 from kclib.clustering import Clustering
 from kclib.datasets import ImageSet
-from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.errors import InvalidValueError
 from kclib.evaluation import Drop, Evaluation
 from kclib.kernels import KernelBank, Layer
 from kclib.models import Model
@@ -119,9 +119,17 @@ def allocate(
         Neither goal or both; one that cannot be reached (the sentence says what can); what `curves` raises.
     """
     _check(n_bytes, max_drop, precision)
-    weights = fitting.checked_weights(weights, len(bank))
-    options = {"ks": tuple(ks), "precision": precision, "coding": coding, "seed": seed, "store": store}
-    scopes = (scopes,) if isinstance(scopes, (str, Mapping)) else scopes
+    weights = fitting.required_weights(weights, len(bank))
+    options = {
+        "ks": kmeans.checked_ks(ks),
+        "precision": precision,
+        "coding": coding,
+        "seed": seed,
+        "store": store,
+    }
+    scopes = (scopes,) if isinstance(scopes, (str, Mapping)) else tuple(scopes)
+    if not scopes:
+        raise InvalidValueError("scopes is empty; name at least one, such as layer.")
     plans = [_Plan.of(bank, weights, scope, options, progress) for scope in scopes]
     plans += [replace(plan, uniform=True) for plan in plans if uniform]
 
@@ -299,7 +307,6 @@ def _bisected(trials: _Trials, plan: _Plan, max_drop: float, most: int) -> Alloc
 def _check(n_bytes: float | None, max_drop: float | None, precision: str) -> None:
     if (n_bytes is None) == (max_drop is None):
         raise InvalidValueError("give n_bytes or max_drop, and not both.")
-    if not math.isfinite(goal := n_bytes if max_drop is None else max_drop):
-        raise InvalidValueError(f"n_bytes or max_drop is {goal}; it must be finite.")
-    if precision not in footprint.PRECISIONS:
-        raise UnknownNameError("precision", precision, footprint.PRECISIONS)
+    if not checks.is_real(goal := n_bytes if max_drop is None else max_drop):
+        raise InvalidValueError(f"n_bytes or max_drop is {goal!r}; it must be a finite number.")
+    checks.check_known("precision", precision, footprint.PRECISIONS)

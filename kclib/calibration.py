@@ -8,7 +8,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kclib import datasets, kernels, layers, models, moments, quantization
+from kclib import checks, datasets, kernels, layers, models, moments, quantization
 from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
 from kclib.moments import Moments
@@ -58,8 +58,9 @@ def calibrate(
         Nothing is clustered; another architecture than `dense`; no image; damping not above 0.
     """
     check_damping(damping)
-    small = kernels.copied(model.network).eval().to(device)
-    dense = kernels.copied(dense).eval().to(device)
+    checks.check_seed(seed)
+    small = models.moved(kernels.copied(model.network).eval(), device)
+    dense = models.moved(kernels.copied(dense).eval(), device)
     found = {name: x for name, x in layers.clustered(small).items() if not x.transposed}
     _check_fit(found, dense)
     users = [module.codebook for module in layers.clustered(small).values()]
@@ -156,8 +157,8 @@ def absorb(
 
 def check_damping(damping: float) -> None:
     """Raise an `InvalidValueError` unless damping is above 0."""
-    if not damping > 0:
-        raise InvalidValueError(f"damping is {damping}; it must be a share above 0, such as 0.01.")
+    if not (checks.is_real(damping) and damping > 0):
+        raise InvalidValueError(f"damping is {damping!r}; it must be a share above 0, such as 0.01.")
 
 
 def _fit(module: ClusteredConv2d, original: nn.Module, read: Moments, damping: float, *, alone: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kclib import compression, datasets, kernels, models, moments, stored
+from kclib import checks, compression, datasets, kernels, models, moments
 from kclib.kernels import KernelBank, Layer
 
 
@@ -75,7 +75,7 @@ class Run:
         progress: bool,
     ) -> "Run":
         """Return the run of a model's images; raise InvalidValueError if there are none."""
-        stored.check_whole("batch_size", batch_size, 1)
+        checks.check_whole("batch_size", batch_size, 1)
         batches = moments.batches(images, model.preprocess, batch_size, device)
         n = math.ceil(len(images) / batch_size)
         bar = partial(tqdm, total=n, unit="batch", delay=2, leave=False, disable=not progress)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kclib import (
     activations,
+    checks,
     coding,
     compression,
     container,
@@ -21,7 +22,7 @@ from kclib import (
     skeleton,
 )  # fmt: skip
 from kclib.container import Contents, inspect
-from kclib.errors import DamagedFileError, InvalidValueError, KclibError, UnknownNameError
+from kclib.errors import DamagedFileError, InvalidValueError, KclibError, reason
 from kclib.layers import ClusteredConv2d, Codebook
 
 __all__ = ["CODINGS", "Contents", "coded", "encoded", "inspect", "load", "save"]
@@ -68,6 +69,8 @@ def save(
         raise InvalidValueError(
             f"architecture is {architecture!r}; it must be a name that models.load knows."
         )
+    if accuracy is not None and not (checks.is_real(accuracy) and 0 <= accuracy <= 100):
+        raise InvalidValueError(f"accuracy is {accuracy!r}; it must be in percent, 0 to 100, or None.")
     described, tensors = encoded(network, indices=indices)
     accuracy = None if accuracy is None else float(accuracy)
     description = {"architecture": architecture, "accuracy": accuracy} | described
@@ -82,8 +85,7 @@ def encoded(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict
     InvalidValueError, UnknownNameError
         Values that a precision does not hold; an unknown coding.
     """
-    if indices not in CODINGS:
-        raise UnknownNameError("coding of indices", indices, CODINGS)
+    checks.check_known("coding of indices", indices, CODINGS)
     groups, described = {}, {}
     tensors, stored = skeleton.stored(network)
     for codebook, members in layers.by_codebook(network):
@@ -130,8 +132,7 @@ def load(
     InvalidValueError, UnknownNameError
         It was written by a newer version; it does not fit the architecture; no architecture is known.
     """
-    if resident not in _RESIDENT:
-        raise UnknownNameError("kind of residence", resident, _RESIDENT)
+    checks.check_known("kind of residence", resident, _RESIDENT)
     path = Path(path)
     description, _, tensors = container.read(path)
     model = skeleton.of(path, description.get("architecture"), architecture)
@@ -144,7 +145,9 @@ def load(
     except KclibError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DamagedFileError(f"{path} does not describe itself as this version does: {error!r}.") from error
+        raise DamagedFileError(
+            f"{path} does not describe itself as this version does ({reason(error)})."
+        ) from error
     return replace(model, network=models.moved(network, device).eval())
 
 

@@ -7,12 +7,26 @@ from typing import Annotated
 import typer
 import yaml
 
-from kclib.errors import KclibError
+from kclib import bars, cli_sweeps
+from kclib.errors import FailedRunError, KclibError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Cluster the 2D kernels of a CNN and see what it saves and costs.",
 )  # fmt: skip
+_debug = False  # whether errors end in a traceback: an option before the command
+
+for _command in cli_sweeps.COMMANDS:
+    app.command()(_command)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Cluster the 2D kernels of a CNN and see what it saves and costs."""
+    global _debug
+    _debug = debug
 
 
 @app.command()
@@ -29,9 +43,10 @@ def batch(
 ) -> None:
     """Run the notebooks of a profile in order and write a report."""
     from kclib import batch as runner
+    from kclib import profiles
 
     changes = dict(_assignment(text) for text in change or ())
-    index = runner.run(runner.load_profile(profile, changes=changes), out)
+    index = runner.run(profiles.load(profile, changes=changes), out)
     typer.echo(f"report: {index.resolve()}")
     if show and sys.stdout.isatty():
         typer.launch(str(index.resolve()))
@@ -159,14 +174,26 @@ def export(
 
 
 def main() -> None:
-    """Run the command line; a wrong input is one sentence and exit code 2, a failed run exit code 1."""
-    try:
-        app(standalone_mode=True)
-    except KclibError as error:
-        typer.echo(f"kclib: {error}", err=True)
-        from kclib.errors import NotebookError
+    """Run the command line.
 
-        raise SystemExit(1 if isinstance(error, NotebookError) else 2) from None
+    A wrong input is one sentence and exit code 2, a failed run exit code 1, Ctrl-C exit code 130.
+    """
+    try:
+        with bars.readable():
+            app(standalone_mode=True)
+    except SystemExit as end:
+        if end.code == 130:
+            typer.echo("kclib: interrupted; what was finished is kept.", err=True)
+        raise
+    except Exception as error:
+        if _debug:
+            raise
+        if isinstance(error, KclibError):
+            typer.echo(f"kclib: {error}", err=True)
+            raise SystemExit(1 if isinstance(error, FailedRunError) else 2) from None
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        typer.echo(f"kclib: {what}. This should not happen; kclib --debug shows where.", err=True)
+        raise SystemExit(1) from None
 
 
 def _accuracy(model, data: str, limit: int | None, device: str) -> float:

@@ -9,6 +9,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from kclib import (
+    checks,
     clustering,
     datasets,
     pruning,
@@ -16,7 +17,6 @@ from kclib import (
     recovery,
     sequential,
     stages,
-    stored,
     zeros,
 )
 from kclib.combined import Combined, Given
@@ -69,11 +69,8 @@ class Prune(Step):
     weighted: bool = False
 
     def __post_init__(self):
-        stored.check_known("kind of pruning", self.kind, pruning.KINDS)
-        if not 0 <= self.sparsity < 1:
-            raise InvalidValueError(
-                f"sparsity is {self.sparsity}; it must be a share, at least 0 and below 1."
-            )
+        checks.check_known("kind of pruning", self.kind, pruning.KINDS)
+        checks.check_share("sparsity", self.sparsity)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -151,11 +148,11 @@ class Quantize(Step):
     activations: int | None = None
 
     def __post_init__(self):
-        stored.check_known("precision", self.codebook, quantization.PRECISIONS)
-        stored.check_known("precision", self.linear or "fp32", quantization.PRECISIONS)
-        stored.check_known("precision of biases", self.biases or "fp32", ("fp32", "fp16", "bf16"))
+        checks.check_known("precision", self.codebook, quantization.PRECISIONS)
+        checks.check_known("precision", self.linear or "fp32", quantization.PRECISIONS)
+        checks.check_known("precision of biases", self.biases or "fp32", ("fp32", "fp16", "bf16"))
         if self.activations is not None:
-            stored.check_whole("activations", self.activations, 2, 8)
+            checks.check_whole("activations", self.activations, 2, 8)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -169,7 +169,7 @@ def _codebook(group: Group, convolutions, precision: str | None, seed: int) -> t
             f"{', '.join(sorted(f'{dtype} on {device}' for device, dtype in kinds))}."
         )
     device, dtype = kinds.pop()
-    precision = precision or quantization.own(dtype)
+    precision = quantization.own(dtype) if precision is None else precision
     if precision in ("int8", "int4") and dtype != torch.float32:
         raise InvalidValueError(
             f"an {precision} codebook needs a float32 network, not {dtype}; call .float() on it first."

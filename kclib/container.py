@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kclib import __version__, files
-from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError
+from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, reason
 
 FORMAT = 2  # 1 knew neither int4, nor other tensors in a precision of their own, nor activations
 # What the first word of a tensor's name says it is.
@@ -110,7 +110,7 @@ def read(path: Path) -> tuple[dict, str, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise DamagedFileError(f"{path} is truncated or no safetensors file: {error}") from error
+        raise DamagedFileError(f"{path} is truncated or no safetensors file ({reason(error)}).") from error
     if "kclib" not in metadata:
         raise DamagedFileError(f"{path} holds no compressed model; `kclib compress` writes such files.")
     stated, _, text = metadata["kclib"].partition(" ")
@@ -118,7 +118,7 @@ def read(path: Path) -> tuple[dict, str, dict[str, Tensor]]:
         description = json.loads(text)
         version = description["format"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise DamagedFileError(f"the description in {path} is not whole: {error!r}.") from error
+        raise DamagedFileError(f"the description in {path} is not whole ({reason(error)}).") from error
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise InvalidValueError(
             f"{path} has format {version!r}, and this kclib ({__version__}) reads up to {FORMAT}; "

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from kclib import checks, evaluation, fitting, kernels
 from kclib import clustering as clusterings
-from kclib import evaluation, fitting, kernels
 from kclib.clustering import Clustering, Group
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError
@@ -63,6 +63,7 @@ def restored(model: Model, clustering: Clustering, worst: pd.DataFrame) -> Model
     InvalidValueError
         A clustering of another architecture.
     """
+    checks.check_columns(worst, ("group", "cluster"))
     dense = bank_of(model.network, clustering).weights
     weights = clusterings.quantized(clustering)
     chosen = worst.groupby("group").cluster.agg(list) if len(worst) else {}
@@ -103,6 +104,8 @@ def won_back(
         in percent; ``won`` over the whole clustering, in points, with its paired 95 % interval ``won_low``
         and ``won_high``.
     """
+    for n in counts:
+        checks.check_whole("clusters to restore", n, 0, len(table))
     answers = [
         evaluation.evaluate(restored(model, clustering, table.head(n)), data, **options) for n in (0, *counts)
     ]

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,15 @@ import torchvision.datasets as tv
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from kclib import files
-from kclib.errors import InvalidValueError, MissingFileError, UnknownNameError
+from kclib import checks, files
+from kclib.errors import (
+    DamagedFileError,
+    InvalidValueError,
+    KclibError,
+    MissingFileError,
+    UnknownNameError,
+    reason,
+)
 
 FASHION_FILES = {
     "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
@@ -39,6 +47,11 @@ class ImageSet:
         Class names in label order.
     fingerprint : str
         SHA-256 over images and labels, or over the checksums of their files.
+
+    Raises
+    ------
+    InvalidValueError
+        Images or labels of another kind or number; labels that are no classes.
     """
 
     name: str
@@ -46,6 +59,23 @@ class ImageSet:
     labels: torch.Tensor
     classes: tuple[str, ...]
     fingerprint: str
+
+    def __post_init__(self):
+        labels, n_classes = self.labels, len(self.classes)
+        if not torch.is_tensor(labels) or labels.dtype != torch.int64 or labels.ndim != 1:
+            raise InvalidValueError(f"the labels of {self.name} must be an int64 tensor (n,).")
+        if len(labels) and not -1 <= labels.min() <= labels.max() < n_classes:
+            raise InvalidValueError(
+                f"{self.name} has labels {labels.min()} to {labels.max()}; they must be "
+                f"0 to {n_classes - 1}, for its {n_classes} classes, or -1 if unknown."
+            )
+        if torch.is_tensor(self.images) and (self.images.dtype, self.images.ndim) != (torch.uint8, 4):
+            raise InvalidValueError(
+                f"the images of {self.name} are {self.images.dtype} {tuple(self.images.shape)}; "
+                "they must be torch.uint8 (n, c, h, w)."
+            )
+        if not hasattr(self.images, "__len__") or len(self.images) != len(labels):
+            raise InvalidValueError(f"{self.name} must have an image for each of its {len(labels)} labels.")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,9 +99,8 @@ def load(name: str = "fashion-mnist", split: str = "test", *, limit: int | None 
     ------
     UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
     """
-    if split not in ("test", "train"):
-        raise UnknownNameError("split", split, ("test", "train"))
-    kind, _, path = name.partition(":")
+    checks.check_known("split", split, ("test", "train"))
+    kind, _, path = name.partition(":") if isinstance(name, str) else ("", "", "")
     if kind == "folder" and path:
         loaded = _folder(Path(path), split)
     elif name in _LOADERS:
@@ -87,7 +116,17 @@ def names() -> tuple[str, ...]:
 
 
 def select(data: ImageSet, indices: torch.Tensor) -> ImageSet:
-    """Return the images at `indices` (int64 ``(m,)``) as a data set of their own."""
+    """Return the images at `indices` (int64 ``(m,)``) as a data set of their own.
+
+    Raises
+    ------
+    InvalidValueError
+    """
+    whole = torch.is_tensor(indices) and indices.dtype == torch.int64 and indices.ndim == 1
+    if not whole or (len(indices) and not 0 <= indices.min() <= indices.max() < len(data)):
+        raise InvalidValueError(
+            f"indices must be int64 (m,), 0 to {len(data) - 1}, the images of {data.name}."
+        )
     images = data.images
     chosen = images[indices] if torch.is_tensor(images) else Subset(images, indices.tolist())
     digest = hashlib.sha256(data.fingerprint.encode() + indices.numpy().tobytes()).hexdigest()
@@ -123,18 +162,25 @@ def batches(
     """Yield ``(float inputs (b, 3, h, w), int64 labels (b,))`` in order.
 
     Images held in memory are preprocessed a batch at a time; others one by one as they are read,
-    by `workers` processes.
+    by `workers` processes, or in this one if it is itself a worker.
     """
+    checks.check_whole("batch_size", batch_size, 1)
     if torch.is_tensor(data.images):
         for start in range(0, len(data), batch_size):
             part = slice(start, start + batch_size)
             yield preprocess(data.images[part]), data.labels[part]
         return
     loader = DataLoader(
-        _Preprocessed(data.images, preprocess), batch_size, num_workers=workers, shuffle=False
+        _Preprocessed(data.images, preprocess),
+        batch_size,
+        # Processes that joblib started cannot have children.
+        num_workers=workers if multiprocessing.current_process().name == "MainProcess" else 0,
+        collate_fn=_together,
     )
     start = 0
     for inputs in loader:  # labels come from the set, which may have been relabelled
+        if isinstance(inputs, KclibError):
+            raise inputs
         yield inputs, data.labels[start : start + len(inputs)]
         start += len(inputs)
 
@@ -148,8 +194,22 @@ class _Preprocessed(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.preprocess(self.images[index][0])
+    def __getitem__(self, index: int) -> torch.Tensor | KclibError:
+        try:
+            image = self.images[index][0]
+        except Exception as error:  # a damaged picture can make its reader raise almost anything
+            return DamagedFileError(f"image {index} cannot be read ({reason(error)}); remove or restore it.")
+        return self.preprocess(image)
+
+
+def _together(items: list[torch.Tensor | KclibError]) -> torch.Tensor | KclibError:
+    """Return a batch, or what is wrong with it: raised in a worker, it would come out as a page of text."""
+    wrong = [item for item in items if isinstance(item, KclibError)]
+    if not wrong and len(shapes := {tuple(item.shape) for item in items}) > 1:
+        wrong = [
+            InvalidValueError(f"preprocessing makes images of {sorted(shapes)}; it must make them alike.")
+        ]
+    return wrong[0] if wrong else torch.stack(items)
 
 
 def limited(data: ImageSet, limit: int) -> ImageSet:
@@ -160,8 +220,7 @@ def limited(data: ImageSet, limit: int) -> ImageSet:
     InvalidValueError
         A limit below 1 or above the number of images.
     """
-    if not 1 <= limit <= len(data):
-        raise InvalidValueError(f"limit is {limit}; {data.name} has 1 to {len(data)} images.")
+    checks.check_whole(f"limit of {data.name}", limit, 1, len(data))
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     return select(data, order[:limit].sort().values)
 
@@ -172,7 +231,12 @@ def _fashion_mnist(split: str) -> ImageSet:
     for name, expected in FASHION_FILES.items():
         source = files.shipped(raw / name, expected)
         _unpack(source, cache / "FashionMNIST" / "raw" / source.stem)
-    found = tv.FashionMNIST(cache, train=split == "train", download=False)
+    try:
+        found = tv.FashionMNIST(cache, train=split == "train", download=False)
+    except Exception as error:  # a damaged file can make its reader raise almost anything
+        raise DamagedFileError(
+            f"{cache / 'FashionMNIST'} is damaged ({reason(error)}); remove it, and it is made again."
+        ) from error
     digest = hashlib.sha256("".join(FASHION_FILES.values()).encode() + split.encode()).hexdigest()
     return ImageSet(
         f"fashion-mnist/{split}", found.data[:, None], found.targets, tuple(found.classes), digest
@@ -227,7 +291,10 @@ def _from_paths(name: str, found: Dataset, paths: Sequence, labels: Sequence[int
     classes = tuple(c if isinstance(c, str) else c[0] for c in found.classes)
     digest = hashlib.sha256(f"{classes} {labels}".encode())
     for path in tqdm(paths, desc=f"checksum of {name}", unit="image", delay=2):
-        digest.update(files.sha256(Path(path)).encode())
+        try:
+            digest.update(files.sha256(Path(path)).encode())
+        except OSError as error:
+            raise DamagedFileError(f"image {path} cannot be read ({reason(error)}); remove it.") from error
     return ImageSet(name, found, torch.tensor(labels), classes, digest.hexdigest())
 
 
@@ -235,9 +302,11 @@ def _found(read: Callable[[], Dataset], name: str, where: Path | None = None) ->
     """Read a torchvision data set; say in one sentence where it was looked for."""
     try:
         return read()
-    except (RuntimeError, FileNotFoundError) as error:
+    except Exception as error:  # a damaged file can make its reader raise almost anything
         layout = f"{where}" if where else f"{files.data_dir()} in torchvision's layout"
-        raise MissingFileError(f"data set {name!r} was not found in {layout}: {error}") from error
+        text = f"data set {name!r} was not found whole in {layout} ({reason(error)})."
+        missing = isinstance(error, (RuntimeError, FileNotFoundError, NotADirectoryError))
+        raise (MissingFileError if missing else DamagedFileError)(text) from error
 
 
 _LOADERS: dict[str, Callable[[str], ImageSet]] = {

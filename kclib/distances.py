@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kclib import symmetry
-from kclib.errors import InvalidValueError, UnknownNameError
+from kclib import checks, symmetry
+from kclib.errors import InvalidValueError
 
 _FLAT = 1e-6  # a kernel that varies by less than this share of its length has no shape but rounding
 
@@ -62,8 +62,9 @@ class Distance:
         Raises
         ------
         InvalidValueError
-            Fewer than two.
+            Fewer than two; points that are no finite ``(n, d)`` numbers.
         """
+        points = checks.points("the kernels", points)
         kept = points[self.comparable(points)]
         if len(kept) < 2:
             raise InvalidValueError(
@@ -80,8 +81,7 @@ def named(name: str) -> Distance:
     ------
     UnknownNameError
     """
-    if name not in named_distances:
-        raise UnknownNameError("distance", name, named_distances)
+    checks.check_known("distance", name, named_distances)
     return named_distances[name]
 
 

@@ -9,14 +9,13 @@ import numpy as np
 from sklearn import manifold, metrics
 from tqdm.auto import tqdm
 
-from kclib import distances, neighbours
-from kclib.errors import InvalidValueError, UnknownNameError
+from kclib import checks, distances, neighbours
+from kclib.errors import InvalidValueError
 from kclib.store import Entry, Store
 
 # What is compared, by the name of a map: the kernels, their shapes, or the kernels up to flips and rotations.
 named_maps = {"raw": "euclidean", "unit": "cosine", "symmetric": "symmetric"}
 _BLOCK = 1 << 15  # kernels placed at a time; below ten thousand, UMAP takes thrice the rounds
-_METHOD = 2  # part of every key: raise it when the same inputs would give other results
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,14 @@ def graph(
     UnknownNameError, InvalidValueError
         `n_neighbors` below 2 or above n; kernels to be turned that are not square.
     """
-    if kind not in named_maps:
-        raise UnknownNameError("kind of map", kind, named_maps)
-    if not 2 <= n_neighbors <= len(points):
-        raise InvalidValueError(f"n_neighbors is {n_neighbors}; it must be 2 to {len(points)}, the kernels.")
+    checks.check_known("kind of map", kind, named_maps)
+    points = checks.points("the kernels", points)
+    checks.check_whole("n_neighbors", n_neighbors, 2, len(points))
     store, named = store or Store(), distances.named(named_maps[kind])
     prepared = np.ascontiguousarray(named.prepare(points))
-    key = {"neighbours": _hash(prepared), "kind": kind, "n_neighbors": n_neighbors, "method": _METHOD}
-    entry = store.get(key)
-    if entry is None:
+    key = {"kind": "neighbours", "points": _hash(prepared), "map": kind, "n_neighbors": n_neighbors}
+
+    def compute() -> Entry:
         turns, signs = named.orbit(prepared.shape[1])
         found = neighbours.nearest(prepared, k=n_neighbors - 1, turns=turns, signs=signs)
         itself = np.arange(len(prepared), dtype=np.int32)[:, None]
@@ -79,8 +77,9 @@ def graph(
             "indices": np.hstack([itself, found.indices]),
             "distances": np.hstack([np.zeros_like(itself, np.float32), np.sqrt(found.squared)]),
         }
-        entry = Entry(key, {"n": len(prepared)}, arrays)
-        store.put(entry)
+        return Entry(key, {"n": len(prepared)}, arrays)
+
+    entry = store.once(key, compute)
     return Graph(kind, prepared, entry.arrays["indices"], entry.arrays["distances"])
 
 
@@ -111,20 +110,21 @@ def layout(
     ------
     InvalidValueError
     """
-    _check_settings(graph, n_neighbors, min_dist)
+    _check_settings(graph, n_neighbors, min_dist, seed)
     store, nearest = store or Store(), _nearest(graph, n_neighbors)
     key = {
-        "umap": [_hash(x) for x in (graph.points, *nearest)],
+        "kind": "layout",
+        "graph": [_hash(x) for x in (graph.points, *nearest)],
         "n_neighbors": n_neighbors,
         "min_dist": min_dist,
         "seed": seed,
-        "method": _METHOD,
     }
-    if (entry := store.get(key)) is not None:
-        return entry.arrays["layout"]
-    placed = _fitted(graph, n_neighbors, min_dist, seed).embedding_.astype(np.float32)
-    store.put(Entry(key, {"n": len(placed)}, {"layout": placed}))
-    return placed
+
+    def compute() -> Entry:
+        placed = _fitted(graph, n_neighbors, min_dist, seed).embedding_.astype(np.float32)
+        return Entry(key, {"n": len(placed)}, {"layout": placed})
+
+    return store.once(key, compute).arrays["layout"]
 
 
 def placed(
@@ -148,7 +148,8 @@ def placed(
     """
     if graph.kind == "symmetric":
         raise InvalidValueError("UMAP can place kernels on a raw or a unit map, not on a symmetric one.")
-    _check_settings(graph, n_neighbors, min_dist)
+    _check_settings(graph, n_neighbors, min_dist, seed)
+    others = checks.points("the kernels", others, graph.points.shape[1])
     import pynndescent
 
     index = pynndescent.NNDescent(graph.points, n_neighbors=n_neighbors, random_state=seed, n_jobs=1)
@@ -168,6 +169,12 @@ def trustworthiness(graph: Graph, layout: np.ndarray, *, limit: int = 2000, seed
     Venna and Kaski 2001, over 15 neighbours (fewer than half the points where those are few), in the graph's
     own distance, on at most `limit` points drawn at random (its cost in memory grows with their square).
     """
+    checks.check_whole("limit", limit, 4)
+    layout = checks.points("places on the map", layout, 2)
+    if len(layout) != len(graph.points):
+        raise InvalidValueError(
+            f"the map has {len(layout)} places; the graph has {len(graph.points)} kernels."
+        )
     chosen = np.random.default_rng(seed).permutation(len(layout))[:limit]
     points = graph.points[chosen]
     turns, signs = distances.named(named_maps[graph.kind]).orbit(points.shape[1])
@@ -180,12 +187,11 @@ def trustworthiness(graph: Graph, layout: np.ndarray, *, limit: int = 2000, seed
     )
 
 
-def _check_settings(graph: Graph, n_neighbors: int, min_dist: float) -> None:
-    known = graph.indices.shape[1]
-    if not 2 <= n_neighbors <= known:
-        raise InvalidValueError(f"n_neighbors is {n_neighbors}; it must be 2 to {known}, the graph's.")
-    if not 0 <= min_dist <= 1:
-        raise InvalidValueError(f"min_dist is {min_dist}; it must be from 0 to 1.")
+def _check_settings(graph: Graph, n_neighbors: int, min_dist: float, seed: int) -> None:
+    checks.check_whole("n_neighbors", n_neighbors, 2, graph.indices.shape[1])
+    if not (checks.is_real(min_dist) and 0 <= min_dist <= 1):
+        raise InvalidValueError(f"min_dist is {min_dist!r}; it must be from 0 to 1.")
+    checks.check_seed(seed)
 
 
 def _fitted(graph: Graph, n_neighbors: int, min_dist: float, seed: int, *index):

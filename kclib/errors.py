@@ -1,7 +1,10 @@
 """Typed exceptions: each carries one sentence that says what was wrong and what would be right."""
 
 import difflib
+import textwrap
 from collections.abc import Iterable
+
+_LISTED = 240  # characters of known names; readers of more look them up
 
 
 class KclibError(Exception):
@@ -28,16 +31,28 @@ class NotEnoughMemoryError(KclibError, MemoryError):
     """A computation would not fit into the memory that is free; the sentence says how much it takes."""
 
 
+class MissingPackageError(KclibError, ImportError):
+    """An optional package is not installed; the sentence says how to install it."""
+
+
 class StoppedError(KclibError):
     """Work ended early because its caller said so."""
 
 
-class NotebookError(KclibError):
-    """A notebook of a batch failed; the executed copy with its error is kept."""
+class FailedRunError(KclibError):
+    """Part of a run failed; what was finished is kept, and the sentence says where."""
+
+
+class NotebookError(FailedRunError):
+    """Notebooks of a batch failed; the executed copies with their errors are kept."""
+
+
+class SweepError(FailedRunError):
+    """Cells of a sweep failed, or lost more than they may."""
 
 
 class UnknownNameError(KclibError, LookupError):
-    """A name that is in no table; the sentence lists the known ones and the nearest.
+    """A name that is in no table; the sentence gives the nearest known one, and lists them.
 
     Parameters
     ----------
@@ -51,6 +66,13 @@ class UnknownNameError(KclibError, LookupError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]):
         known = list(known)
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"unknown {kind} {name!r}; known: {', '.join(known)}.{hint}")
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        listed = textwrap.shorten(", ".join(known), _LISTED, placeholder=" and so on")
+        super().__init__(f"unknown {kind} {name!r}{hint}; known: {listed}.")
+
+
+def reason(error: BaseException | str) -> str:
+    """Return what another library's error says as the end of a sentence: its first line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(lines[0], 160, placeholder=" ...").rstrip(".: ")

@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 from tqdm.auto import tqdm
 
-from kclib import datasets, kernels
-from kclib.errors import InvalidValueError, StoppedError, UnknownNameError
+from kclib import checks, datasets, kernels, models
+from kclib.errors import InvalidValueError, StoppedError
 from kclib.models import Model
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,17 +124,20 @@ def evaluate(
     Raises
     ------
     InvalidValueError, UnknownNameError
-        A model that answers other classes than the data set has; an unknown precision.
+        A model that answers other classes than the data set has, or NaN, or does not run on the images; no
+        images; a batch, device or precision that is none.
     StoppedError
         `progress` ended it.
     """
-    if precision not in _AUTOCAST:
-        raise UnknownNameError("precision", precision, _AUTOCAST)
-    if batch_size < 1:
-        raise InvalidValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    checks.check_known("precision", precision, _AUTOCAST)
+    checks.check_whole("batch_size", batch_size, 1)
+    if not len(data):
+        raise InvalidValueError(f"{data.name} has no images; an evaluation takes at least one.")
     if model.classes:
         data = datasets.aligned(data, model.classes)
-    network = kernels.copied(model.network).eval().to(device, memory_format=torch.channels_last)
+    checks.check_values(device)
+    network = models.moved(kernels.copied(model.network).eval(), device)
+    network = network.to(memory_format=torch.channels_last)
     start = time.perf_counter()
     predictions, in_top5, done = [], [], 0
     with (
@@ -145,8 +148,8 @@ def evaluate(
         for inputs, labels in datasets.batches(
             data, model.preprocess, batch_size, workers=min(4, os.cpu_count() or 1)
         ):
-            logits = network(inputs.to(device, memory_format=torch.channels_last)).float().cpu()
-            _check_classes(logits, data)
+            inputs = inputs.to(device, memory_format=torch.channels_last)
+            logits = _checked(models.answers(network, inputs), data)
             top = logits.topk(min(5, logits.shape[1])).indices
             predictions.append(top[:, 0])
             in_top5.append((top == labels[:, None]).any(1))
@@ -176,7 +179,12 @@ def drop(before: Evaluation, after: Evaluation) -> Drop:
     """
     if not np.array_equal(before.labels, after.labels):
         raise InvalidValueError("the two evaluations are of different images; use one data set.")
-    difference = before.correct.astype(float) - after.correct.astype(float)
+    return paired(before.correct, after.correct)
+
+
+def paired(before: np.ndarray, after: np.ndarray) -> Drop:
+    """Return the points lost, as `drop` does, from which of the same images are right: bool ``(n,)`` each."""
+    difference = before.astype(float) - after.astype(float)
     lost, won = int((difference > 0).sum()), int((difference < 0).sum())
     mean = float(100 * difference.mean())
     low = high = mean
@@ -191,9 +199,14 @@ def _proportion(hits: np.ndarray) -> Interval:
     return Interval(100 * float(hits.mean()), 100 * float(ends.low), 100 * float(ends.high))
 
 
-def _check_classes(logits: torch.Tensor, data: datasets.ImageSet) -> None:
+def _checked(logits: torch.Tensor, data: datasets.ImageSet) -> torch.Tensor:
+    """Return logits in float32 on the CPU; raise InvalidValueError if they are none for this data set."""
     if logits.ndim != 2 or logits.shape[1] < len(data.classes):
         raise InvalidValueError(
             f"the model answers shape {tuple(logits.shape)}; {data.name} needs one logit for each of "
             f"its {len(data.classes)} classes."
         )
+    logits = logits.float().cpu()
+    if logits.isnan().any():
+        raise InvalidValueError("the model answers NaN; its weights and activations must be finite numbers.")
+    return logits

@@ -9,9 +9,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from kclib import files, kernels, quantization
+from kclib import checks, files, kernels, quantization
 from kclib.compression import expand
-from kclib.errors import InvalidValueError
+from kclib.errors import InvalidValueError, reason
 from kclib.layers import ClusteredConv2d, Codebook, by_codebook, clustered
 
 _INPUT, _OUTPUT = "image", "logits"
@@ -89,15 +89,20 @@ def _explained() -> Iterator[None]:
     """Say in one sentence what torch's exporter says in a page."""
     try:
         yield
+    except InvalidValueError:
+        raise
     except Exception as error:  # whatever the network's own code raises while it is traced
         cause = error.__cause__ or error
         raise InvalidValueError(
-            f"torch could not export the network for images of this shape: "
-            f"{(str(cause) or type(cause).__name__).splitlines()[0]}"
+            f"torch could not export the network for images of this shape ({reason(cause)})."
         ) from error
 
 
 def _example(network: nn.Module, shape: tuple[int, int, int]) -> Tensor:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        raise InvalidValueError(f"the shape of images is {shape!r}; it must be (channels, height, width).")
+    for name, value in zip(("channels", "height", "width"), shape, strict=True):
+        checks.check_whole(name, value, 1)
     return torch.zeros(2, *shape, dtype=next((x.dtype for x in network.parameters()), None))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kclib import datasets, evaluation, footprint, models, parallel, recovery, stored, sweep
+from kclib import checks, datasets, evaluation, footprint, models, parallel, recovery, sweep
 from kclib.additivity import effects, orthogonality
 from kclib.combination import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.evaluation import Evaluation
@@ -22,8 +22,6 @@ from kclib.store import Entry, Store
 __all__ = ["ORDERS", "cells", "effects", "orthogonality", "pipeline", "run", "trained"]
 
 ORDERS = ("prune first", "cluster first")
-# Part of every key: raise it when the same inputs would give other results.
-_METHOD = 1
 # What a cell is: its levels, those of the dense model here.
 _CELL = {"sparsity": 0.0, "clusters": None, "scope": None, "precision": None, "order": None, "seed": None}
 _GIVEN = ("sparsity", "clustering", "precision", "order", "bytes", "ratio")
@@ -65,9 +63,12 @@ def cells(
     found = {}
     levels = (sparsities, clusters, scopes, precisions, orders, seeds)
     for sparsity, k, scope, precision, order, seed in itertools.product(*map(tuple, levels)):
-        stored.check_known("order", order, ORDERS)
+        checks.check_known("order", order, ORDERS)
         order = order if sparsity and k is not None else None
         scope, seed = (None, None) if k is None else (scope, seed)
+        checks.check_share("sparsity", sparsity)
+        if k is not None:
+            checks.check_whole("clusters", k, 1)
         values = float(sparsity), k, scope, precision, order, seed
         found[values] = dict(zip(_CELL, values, strict=True))
     return list(found.values())
@@ -216,7 +217,7 @@ class _Sheet:
     def key(self) -> dict:
         """What all cells depend on."""
         return {
-            "method": _METHOD,
+            "kind": "combination",
             "model": [self.model.name, models.fingerprint(self.model.network)],
             "input": sweep.input_fingerprint(self.model, self.data),
             "data": [self.data.name, self.data.fingerprint],
@@ -226,13 +227,14 @@ class _Sheet:
     def entries(self, cells: list[dict], done: Callable[[], None]) -> list[Entry]:
         """Return the entries of cells that differ in their precision alone; each is stored at once."""
         stage, result = None, []
+
+        def compute() -> Entry:
+            nonlocal stage
+            stage = stage or self._before_rounding(cell)
+            return self._computed(cell, stage)
+
         for cell in cells:
-            entry = self.store.get(self.key | {"cell": cell})
-            if entry is None:
-                stage = stage or self._before_rounding(cell)
-                entry = self._computed(cell, stage)
-                self.store.put(entry)
-            result.append(entry)
+            result.append(self.store.once(self.key | {"cell": cell}, compute))
             done()
         return result
 

@@ -10,6 +10,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from kclib import checks
+from kclib.errors import InvalidValueError
 from kclib.pairs import PairHistogram
 
 # Matsui et al., IPSJ SIG Technical Report 2018-SLDM-183 no. 32: VGG-16 on ImageNet.
@@ -41,10 +43,17 @@ def kernel_sheet(
         Whether colours compare between kernels; by default each is scaled to its own largest absolute weight.
     """
     ax = ax or plt.gca()
+    if np.ndim(weights) != 3 or not len(weights):
+        raise InvalidValueError(
+            f"kernels have shape {np.shape(weights)}; it must be (m, kh, kw), m at least 1."
+        )
+    checks.check_whole("columns", columns, 1)
     m, height, width = weights.shape
     rows = -(-m // columns)
     if counts is not None:
         captions = [_short(count) for count in counts]
+    if captions is not None and len(captions) != m:
+        raise InvalidValueError(f"there are {len(captions)} captions; {m} kernels need one each.")
     gap = 1 if captions is None else 2
     sheet = np.full((rows * (height + gap), columns * (width + 1) - 1), np.nan)
     scale = np.abs(weights).max(axis=None if one_scale else (1, 2), keepdims=True)
@@ -122,6 +131,7 @@ def closeness(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     `table` is that of `similarity.closeness`; bars are its 95 % intervals.
     """
     ax = ax or plt.gca()
+    checks.check_columns(table, ("layer", "null", "ratio", "low", "high"))
     layers = list(dict.fromkeys(table.layer))
     for i, (null, rows) in enumerate(table.groupby("null", sort=False)):
         places = np.array([layers.index(layer) for layer in rows.layer]) + 0.18 * (i - 1)
@@ -207,6 +217,10 @@ def accuracy_curve(table: pd.DataFrame, *, x: str = "kernels_removed", ax: Axes 
         Percent of kernels, or of the convolutions' bytes.
     """
     ax = ax or plt.gca()
+    checks.check_known("axis", x, ("kernels_removed", "bytes_removed"))
+    checks.check_columns(table, ("scope", "top1", "top1_low", "top1_high", x))
+    if not (table.scope == "dense").any():
+        raise InvalidValueError("the table has no row of scope dense; it must have the dense model's.")
     dense = table.loc[table.scope == "dense", "top1"].iloc[0]
     for (scope, rows), marker in zip(
         table[table.scope != "dense"].groupby("scope"), itertools.cycle("os^Dv"), strict=False

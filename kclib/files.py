@@ -53,6 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
         If the file system refuses (full disk, permission, missing folder that cannot be made).
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise StorageError(f"{str(path)!r} could not be written: a file's name must not hold NUL.")
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

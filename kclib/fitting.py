@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kclib import parallel
+from kclib import checks, parallel
 from kclib.errors import InvalidValueError
 
 FLAT = 256  # up to this K, centres are drawn from all points at once and rounds are exact
@@ -58,20 +58,14 @@ class Options:
     n_threads: int | None
 
     def __post_init__(self):
-        for name in ("max_iter", "seed", "n_threads"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
-                raise InvalidValueError(f"{name} is {value!r}; it must be a whole number.")
-        if self.max_iter < 0:
-            raise InvalidValueError(f"max_iter is {self.max_iter}; it must be at least 0.")
-        if self.tol is not None and not 0 <= self.tol < math.inf:
-            raise InvalidValueError(f"tol is {self.tol}; it must be a share of the inertia, at least 0.")
-        if self.reach is not None and not 0 < self.reach < math.inf:
-            raise InvalidValueError(f"reach is {self.reach}; it must be above 0, or None for exact rounds.")
-        if not 0 <= self.seed < 2**32:
-            raise InvalidValueError(f"seed is {self.seed}; it must be 0 to {2**32 - 1}.")
-        if self.n_threads is not None and self.n_threads < 1:
-            raise InvalidValueError(f"n_threads is {self.n_threads}; it must be at least 1.")
+        checks.check_whole("max_iter", self.max_iter, 0)
+        if self.tol is not None and not (checks.is_real(self.tol) and self.tol >= 0):
+            raise InvalidValueError(f"tol is {self.tol!r}; it must be a share of the inertia, at least 0.")
+        if self.reach is not None and not (checks.is_real(self.reach) and self.reach > 0):
+            raise InvalidValueError(f"reach is {self.reach!r}; it must be above 0, or None for exact rounds.")
+        checks.check_seed(self.seed)
+        if self.n_threads is not None:
+            checks.check_whole("n_threads", self.n_threads, 1)
 
     def tolerance(self, n_clusters: int) -> float:
         """Return the share of the inertia that a round must gain; by default more where it costs more."""
@@ -134,12 +128,12 @@ def check_k(n_clusters: int, n: int) -> None:
     """Raise InvalidValueError unless K is a whole number from 1 to n."""
     whole = isinstance(n_clusters, (int, np.integer)) and not isinstance(n_clusters, bool)
     if not (whole and 1 <= n_clusters <= n):
-        raise InvalidValueError(f"n_clusters is {n_clusters}; with {n} kernels it must be 1 to {n}.")
+        raise InvalidValueError(f"n_clusters is {n_clusters!r}; with {n} kernels it must be 1 to {n}.")
 
 
 def checked_points(points) -> np.ndarray:
     """Return points as contiguous float32 ``(n, d)``; raise InvalidValueError if they are not finite such."""
-    points = np.ascontiguousarray(points, dtype=np.float32)
+    points = checks.floats("the points", points)
     if points.ndim != 2 or not points.shape[1]:
         raise InvalidValueError(f"the points have shape {points.shape}; it must be (n, d).")
     if not all(np.isfinite(points[part]).all() for part in parallel.blocks(len(points))):
@@ -151,9 +145,16 @@ def checked_weights(weights, n: int) -> np.ndarray | None:
     """Return weights as float32 ``(n,)``, None if none are given; raise InvalidValueError if out of range."""
     if weights is None:
         return None
-    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    weights = checks.floats("weights", weights)
     if weights.shape != (n,):
         raise InvalidValueError(f"weights have shape {weights.shape}; it must be ({n},).")
     if not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
         raise InvalidValueError("weights must be finite, at least 0, and not all 0.")
     return weights
+
+
+def required_weights(weights, n: int) -> np.ndarray:
+    """Return weights as `checked_weights` does; raise InvalidValueError also if none are given."""
+    if weights is None:
+        raise InvalidValueError("weights is None; give what errors cost, such as sensitivity.weights.")
+    return checked_weights(weights, n)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from kclib import checkpoint, coding
+from kclib import checkpoint, coding, kernels
 from kclib.breakeven import Count, break_even, orbit, pays_up_to
 from kclib.clustering import Clustering, Group
 from kclib.compression import output_order, packed_layers, users
@@ -72,6 +72,7 @@ def ledger(
         weights`` (the sizes left out), ``convolution biases``, ``rest`` (all other parameters and buffers);
         then the sums ``convolutions`` and ``model``. Shared tensors count once.
     """
+    kernels.matched(network, clustering.layers)
     dense = sum(x.n_kernels * int(np.prod(x.shape[2:])) * x.itemsize for x in clustering.layers)
     other, biases, rest = _others(network, {f"{layer.name}.weight" for layer in clustering.layers})
     columns = {"dense": (dense, 0, 0, 0, 0, other, biases, rest)}

@@ -1,9 +1,11 @@
 """The 2D kernels of a network as one array, and back: `extract` and `insert` are inverse to the bit."""
 
 import copy
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Integral
 from types import MappingProxyType
 
@@ -12,6 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from kclib import checks
 from kclib.errors import InvalidValueError
 
 _EXACT_IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16)
@@ -88,6 +91,13 @@ class KernelBank:
         """The kernels as float32 points ``(n, kh * kw)``, a view."""
         return self.weights.reshape(len(self), -1)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the layers and the bytes of all kernels."""
+        digest = hashlib.sha256(f"{self.layers} {self.weights.shape}".encode())
+        digest.update(np.ascontiguousarray(self.weights))
+        return digest.hexdigest()
+
     def layer(self, name: str) -> Layer:
         """Return the layer called `name`."""
         for layer in self.layers:
@@ -110,15 +120,24 @@ class KernelBank:
         layers = tuple(replace(x, start=start) for x, start in zip(chosen, starts, strict=False))
         return KernelBank(weights, layers, {})
 
+    def checked(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows as int64 ``(m,)``; raise an InvalidValueError if some are not in this bank."""
+        rows = np.asarray(rows)
+        rows = rows.astype(np.int64) if not rows.size else rows
+        whole = rows.ndim == 1 and rows.dtype.kind in "iu"
+        if not whole or (rows.size and not 0 <= rows.min() <= rows.max() < len(self)):
+            raise InvalidValueError(
+                f"rows must be whole numbers (m,), 0 to {len(self) - 1}, the kernels of this bank."
+            )
+        return rows.astype(np.int64)
+
     def origin(self, rows: np.ndarray) -> pd.DataFrame:
         """Return where kernels came from: columns ``layer``, ``out``, ``in`` for int ``(m,)`` rows.
 
         For a transposed convolution the stored first axis is ``in``. In a grouped convolution the
         second stored axis counts within the group.
         """
-        rows = np.asarray(rows)
-        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
-            raise InvalidValueError(f"rows must be 0 to {len(self) - 1}, the kernels of this bank.")
+        rows = self.checked(rows)
         starts = np.array([layer.start for layer in self.layers])
         which = np.searchsorted(starts, rows, side="right") - 1
         second = np.array([layer.shape[1] for layer in self.layers])[which]
@@ -178,6 +197,9 @@ def insert(network: nn.Module, bank: KernelBank) -> nn.Module:
     InvalidValueError
         If the bank does not come from a network of this architecture.
     """
+    n_kernels = sum(layer.n_kernels for layer in bank.layers)
+    if len(bank) != n_kernels:
+        raise InvalidValueError(f"the bank has {len(bank)} kernels; its layers have {n_kernels}.")
     result = copied(network)
     for name, module in matched(result, bank.layers).items():
         layer = bank.layer(name)
@@ -231,10 +253,10 @@ def sample(bank: KernelBank, per_layer: int, *, seed: int = 0) -> np.ndarray:
     Raises
     ------
     InvalidValueError
-        If `per_layer` is below 1.
+        `per_layer` is below 1; a seed that is none.
     """
-    if per_layer < 1:
-        raise InvalidValueError(f"per_layer is {per_layer}; it must be at least 1.")
+    checks.check_whole("per_layer", per_layer, 1)
+    checks.check_seed(seed)
     draw = np.random.default_rng(seed)
     return np.concatenate(
         [
@@ -247,6 +269,10 @@ def sample(bank: KernelBank, per_layer: int, *, seed: int = 0) -> np.ndarray:
 
 def _convolutions(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Sort all convolutions into usable ones and those left out with a reason, by name."""
+    if not isinstance(network, nn.Module):
+        raise InvalidValueError(
+            f"the network is a {type(network).__name__}; it must be a torch.nn.Module, such as Model.network."
+        )
     found, left_out, owner = {}, {}, {}
     for name, module in network.named_modules(remove_duplicate=False):
         if not isinstance(module, _CONVOLUTIONS):
@@ -292,11 +318,11 @@ def _wanted_size(found: Mapping[str, nn.Module], size) -> tuple[int, int]:
                 "give size=1 to cluster 1×1 kernels."
             )
         return larger[0]
-    wanted = (size, size) if isinstance(size, Integral) else tuple(size)
-    if wanted not in counts:
+    wanted = (size, size) if isinstance(size, Integral) else size
+    if not isinstance(wanted, (tuple, list)) or tuple(wanted) not in counts:
         raise InvalidValueError(f"the model has no {_times(wanted)} kernels (found: {listing}).")
-    return wanted
+    return tuple(wanted)
 
 
 def _times(size) -> str:
-    return "×".join(map(str, size))
+    return "×".join(map(str, size)) if isinstance(size, (tuple, list)) else repr(size)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import psutil
 
-from kclib import fitting, lloyd, parallel, search, streaming
+from kclib import checks, fitting, lloyd, parallel, search, streaming
 from kclib.errors import InvalidValueError, NotEnoughMemoryError
 from kclib.fitting import KMeans, Options, Progress, Step
 from kclib.framing import Frame
@@ -156,9 +156,7 @@ def ladder(
     ------
     InvalidValueError, NotEnoughMemoryError
     """
-    ks = sorted(set(ks))
-    if not ks:
-        raise InvalidValueError("a ladder needs at least one number of clusters.")
+    ks = checked_ks(ks)
     options = Options(max_iter, tol, reach, seed, n_threads)
     points = fitting.checked_points(points)
     for k in ks:
@@ -176,6 +174,16 @@ def ladder(
         if not rungs or len(rung.centres) > len(rungs[-1].centres):
             rungs.append(rung)
     return Ladder(tuple(rungs), framed)
+
+
+def checked_ks(ks: Iterable[int]) -> list[int]:
+    """Return numbers of clusters, each once, ascending; raise InvalidValueError if they are none."""
+    ks = list(ks) if isinstance(ks, Iterable) else []
+    for k in ks:
+        checks.check_whole("a number of clusters", k, 1)
+    if not ks:
+        raise InvalidValueError("there are no numbers of clusters; give at least one, in a list.")
+    return sorted(set(ks))
 
 
 def memory(n: int, d: int, n_clusters: int, n_threads: int | None = None) -> int:
@@ -243,7 +251,7 @@ def _scaled(progress, part: float):
 
 
 def _checked_init(init, n_clusters: int, d: int) -> np.ndarray:
-    init = np.array(init, dtype=np.float32, order="C")
+    init = checks.floats("init", init).copy()
     if init.shape != (n_clusters, d) or not np.isfinite(init).all():
         raise InvalidValueError(f"init has shape {init.shape}; it must be ({n_clusters}, {d}), and finite.")
     return init

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import pickle
 import re
+import textwrap
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,14 @@ from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms import v2
 
-from kclib import files
-from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, UnknownNameError
+from kclib import checks, files
+from kclib.errors import (
+    DamagedFileError,
+    InvalidValueError,
+    MissingFileError,
+    UnknownNameError,
+    reason,
+)
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -99,13 +106,33 @@ def moved(network: nn.Module, device: str | torch.device) -> nn.Module:
     Raises
     ------
     InvalidValueError
-        If there is no such device here.
+        If there is no such device here, or the network has no values.
     """
+    checks.check_device(device)
     try:
         return network.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch says which in many ways
+    except NotImplementedError as error:
         raise InvalidValueError(
-            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); cpu always can."
+            "the network has no values yet (meta device); load its weights first."
+        ) from error
+
+
+def answers(network: nn.Module, inputs: torch.Tensor):
+    """Return what a network answers to inputs.
+
+    Raises
+    ------
+    InvalidValueError
+        It does not run on such inputs.
+    """
+    try:
+        return network(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise InvalidValueError(
+            f"the network does not run on inputs of shape {tuple(inputs.shape)} ({reason(error)}); "
+            "give images of the kind it was made for."
         ) from error
 
 
@@ -116,7 +143,7 @@ def architecture(name: str) -> Model:
     ------
     UnknownNameError, InvalidValueError
     """
-    if ":" in name:
+    if isinstance(name, str) and ":" in name:
         return _from_factory(name)
     if name == "vgg16-fashion":
         return Model(name, vgg16_fashion(), fashion_preprocess(), FASHION_CLASSES)
@@ -155,6 +182,7 @@ def vgg16_fashion(n_classes: int = 10) -> nn.Module:
     torchvision's convolution stack (configuration D of Simonyan and Zisserman 2014, 13 layers at
     full width), global average pooling and one linear layer.
     """
+    checks.check_whole("n_classes", n_classes, 1)
     return nn.Sequential(
         OrderedDict(
             features=make_layers(cfgs["D"], batch_norm=False),
@@ -203,11 +231,13 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make its reader raise almost anything
         raise DamagedFileError(
-            f"{path} is not a whole safetensors file or weights-only checkpoint: {error}"
+            f"{path} is not a whole safetensors file or weights-only checkpoint ({reason(error)})."
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()
+    ):
         raise DamagedFileError(f"{path} holds no state dict (a mapping of names to tensors).")
     return state
 
@@ -216,6 +246,8 @@ def fingerprint(network: nn.Module) -> str:
     """Return the SHA-256 over names, dtypes, shapes and bytes of a network's state."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
+        if value.is_meta:
+            raise InvalidValueError(f"{name} has no values yet (meta device); load weights first.")
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -225,7 +257,9 @@ def _fill(network: nn.Module, state: dict[str, torch.Tensor], source: str) -> No
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise InvalidValueError(f"{source} does not fit the network: {error}") from error
+        lines = "; ".join(line.strip(" .\t") for line in str(error).splitlines()[1:])
+        said = textwrap.shorten(lines, 240, placeholder=" and so on")
+        raise InvalidValueError(f"{source} does not fit the network ({said}).") from error
 
 
 def _published(name: str) -> dict[str, torch.Tensor]:
@@ -240,7 +274,7 @@ def _published(name: str) -> dict[str, torch.Tensor]:
         ) from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise DamagedFileError(
-            f"{target} is not the published file ({error}); remove it or place the right one."
+            f"{target} is not the published file ({reason(error)}); remove it or place the right one."
         ) from error
     return {_OLD_DENSENET_NAME.sub(r"\1\2", name): value for name, value in state.items()}
 
@@ -249,12 +283,17 @@ def _from_factory(name: str) -> Model:
     module_name, _, factory_name = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InvalidValueError(
-            f"model {name!r} could not be imported ({error}); "
+            f"model {name!r} could not be imported ({reason(error)}); "
             "it must be package.module:factory, importable from where you run."
         ) from error
-    made = factory()
+    try:
+        made = factory()
+    except TypeError as error:  # most likely it is no function, or one that wants arguments
+        raise InvalidValueError(
+            f"{name!r} could not be called without arguments ({reason(error)}); it must be a factory."
+        ) from error
     if isinstance(made, Model):
         return made
     if not isinstance(made, nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kclib import datasets
+from kclib import checks, datasets, models
 from kclib.errors import InvalidValueError
 
 POSITIONS = 1 << 14  # of a layer's output, over all images, that its moments are taken at
@@ -121,7 +121,7 @@ def steps(network: nn.Module, inputs: Tensor, names: set[str]) -> list[Step]:
         if isinstance(module, nn.BatchNorm2d)
     ]
     with torch.no_grad():
-        network(inputs)
+        models.answers(network, inputs)
     for handle in handles:
         handle.remove()
     if missing := sorted(names - set(order)):
@@ -202,6 +202,8 @@ def batches(data: datasets.ImageSet, preprocess: Callable, batch_size: int, devi
     """
     if not len(data):
         raise InvalidValueError(f"{data.name} has no images; some hundred are needed.")
+    checks.check_whole("batch_size", batch_size, 1)
+    checks.check_values(device)
 
     def inputs() -> Iterator[Tensor]:
         for images, _ in datasets.batches(data, preprocess, batch_size):

@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit
 from scipy.spatial import cKDTree
 
-from kclib import parallel
+from kclib import checks, parallel
 from kclib.errors import InvalidValueError
 
 _LEAF = 32  # points that one loop of vector instructions looks at
@@ -73,11 +73,10 @@ def nearest(
         Points or queries that are no finite ``(n, d)`` numbers, or of different widths; k out of range;
         turns or signs of a wrong shape, or other than permutations and ±1.
     """
-    points = _checked("points", points)
-    asked = points if queries is None else _checked("queries", queries, points.shape[1])
+    points = checks.points("points", points)
+    asked = points if queries is None else checks.points("queries", queries, points.shape[1])
     most = len(points) - (queries is None)
-    if not 1 <= k <= most:
-        raise InvalidValueError(f"k is {k}; each query has {most} neighbours to find 1 or more of")
+    checks.check_whole("k", k, 1, most)
     turns, signs = _orbit(turns, signs, points.shape[1])
     shift = _EXPONENT - int(np.frexp(max(np.abs(points).max(), np.abs(asked).max(initial=0)))[1])
     tree = _Tree.of(np.ldexp(points, shift))
@@ -103,28 +102,15 @@ def nearest(
         return Neighbours(indices, np.ldexp(squared, -2 * shift))
 
 
-def _checked(name: str, values, width: int | None = None) -> np.ndarray:
-    try:
-        with np.errstate(over="ignore"):
-            result = np.asarray(values, np.float32)
-    except (TypeError, ValueError) as error:
-        raise InvalidValueError(f"{name} must be numbers, one row each: {error}") from error
-    if result.ndim != 2 or result.shape[1] != (width or result.shape[1]) or not (width or result.size):
-        raise InvalidValueError(f"{name} have shape {result.shape} instead of (n, {width or 'd'})")
-    if not np.isfinite(result).all():
-        raise InvalidValueError(f"{name} hold NaN or infinity")
-    return result
-
-
 def _orbit(turns, signs, width: int) -> tuple[np.ndarray, np.ndarray]:
     count = len(turns) if turns is not None else 1 if signs is None else np.size(signs)
     plain = np.tile(np.arange(width), (count, 1))
     turns = plain if turns is None else np.asarray(turns)
     signs = np.ones(count, np.float32) if signs is None else np.asarray(signs, np.float32)
     if not count or not np.array_equal(np.sort(turns), plain):
-        raise InvalidValueError(f"turns must be permutations of {width} coordinates, one row each")
+        raise InvalidValueError(f"turns must be permutations of {width} coordinates, one row each.")
     if signs.shape != (count,) or not (np.abs(signs) == 1).all():
-        raise InvalidValueError(f"signs must be 1 or -1, one for each of {count} turns")
+        raise InvalidValueError(f"signs must be 1 or -1, one for each of {count} turns.")
     return turns, signs
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from kclib.errors import UnknownNameError
+from kclib import checks
 
 
 def shuffled_within(points: np.ndarray, draw: np.random.Generator) -> np.ndarray:
@@ -49,8 +49,9 @@ def drawn(name: str, points: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
     Raises
     ------
-    UnknownNameError
+    UnknownNameError, InvalidValueError
     """
-    if name not in named_nulls:
-        raise UnknownNameError("null model", name, named_nulls)
+    checks.check_known("null model", name, named_nulls)
+    checks.check_seed(seed)
+    points = checks.points("the kernels", points)
     return named_nulls[name](points, np.random.default_rng(seed))

@@ -5,6 +5,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from kclib import checks
 from kclib.errors import InvalidValueError
 
 MAX_BITS = 24
@@ -130,8 +131,7 @@ def _unpack(packed, bits, start, result):
 
 
 def _check_bits(bits: int) -> None:
-    if not 0 <= bits <= MAX_BITS:
-        raise InvalidValueError(f"an index of {bits} bits; it must have 0 to {MAX_BITS}.")
+    checks.check_whole("bits of an index", bits, 0, MAX_BITS)
 
 
 def _check_window(bits: int, start: int, count: int) -> None:

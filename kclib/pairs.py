@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from kclib import bars, distances, parallel
+from kclib import bars, checks, distances, parallel
 from kclib.distances import Distance
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
@@ -90,7 +90,7 @@ def layer_histograms(
 
     `rows` are the sampled rows of the bank; layers with fewer than two of them to compare are left out.
     """
-    result, named = {}, distances.named(distance)
+    result, named, rows = {}, distances.named(distance), bank.checked(rows)
     for layer in bank.layers:
         points = bank.points[layer.of(rows)]
         if named.comparable(points).sum() > 1:
@@ -107,7 +107,7 @@ def within_and_across(
     sample: only how kernels of one layer differ counts.
     """
     named = distances.named(distance)
-    drawn = np.sort(rows)
+    drawn = np.sort(bank.checked(rows))
     rows = drawn[named.comparable(bank.points[drawn])]
     every = _met(named.prepared(bank.points[rows]), edges, named, None, False)
     within = _Met(np.zeros_like(every.rows), np.zeros_like(every.pairs))
@@ -155,8 +155,10 @@ def _histogram(edges, met: _Met, pairs: int, strata, unseen) -> PairHistogram:
 def _met(
     prepared: np.ndarray, edges: np.ndarray, named: Distance, n_threads: int | None, progress: bool
 ) -> _Met:
-    edges = np.asarray(edges, float)
-    if len(edges) < 2 or not (np.diff(edges) > 0).all() or edges[0] < 0:
+    edges = np.asarray(
+        checks.floats("edges", edges) if np.asarray(edges).dtype.kind not in "iuf" else edges, float
+    )
+    if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all() or edges[0] < 0:
         raise InvalidValueError("edges must be at least two distances, ascending from 0 or more.")
     thresholds = named.to_squared(edges).astype(np.float32)
     thresholds[-1] = np.nextafter(thresholds[-1], np.float32(np.inf))  # the last bin includes its right edge

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 
+from kclib import checks
+
 _BLOCK = 1 << 15
 # For numba: sums in any order and no care for NaN, for points are finite. Infinities keep their meaning.
 FAST = {"reassoc", "contract", "nnan", "nsz"}
@@ -13,6 +15,8 @@ FAST = {"reassoc", "contract", "nnan", "nsz"}
 
 def threads(n_threads: int | None = None) -> int:
     """Return `n_threads`, or by default the number of processors this process may use."""
+    if n_threads is not None:
+        checks.check_whole("n_threads", n_threads, 1)
     return n_threads or len(
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     )

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
-from kclib import clustering, compression, footprint, kernels, stored
+from kclib import checks, clustering, compression, footprint, kernels, stored
 from kclib.clustering import Clustering, Group
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
@@ -143,8 +143,8 @@ def pruned(network: nn.Module, keep: float, *, precision: str = "fp16") -> Peer:
     InvalidValueError, UnknownNameError
         A share out of range, weights beyond fp16, an unknown precision.
     """
-    if not 0 < keep <= 1:
-        raise InvalidValueError(f"keep is {keep}; it must be a share of the weights, above 0 to 1.")
+    if not (checks.is_real(keep) and 0 < keep <= 1):
+        raise InvalidValueError(f"keep is {keep!r}; it must be a share of the weights, above 0 to 1.")
     bank = kernels.extract(network)
     form = partial(stored.Sparse, _ranks(bank), precision)
     return _pruned(network, bank, form, max(1, round(keep * bank.weights.size)))
@@ -198,8 +198,8 @@ def at_bytes(network: nn.Module, budget: int, *, seed: int = 0) -> list[Peer]:
     InvalidValueError
         Budget or seed out of range; weights beyond fp16.
     """
-    stored.check_whole("budget", budget, 1)
-    stored.check_whole("seed", seed, 0, 2**32 - 1)
+    checks.check_whole("budget", budget, 1)
+    checks.check_whole("seed", seed, 0, 2**32 - 1)
     bank, best = kernels.extract(network), {}
     for way in tqdm(_ways(network, bank, seed), desc="peers", unit="way", delay=2, leave=False):
         if peer := way.largest(budget):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kclib import channels, coding, datasets, fitting, footprint, kernels, models, stored
+from kclib import channels, checks, coding, datasets, fitting, footprint, kernels, models, stored
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 from kclib.packing import index_bytes
@@ -99,9 +99,8 @@ def prune(
         A sparsity out of range, or that leaves less than one to each layer; an unknown kind; weights that do
         not fit; filters and no images; a layer that does not run.
     """
-    stored.check_known("kind of pruning", kind, KINDS)
-    if not 0 <= sparsity < 1:
-        raise InvalidValueError(f"sparsity is {sparsity}; it must be a share, at least 0 and below 1.")
+    checks.check_known("kind of pruning", kind, KINDS)
+    checks.check_share("sparsity", sparsity)
     if kind == "filters" and images is None:
         raise InvalidValueError("filters go with the kernels that read them; give images to find those by.")
     network, bank = model.network, kernels.extract(model.network)
@@ -137,8 +136,8 @@ def to_bytes(
     InvalidValueError, UnknownNameError
         So few bytes are out of reach; precision or weights as there.
     """
-    stored.check_whole("n_bytes", n_bytes, 1)
-    stored.check_known("precision", precision, PRECISIONS)
+    checks.check_whole("n_bytes", n_bytes, 1)
+    checks.check_known("precision", precision, PRECISIONS)
     bank = kernels.extract(model.network)
     scores, rest = _scores(model.network, bank, "kernels", weights), _rest(model.network, bank)
 
@@ -175,7 +174,7 @@ def sparse_bytes(network: nn.Module, *, precision: str = "fp16") -> int:
     ------
     UnknownNameError
     """
-    stored.check_known("precision", precision, PRECISIONS)
+    checks.check_known("precision", precision, PRECISIONS)
     bank = kernels.extract(network)
     return _rest(network, bank) + _bytes(bank, _alive(bank), precision)
 

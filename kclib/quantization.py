@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kclib import kernels, packing
-from kclib.errors import DamagedFileError, InvalidValueError, UnknownNameError
+from kclib import checks, kernels, packing
+from kclib.errors import DamagedFileError, InvalidValueError
 from kclib.layers import ClusteredConv2d
 
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -22,8 +22,7 @@ def float_type(precision: str) -> torch.dtype:
     ------
     UnknownNameError
     """
-    if precision not in PRECISIONS:
-        raise UnknownNameError("precision", precision, PRECISIONS)
+    checks.check_known("precision", precision, PRECISIONS)
     return _FLOATS.get(precision, torch.bfloat16)
 
 
@@ -166,8 +165,8 @@ def quantize(network: nn.Module, *, linear: str | None = "int8", biases: str | N
     """
     if linear is not None:
         float_type(linear)
-    if biases is not None and biases not in _FLOATS:
-        raise UnknownNameError("precision of biases", biases, _FLOATS)
+    if biases is not None:
+        checks.check_known("precision of biases", biases, _FLOATS)
     result, wanted = kernels.copied(network), {}
     for name, value, precision in _chosen(result, linear, biases):
         if value.dtype != torch.float32:

@@ -1,11 +1,11 @@
 """How to train: the rates, the length, and how images are changed at random before the network sees them."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
+from kclib import checks
 from kclib.errors import InvalidValueError
 
 _LEAST = {"epochs": 1, "batch_size": 1, "shift": 0, "square": 0, "held_back": 1, "images": 0, "patience": 0}
@@ -47,14 +47,13 @@ class Recipe:
 
     def __post_init__(self):
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidValueError(f"{name} is {value!r}; it must be a whole number, at least {least}.")
+            checks.check_whole(name, getattr(self, name), least)
+        checks.check_seed(self.seed)
         for name in ("peak_rate", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not (checks.is_real(getattr(self, name)) and getattr(self, name) > 0):
                 raise InvalidValueError(f"{name} is {getattr(self, name)!r}; it must be finite and above 0.")
         for name in ("weight_decay", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not (checks.is_real(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
                 raise InvalidValueError(f"{name} is {getattr(self, name)!r}; it must be 0 to 1.")
 
 

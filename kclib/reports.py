@@ -1,28 +1,32 @@
-"""Pages for readers: a notebook's headline, its HTML without code, and the index of a batch."""
+"""Reports: what a batch and a sweep found, as a folder of pages that one can read offline."""
 
 import base64
-import copy
 import io
+import json
+import logging
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
 import jinja2
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
 from IPython.display import display
-from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from PIL import Image
 
-from kclib import files
+from kclib import figures, files, pages
+from kclib.errors import DamagedFileError, MissingFileError, reason
 
 _HEADLINE = "application/vnd.kclib.headline+json"
-_WIDGET = "application/vnd.jupyter.widget-view+json"
 _PACKAGES = ("kclib", "torch", "torchvision", "faiss-cpu", "scikit-learn", "umap-learn", "numpy")
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class Chapter:
         A ``data:`` URL of a PNG, or empty.
     seconds : float
         Wall time; 0 if it did not run.
+    traceback : str
+        Of the error, if there is one.
+    parameters : mapping of str to object
+        What it was run with.
     """
 
     stem: str
@@ -47,6 +55,51 @@ class Chapter:
     error: str = ""
     thumbnail: str = ""
     seconds: float = 0.0
+    traceback: str = ""
+    parameters: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell of a sweep that could not be computed.
+
+    Attributes
+    ----------
+    what : str
+        Names the cell.
+    error : str
+        One line.
+    traceback : str
+    """
+
+    what: str
+    error: str
+    traceback: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the index page shows.
+
+    Attributes
+    ----------
+    name, note : str
+    chapters : tuple of Chapter
+    failures : tuple of Failure
+    provenance : mapping of str to str
+    results : pandas.DataFrame or None
+        As `sweep.Subject.table`.
+    picture : str
+        A ``data:`` URL of a PNG of the results, or empty.
+    """
+
+    name: str
+    note: str = ""
+    chapters: tuple[Chapter, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    results: pd.DataFrame | None = None
+    picture: str = ""
 
 
 def headline(text: str) -> None:
@@ -60,46 +113,139 @@ def read_headline(notebook: NotebookNode) -> str | None:
     return found[-1] if found else None
 
 
-def render(notebook: NotebookNode, folder: Path, stem: str, *, seconds: float, error: str = "") -> Chapter:
-    """Write a notebook's HTML for readers into `folder` and return its chapter."""
-    page = to_html(notebook, title=stem)
-    with files.replacing(folder / f"{stem}.html") as temporary:
+def render(notebook: NotebookNode, folder: Path, chapter: Chapter) -> Chapter:
+    """Write a notebook's HTML for readers into `folder`; return its chapter with headline and thumbnail."""
+    page = pages.to_html(notebook, title=chapter.stem)
+    with files.replacing(folder / f"{chapter.stem}.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return Chapter(
-        stem,
-        "failed" if error else "done",
-        read_headline(notebook) or "",
-        error,
-        _thumbnail(notebook),
-        seconds,
-    )
+    return replace(chapter, headline=read_headline(notebook) or "", thumbnail=_thumbnail(notebook))
 
 
-def to_html(notebook: NotebookNode, *, title: str) -> str:
-    """Return a page without code, progress bars or widgets, which needs nothing from the network."""
-    readable = copy.deepcopy(notebook)
-    readable.metadata.pop("widgets", None)  # the state of widgets that are not shown
-    for cell in readable.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not _is_noise(o)]
-    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
-    for script in ("mathjax", "require_js", "jquery", "mermaid_js", "mermaid_layout_elk_js"):
-        setattr(exporter, f"{script}_url", "")
-    return exporter.from_notebook_node(readable, {"metadata": {"name": title}})[0]
+def read(folder: Path, name: str) -> Report:
+    """Return the report that was written into a folder, or an empty one; what is damaged of it is logged."""
+    described, results = folder / "report.json", folder / "results.parquet"
+    found = Report(name)
+    try:
+        if described.is_file():
+            about = json.loads(described.read_text(encoding="utf-8"))
+            chapters = tuple(Chapter(**x) for x in about.pop("chapters"))
+            failures = tuple(Failure(**x) for x in about.pop("failures"))
+            found = Report(**(about | {"chapters": chapters, "failures": failures, "name": name}))
+        if results.is_file():
+            found = replace(found, results=pd.read_parquet(results))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _LOG.warning("the report in %s is damaged (%s) and is begun anew.", folder, reason(error))
+    return found
 
 
-def write_index(folder: Path, name: str, note: str, chapters: Sequence[Chapter]) -> Path:
-    """Write ``index.html`` into `folder` and return its path."""
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        (Path(__file__).parent / "index.html.jinja").read_text(encoding="utf-8")
-    )
-    page = template.render(
-        name=name, note=note, chapters=chapters, provenance=_provenance(),
-        failed=[c for c in chapters if c.status == "failed"],
+def write(folder: Path, report: Report) -> Path:
+    """Write a report's index page, its table for programs, and what `read` reads; return the page's path."""
+    about = asdict(replace(report, results=None))
+    with files.replacing(folder / "report.json") as temporary:
+        temporary.write_text(json.dumps({k: v for k, v in about.items() if k != "results"}), encoding="utf-8")
+    if report.results is not None:
+        with files.replacing(folder / "results.parquet") as temporary:
+            report.results.to_parquet(temporary)
+        with files.replacing(folder / "results.csv") as temporary:
+            report.results.drop(columns="right", errors="ignore").to_csv(temporary, index=False)
+    with files.replacing(folder / "index.html") as temporary:
+        temporary.write_text(_page("index", report=report, table=_table(report.results)), encoding="utf-8")
+    return folder / "index.html"
+
+
+def rebuild(folder: Path, report: Report) -> Path:
+    """Write all pages of a report anew, from the executed notebooks in its folder.
+
+    Raises
+    ------
+    MissingFileError
+        There is no report.
+    """
+    if not report.chapters and report.results is None:
+        raise MissingFileError(f"{folder} has no report; kclib batch or kclib sweep makes one.")
+    chapters = []
+    for chapter in report.chapters:
+        path = folder / f"{chapter.stem}.ipynb"
+        chapters.append(render(_read_notebook(path), folder, chapter) if path.is_file() else chapter)
+    return write(folder, replace(report, chapters=tuple(chapters)))
+
+
+def provenance() -> dict[str, str]:
+    """Return what a reader needs to make a report again: time, versions, commit, machine."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES)
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    with files.replacing(Path(folder) / "index.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return Path(folder) / "index.html"
+    return {
+        "made": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": f"Python {platform.python_version()}, {versions}",
+        "commit": found.stdout.strip() or "unknown",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def picture(results: pd.DataFrame) -> str:
+    """Return accuracy against bytes removed as a ``data:`` URL: an axes for each model and data set.
+
+    Of several seeds the first is drawn.
+
+    Parameters
+    ----------
+    results : pandas.DataFrame
+        As `sweep.Subject.table`, of any models and data sets.
+    """
+    subjects = list(results.groupby(["model", "data"], sort=False))
+    figure, axes = plt.subplots(
+        len(subjects), figsize=(7, 4.2 * len(subjects)), squeeze=False, layout="constrained"
+    )
+    for ((model, data), rows), ax in zip(subjects, axes.flat, strict=True):
+        dense = rows.scope == "dense"
+        rows = rows[dense | (rows.seed == rows.seed[~dense].min())]
+        names = rows.scope.where(rows.method.isin(["dense", "plain"]), rows.scope + ", " + rows.method)
+        figures.accuracy_curve(rows.assign(scope=names), x="bytes_removed", ax=ax)
+        ax.set_title(f"{model} on {data}", fontsize=10)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    return _data_url(file.getvalue())
+
+
+def write_page(path: Path, template: str, **values: object) -> None:
+    """Write a page from one of this package's templates, by its name without ``.html.jinja``."""
+    with files.replacing(path) as temporary:
+        temporary.write_text(_page(template, **values), encoding="utf-8")
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _page(template: str, **values: object) -> str:
+    loader = jinja2.PackageLoader("kclib", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(f"{template}.html.jinja").render(sorter=pages.sorter(), **values)
+
+
+def _table(results: pd.DataFrame | None) -> str:
+    """Return results as an HTML table for readers."""
+    if results is None or not len(results):
+        return ""
+    left_out = ["right", "weights", "images_hash", "top1_low", "top1_high", "drop_low", "drop_high"]
+    shown = results.drop(columns=left_out, errors="ignore").copy()
+    for name in ("top1", "drop"):
+        spans = zip(results[name], results[f"{name}_low"], results[f"{name}_high"], strict=True)
+        shown[name] = [f"{x:.2f} [{low:.2f}, {high:.2f}]" for x, low, high in spans]
+    formats = {"p_value": "{:.2g}".format} | dict.fromkeys(("bytes", "k", "clusters"), "{:,}".format)
+    plain = {name: "{:.4g}".format for name in shown.select_dtypes("float") if name not in formats}
+    return shown.to_html(index=False, border=0, formatters=plain | formats)
+
+
+def _read_notebook(path: Path) -> NotebookNode:
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # JSON that is no notebook can make its reader raise almost anything
+        raise DamagedFileError(f"{path} is not a whole notebook ({reason(error)}).") from error
 
 
 def _data(notebook: NotebookNode):
@@ -108,10 +254,6 @@ def _data(notebook: NotebookNode):
         for output in cell.get("outputs", ()):
             if "data" in output:
                 yield cell, output["data"]
-
-
-def _is_noise(output: NotebookNode) -> bool:
-    return _WIDGET in output.get("data", ()) or output.get("name") == "stderr"
 
 
 def _thumbnail(notebook: NotebookNode, width: int = 480) -> str:
@@ -125,19 +267,4 @@ def _thumbnail(notebook: NotebookNode, width: int = 480) -> str:
     image.thumbnail((width, width))
     small = io.BytesIO()
     image.save(small, "PNG")
-    return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode()
-
-
-def _provenance() -> dict[str, str]:
-    """Return what a reader needs to make the report again."""
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES)
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return {
-        "made": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": f"Python {platform.python_version()}, {versions}",
-        "commit": found.stdout.strip() or "unknown",
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
+    return _data_url(small.getvalue())

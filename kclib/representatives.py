@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kclib import bars, clustering, fitting, kmeans, lloyd, parallel, scopes, search, stored
+from kclib import bars, checks, clustering, fitting, kmeans, lloyd, parallel, scopes, search, stored
 from kclib.breakeven import orbit
 from kclib.clustering import Clustering, Group
-from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.framing import Frame
 from kclib.kernels import KernelBank, Layer
 from kclib.packing import index_bits, index_bytes
@@ -108,11 +107,8 @@ def cluster(
         As in `clustering.cluster`; an unknown kind; `scale_bits` out of range; scales that fp16 cannot hold.
     NotEnoughMemoryError
     """
-    if kind not in KINDS:
-        raise UnknownNameError("kind of representative", kind, KINDS)
-    whole = isinstance(scale_bits, (int, np.integer)) and not isinstance(scale_bits, bool)
-    if not (whole and 2 <= scale_bits <= 16):
-        raise InvalidValueError(f"scale_bits is {scale_bits!r}; it must be a whole number from 2 to 16.")
+    checks.check_known("kind of representative", kind, KINDS)
+    checks.check_whole("scale_bits", scale_bits, 2, 16)
     weights = fitting.checked_weights(weights, len(bank))
     options = _Options(scope, weights, int(scale_bits), seed, n_threads, progress)
     return Represented(kind, *KINDS[kind](bank, n_clusters, options))

@@ -2,7 +2,6 @@
 
 import heapq
 import itertools
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,9 +9,9 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from kclib import coding, compression, damage, footprint, quantization, search, tradeoff
+from kclib import checks, coding, compression, damage, footprint, quantization, search, tradeoff
 from kclib.clustering import Clustering
-from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 from kclib.models import Model
 
@@ -284,10 +283,9 @@ def _after(bank: KernelBank, clustering: Clustering, bought: list[_Split]) -> Cl
 
 
 def _check(clustering: Clustering, budget: float, precision: str) -> None:
-    if precision not in footprint.PRECISIONS:
-        raise UnknownNameError("precision", precision, footprint.PRECISIONS)
-    if not 0 <= budget < math.inf:
-        raise InvalidValueError(f"budget is {budget}; it must be a number of bytes, at least 0.")
+    checks.check_known("precision", precision, footprint.PRECISIONS)
+    if not (checks.is_real(budget) and budget >= 0):
+        raise InvalidValueError(f"budget is {budget!r}; it must be a number of bytes, at least 0.")
     if any(group.scales is not None or group.turns is not None for group in clustering.groups):
         raise InvalidValueError(
             "clusters of scaled or turned kernels cannot be split; cluster without scaled and turned."

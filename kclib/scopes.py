@@ -23,9 +23,12 @@ def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tupl
         scope = dict.fromkeys(names, "global")
     elif isinstance(scope, str):
         raise UnknownNameError("scope", scope, ("layer", "global"))
+    if not isinstance(scope, Mapping) or not all(isinstance(group, str) for group in scope.values()):
+        raise InvalidValueError(f"scope is {scope!r}; it must be layer, global, or group names by layer.")
     if wrong := set(scope) ^ set(names):
         raise InvalidValueError(
-            f"scope must give every layer of the bank a group; not matching: {', '.join(sorted(wrong))}."
+            "scope must give every layer of the bank a group; "
+            f"not matching: {', '.join(sorted(map(str, wrong)))}."
         )
     groups: dict[str, tuple[Layer, ...]] = {}
     for layer in bank.layers:
@@ -45,7 +48,7 @@ def wanted(members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[s
     if isinstance(n_clusters, Mapping):
         if wrong := set(n_clusters) ^ set(counts):
             raise InvalidValueError(
-                f"n_clusters must name every group; not matching: {', '.join(sorted(wrong))}."
+                f"n_clusters must name every group; not matching: {', '.join(sorted(map(str, wrong)))}."
             )
         for name, k in n_clusters.items():
             _check(k, counts[name], f"group {name}")

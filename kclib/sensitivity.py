@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kclib import compression, datasets, kernels, models
-from kclib.errors import InvalidValueError, UnknownNameError
+from kclib import checks, compression, datasets, kernels, models
+from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 
 _PROBES = 4  # random directions a batch, of which each costs a backward pass through the backward pass
@@ -74,12 +74,11 @@ def weights(
         No images; a layer that does not run, or has no gradient; answers or sensitivities that are not
         finite; a bank of another architecture; a device that is not there.
     """
-    if kind not in KINDS:
-        raise UnknownNameError("kind of sensitivity", kind, KINDS)
+    checks.check_known("kind of sensitivity", kind, KINDS)
     if not len(images):
         raise InvalidValueError(f"{images.name} has no images; sensitivity takes at least one.")
-    if batch_size < 1:
-        raise InvalidValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    checks.check_whole("batch_size", batch_size, 1)
+    checks.check_seed(seed)
     with torch.inference_mode(False):  # gradients are needed also where the caller has turned them off
         run = _Run.of(model, images, bank, batch_size, seed, device, progress)
         found = KINDS[kind](run)
@@ -123,7 +122,7 @@ class _Run:
 
     def answers(self, inputs: Tensor) -> Tensor:
         """Return the logits ``(b, n_classes)``."""
-        logits = self.network(inputs)
+        logits = models.answers(self.network, inputs)
         if not torch.is_tensor(logits) or logits.ndim != 2 or len(logits) != len(inputs):
             raise InvalidValueError(f"model {self.model.name} must answer one row of logits for each image.")
         if not torch.isfinite(logits).all():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kclib import calibration, datasets, kernels, kmeans, models, moments, quantization, scopes
+from kclib import calibration, checks, datasets, kernels, kmeans, models, moments, quantization, scopes
 from kclib.clustering import Clustering, Group
 from kclib.kernels import KernelBank, Layer
 from kclib.moments import Moments
@@ -101,9 +101,12 @@ def cluster(
     """
     calibration.check_damping(damping)
     bank = kernels.extract(model.network, size=size)
+    checks.check_seed(seed)
+    if dense is not None:
+        kernels.matched(dense, bank.layers)
     books = _Books.of(bank, n_clusters, scope, weights, precision, seed)
-    small = kernels.copied(model.network).eval().to(device)
-    dense = kernels.copied(model.network if dense is None else dense).eval().to(device)
+    small = models.moved(kernels.copied(model.network).eval(), device)
+    dense = models.moved(kernels.copied(model.network if dense is None else dense).eval(), device)
     batches = moments.batches(images, model.preprocess, batch_size, device)
     order = moments.steps(dense, next(batches())[:1], {layer.name for layer in bank.layers})
     found = {}

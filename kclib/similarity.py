@@ -7,13 +7,15 @@ import pandas as pd
 from scipy import stats
 from tqdm.auto import tqdm
 
-from kclib import bars, distances, kmeans, neighbours, nulls, search
+from kclib import bars, checks, distances, kmeans, neighbours, nulls, search
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 
 
 def near_zero(bank: KernelBank, share: float = 0.01) -> np.ndarray:
     """Return which kernels are shorter than `share` of their layer's rms length, bool ``(n,)``."""
+    if not (checks.is_real(share) and share >= 0):
+        raise InvalidValueError(f"share is {share!r}; it must be a number, at least 0.")
     lengths = np.linalg.norm(bank.points.astype(np.float64), axis=1)
     result = np.zeros(len(bank), bool)
     for layer in bank.layers:
@@ -60,7 +62,7 @@ def closeness(
         ``low``, ``high``, its 95 % interval (percentile bootstrap over kernels, 999 resamples; the null model
         is one draw). Layers with fewer than three kernels to compare are left out.
     """
-    named, result = distances.named(distance), []
+    named, rows, result = distances.named(distance), bank.checked(rows), []
     for layer in tqdm(
         bank.layers, desc="against chance", unit="layer", delay=2, leave=False, disable=not progress
     ):
@@ -103,6 +105,7 @@ def explained(
         ``all layers, as many in all`` (as many representatives as the layers' codebooks have together); a
         column a layer it describes; percent of the squared weight that is not lost.
     """
+    checks.check_whole("n_clusters", n_clusters, 1)
     points = distances.unit(bank.points) if shapes else bank.points
     parts = {layer.name: points[layer.rows] for layer in bank.layers}
     wanted = {name: (part, min(n_clusters, len(part))) for name, part in parts.items()}
@@ -136,7 +139,7 @@ def closest(
         A row that is not in the bank, or whose kernel the distance cannot compare.
     """
     named = distances.named(distance)
-    bank.origin(np.array([row]))  # refuses a row that is not there
+    (row,) = bank.checked([row])
     candidates = np.flatnonzero(named.comparable(bank.points))
     if row not in candidates:
         raise InvalidValueError(f"kernel {row} has no shape; {distance} distance needs one that has.")

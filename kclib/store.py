@@ -2,15 +2,28 @@
 
 import hashlib
 import json
+import logging
 import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import numpy as np
+import pandas as pd
 import safetensors
 from safetensors.numpy import save_file
+from tqdm.auto import tqdm
 
 from kclib import files
+from kclib.errors import StorageError, UnknownNameError
+
+# Part of every key, by what is kept: raise a number when the same inputs would give other results.
+VERSIONS = {"clustering": 1, "evaluation": 3, "combination": 2, "curve": 2, "neighbours": 3, "layout": 3}
+_LOG = logging.getLogger(__name__)
+_HOUR = 3600  # seconds: what is older and temporary belongs to a run that was killed
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,7 @@ class Entry:
     Attributes
     ----------
     key : dict
-        What the result depends on, JSON values.
+        What the result depends on, JSON values; ``kind`` is one of `VERSIONS`.
     row : dict
         Its numbers, JSON values.
     arrays : dict of str to numpy.ndarray
@@ -33,7 +46,7 @@ class Entry:
 
 
 class Store:
-    """A folder of entries, each named by the SHA-256 of its key.
+    """A folder of entries, each named by the SHA-256 of its key; any number of processes may write to it.
 
     Parameters
     ----------
@@ -43,19 +56,21 @@ class Store:
 
     def __init__(self, root: str | Path | None = None):
         default = os.environ.get("KCLIB_STORE") or files.data_dir() / "cache" / "store"
-        self.root = Path(root or default)
+        self.root = Path(root or default).absolute()
+
+    def has(self, key: dict) -> bool:
+        """Tell whether there is a file for `key`; only `get` tells whether it is whole."""
+        return self.path(key).is_file()
 
     def get(self, key: dict) -> Entry | None:
-        """Return the entry of `key`, or None if it was never stored or its file is damaged."""
-        path = self._path(key)
+        """Return the entry of `key`, or None if it was never stored, or is damaged, which is logged."""
+        path = self.path(key)
         if not path.is_file():
             return None
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return Entry(key, json.loads(file.metadata()["row"]), arrays)
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError):
-            return None  # recomputed, and then overwritten
+        entry = _read(path)
+        if entry is None:
+            _LOG.warning("store entry %s is damaged and is computed again.", path)
+        return entry
 
     def put(self, entry: Entry) -> Path:
         """Write an entry and return its path.
@@ -65,17 +80,171 @@ class Store:
         StorageError
             If it could not be written; an older entry of this key is then still whole.
         """
-        path = self._path(entry.key)
-        metadata = {"key": _canonical(entry.key), "row": json.dumps(entry.row)}
+        path = self.path(entry.key)
         arrays = {name: np.asarray(array, order="C") for name, array in entry.arrays.items()}
+        texts = {"key": json.dumps(entry.key), "row": json.dumps(entry.row)}
         with files.replacing(path) as temporary:
-            save_file(arrays, temporary, metadata=metadata)
+            save_file(arrays, temporary, metadata=texts | {"sha256": _digest(texts, arrays)})
         return path
 
-    def _path(self, key: dict) -> Path:
-        name = hashlib.sha256(_canonical(key).encode()).hexdigest()
-        return self.root / f"{name}.safetensors"
+    def once(self, key: dict, compute: Callable[[], Entry], *, wait: bool = True) -> Entry | None:
+        """Return the entry of `key`; if there is none yet, compute and put it, in one process at a time.
+
+        Parameters
+        ----------
+        wait : bool
+            Whether to wait for a process that is at it already; else None is returned at once.
+
+        Raises
+        ------
+        StorageError
+        """
+        if (entry := self.get(key)) is not None:
+            return entry
+        with self.claim(key, wait=wait) as ours:
+            if not ours:
+                return None
+            entry = _read(self.path(key)) if self.has(key) else None  # another process may have put it
+            if entry is None:
+                entry = compute()
+                self.put(entry)
+            return entry
+
+    @contextmanager
+    def claim(self, key: dict, *, wait: bool) -> Iterator[bool]:
+        """Yield whether `key` is ours alone to compute in this block, on this file system.
+
+        The claim of a process that dies ends with it.
+
+        Parameters
+        ----------
+        wait : bool
+            Whether to wait for who has it; else False is yielded at once.
+
+        Raises
+        ------
+        StorageError
+        """
+        lock = filelock.FileLock(self.root / "locks" / f"{self.path(key).stem}.lock")
+        try:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=wait)
+        except filelock.Timeout:
+            yield False
+            return
+        except OSError as error:
+            raise StorageError(f"{lock.lock_file} could not be locked: {error.strerror}.") from error
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def table(self, kind: str) -> pd.DataFrame:
+        """Return all entries of a kind: their keys, their rows, and ``entry``, ``file_bytes`` and ``made``.
+
+        The table is kept beside the entries as ``KIND.parquet``, from which only what is new or changed
+        is read again. Lists and mappings in it are JSON text.
+
+        Raises
+        ------
+        UnknownNameError
+            No such kind.
+        """
+        if kind not in VERSIONS:
+            raise UnknownNameError("kind of entry", kind, VERSIONS)
+        kept, path = {}, self.root / f"{kind}.parquet"
+        if path.is_file():
+            kept = {row["entry"]: row for row in _read_rows(path)}
+        found = [_as_row(x, kept) for x in sorted((self.root / kind).glob("[!.]*.safetensors"))]
+        rows = pd.DataFrame([row for row in found if row]).convert_dtypes()
+        if self.root.is_dir():
+            with files.replacing(path) as temporary:
+                rows.to_parquet(temporary)
+        return rows
+
+    def gc(self, *, days: float | None = None, dry_run: bool = False) -> pd.DataFrame:
+        """Remove what nobody will ask for, and return it: ``file``, ``why`` and ``bytes``.
+
+        That is what is damaged, what earlier versions of the code computed, and what killed runs left.
+
+        Parameters
+        ----------
+        days : float, optional
+            Entries that were made longer ago go too.
+        dry_run : bool
+            Whether to remove nothing.
+        """
+        found = []
+        for path in tqdm(sorted(self.root.rglob("*")), desc="store", unit="file", delay=2, leave=False):
+            if path.is_file() and (why := self._why_not(path, days)):
+                found.append(
+                    {"file": str(path.relative_to(self.root)), "why": why, "bytes": path.stat().st_size}
+                )
+                if not dry_run:
+                    path.unlink(missing_ok=True)
+        return pd.DataFrame(found, columns=["file", "why", "bytes"])
+
+    def path(self, key: dict) -> Path:
+        """Return where the entry of `key` is, or would be."""
+        if key.get("kind") not in VERSIONS:
+            raise UnknownNameError("kind of entry", str(key.get("kind")), VERSIONS)
+        text = json.dumps(key | {"version": VERSIONS[key["kind"]]}, sort_keys=True, separators=(",", ":"))
+        return self.root / key["kind"] / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+
+    def _why_not(self, path: Path, days: float | None) -> str:
+        """Return why a file is of no use; nothing if it is."""
+        age = time.time() - path.stat().st_mtime
+        if path.name.startswith(".") or path.suffix == ".lock":
+            return "left by a run that ended" if age > _HOUR else ""
+        if path.parent.name not in VERSIONS or path.suffix != ".safetensors":
+            return "" if path.suffix == ".parquet" else "of an earlier version"
+        if (entry := _read(path)) is None:
+            return "damaged"
+        if self.path(entry.key) != path:
+            return "of an earlier version"
+        return f"made more than {days:g} days ago" if days is not None and age > 24 * _HOUR * days else ""
 
 
-def _canonical(key: dict) -> str:
-    return json.dumps(key, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+def _read(path: Path) -> Entry | None:
+    """Return a file's entry if it is whole."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            texts = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if texts.pop("sha256") != _digest(texts, arrays):
+            return None
+        return Entry(json.loads(texts["key"]), json.loads(texts["row"]), arrays)
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError):
+        return None
+
+
+def _digest(texts: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _read_rows(path: Path) -> list[dict]:
+    try:
+        return pd.read_parquet(path).to_dict("records")
+    except (OSError, ValueError, KeyError):  # damaged: made again from the entries
+        return []
+
+
+def _as_row(path: Path, kept: dict[str, dict]) -> dict:
+    """Return what the head of an entry's file says, as kept if unchanged; nothing if it is damaged."""
+    stat = path.stat()
+    made = pd.Timestamp(stat.st_mtime_ns, tz="UTC")
+    same = kept.get(path.stem)
+    if same and (same["made"], same["file_bytes"]) == (made, stat.st_size):
+        return same
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            texts = file.metadata()
+        found = json.loads(texts["key"]) | json.loads(texts["row"])
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError):
+        return {}
+    plain = {name: json.dumps(x) if isinstance(x, (list, dict)) else x for name, x in found.items()}
+    return plain | {"entry": path.stem, "file_bytes": stat.st_size, "made": made}

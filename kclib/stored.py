@@ -6,16 +6,15 @@ channels are those of one group.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from kclib import coding, kmeans, palettes, parallel
-from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.checks import check_known, check_whole
+from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer
 from kclib.packing import MAX_BITS, index_bits, index_bytes
 
@@ -205,16 +204,3 @@ def channels(layer: Layer) -> tuple[int, int]:
     """Return a layer's output and input channels, of those that its weight has."""
     first, second = layer.shape[:2]
     return (second, first) if layer.transposed else (first, second)
-
-
-def check_whole(name: str, value: int, least: int, most: float = math.inf) -> None:
-    """Raise an `InvalidValueError` unless a value is a whole number in a range."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
-        limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
-        raise InvalidValueError(f"{name} is {value!r}; it must be a whole number, {limits}.")
-
-
-def check_known(kind: str, name: str, known: Sequence[str]) -> None:
-    """Raise an `UnknownNameError` unless a name is known."""
-    if name not in known:
-        raise UnknownNameError(kind, name, known)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed
 
-from kclib import framing, lloyd, search
+from kclib import checks, framing, lloyd, search
 from kclib.errors import InvalidValueError
 from kclib.fitting import FLAT, KMeans, Options, Progress
 
@@ -40,6 +40,8 @@ class Parts:
                 "the points come from an iterator, which can be read only once; give a list, or an object "
                 "that can be iterated again."
             )
+        if not isinstance(parts, Iterable):
+            raise InvalidValueError(f"the points are {parts!r}; they must be an array (n, d), or several.")
         self.parts = [parts] if isinstance(parts, np.ndarray) else parts
         self.n, self.d = 0, 0
         for block in self._raw():
@@ -56,7 +58,7 @@ class Parts:
         for part in self.parts:
             array = getattr(part, "points", part)
             for start in range(0, len(array), _BLOCK):
-                yield np.ascontiguousarray(array[start : start + _BLOCK], dtype=np.float32)
+                yield checks.floats("the points", array[start : start + _BLOCK])
 
     def __iter__(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield the rows and the framed points of each block."""
@@ -131,6 +133,7 @@ def fit(
         A torch device.
     progress : Progress
     """
+    checks.check_values(device)
     centres = init
     if init is None:
         centres = _from_sample(parts, n_clusters, weights, options)

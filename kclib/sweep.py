@@ -1,26 +1,181 @@
 """The report's experiment as cells: cluster, compress, evaluate at each scope and K, and keep each result."""
 
 import hashlib
-import time
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from kclib import clustering, compression, datasets, evaluation, footprint, kernels, models, scopes
+from kclib import (
+    clustering,
+    clusterings,
+    compression,
+    datasets,
+    evaluation,
+    footprint,
+    kernels,
+    models,
+    scopes,
+    stored,
+)
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation
-from kclib.store import Entry, Store
-
-# Part of every key: raise it when the same inputs would give other results.
-_METHOD = 2
+from kclib.store import VERSIONS, Entry, Store
 
 # What the dense model has in place of a clustering's numbers.
 DENSE = dict.fromkeys(
     ("kernels_removed", "bytes_removed", "bytes_removed_fp16", "model_bytes_removed"), 0.0
 ) | {"clusters": 0, "inertia": 0.0, "cluster_seconds": 0.0}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One clustering to evaluate; by default none, the dense model.
+
+    Attributes
+    ----------
+    scope : {"layer", "global", "dense"}
+    k : int
+        Clusters a group, as asked for.
+    method : str
+        One of `clusterings.METHODS`.
+    seed : int
+        Of the clustering.
+    """
+
+    scope: str = "dense"
+    k: int = 0
+    method: str = "dense"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What cells are computed from, and where they are kept.
+
+    Attributes
+    ----------
+    model : Model
+        Dense; unchanged.
+    data : ImageSet
+    store : Store
+    precision, device : str
+        As in `evaluation.evaluate`.
+    """
+
+    model: models.Model
+    data: datasets.ImageSet
+    store: Store
+    precision: str = "fp32"
+    device: str = "cpu"
+
+    @cached_property
+    def bank(self) -> kernels.KernelBank:
+        """The kernels of the model, taken out once."""
+        return kernels.extract(self.model.network)
+
+    @cached_property
+    def key(self) -> dict:
+        """What the answers of all cells depend on."""
+        return {
+            "kind": "evaluation",
+            "model": self.model.name,
+            "weights": models.fingerprint(self.model.network),
+            "input": input_fingerprint(self.model, self.data),
+            "data": self.data.name,
+            "images_hash": self.data.fingerprint,
+            "precision": self.precision,
+        }
+
+    def cells(
+        self,
+        ks: Iterable[int],
+        scopes: Iterable[str] = ("layer", "global"),
+        methods: Iterable[str] = ("plain",),
+        seeds: Iterable[int] = (0,),
+    ) -> list[Cell]:
+        """Return the cells of a grid, the dense model first; a K above a scope's largest group is left out.
+
+        Raises
+        ------
+        InvalidValueError, UnknownNameError
+            No K fits the model, K below 1, an unknown scope or method.
+        """
+        ks, methods, seeds = [int(k) for k in ks], list(methods), list(seeds)
+        if ks and min(ks) < 1:
+            raise InvalidValueError(f"n_clusters is {min(ks)}; every K must be at least 1.")
+        for method in methods:
+            stored.check_known("method", method, clusterings.METHODS)
+        fitting = [(s, k) for s in scopes for k in ks if _fits(self.bank, s, k)]
+        if not fitting:
+            raise InvalidValueError(
+                f"no K of {ks} is at most the {len(self.bank)} kernels of {self.model.name}."
+            )
+        found = [Cell(scope, k, method, seed) for method in methods for seed in seeds for scope, k in fitting]
+        return [Cell(), *dict.fromkeys(found)]
+
+    def key_of(self, cell: Cell) -> dict:
+        """Return what a cell's answers depend on, as the store has it."""
+        version = {} if cell == Cell() else {"clustering": VERSIONS["clustering"]}
+        return self.key | asdict(cell) | version
+
+    def entry(
+        self, cell: Cell, *, wait: bool = True, progress: bool = False, n_threads: int | None = None
+    ) -> Entry | None:
+        """Return a cell's entry; what is missing of it is computed and stored.
+
+        None if another process is at it, and `wait` is false.
+        """
+        key = self.key_of(cell)
+        return self.store.once(key, lambda: self._computed(key, cell, progress, n_threads), wait=wait)
+
+    def table(self, cells: Sequence[Cell], entries: Sequence[Entry]) -> pd.DataFrame:
+        """Return one row a cell; the first is the dense model, which drops are against.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``scope``, ``k`` (asked for; 0 for dense), ``method``, ``seed``, ``clusters`` (stored in all),
+            ``kernels_removed``, ``bytes_removed`` (convolutions, fp32 codebook), ``bytes_removed_fp16``,
+            ``model_bytes_removed`` (whole model, fp32 codebook) in percent; ``bytes`` of the convolutions;
+            ``inertia``; ``top1``, ``top1_low``, ``top1_high``, ``top5`` in percent; ``drop``, ``drop_low``,
+            ``drop_high`` in points; ``p_value``; ``cluster_seconds``, ``evaluate_seconds``; and what a row
+            can be told and compared by in other tables: ``model``, ``weights``, ``data``, ``images_hash``,
+            ``precision``, ``images`` (how many) and ``right`` (which are answered rightly, a bit each:
+            `numpy.packbits`).
+        """
+        answers = [_answers(entry) for entry in entries]
+        about = {name: value for name, value in self.key.items() if name not in ("kind", "input")}
+        rows = []
+        for cell, entry, found in zip(cells, entries, answers, strict=True):
+            numbers = {name: value for name, value in entry.row.items() if name != "classes"}
+            right = {"right": np.packbits(found.correct).tobytes()}
+            rows.append(asdict(cell) | DENSE | numbers | accuracy(found, answers[0]) | about | right)
+        return pd.DataFrame(rows)
+
+    def _computed(self, key: dict, cell: Cell, progress: bool, n_threads: int | None) -> Entry:
+        model, row = self.model, {"bytes": footprint.convolution_bytes(self.model.network)}
+        if cell != Cell():
+            found, seconds = clusterings.cluster(
+                self.bank, cell.k, scope=cell.scope, method=cell.method, seed=cell.seed,
+                store=self.store, progress=progress, n_threads=n_threads,
+            )  # fmt: skip
+            row = removed(model.network, found) | {"cluster_seconds": seconds}
+            model = replace(model, network=compression.replaced(model.network, found))
+        answers = evaluation.evaluate(
+            model, self.data, precision=self.precision, device=self.device, progress=progress
+        )
+        row |= {
+            "images": len(self.data),
+            "evaluate_seconds": answers.seconds,
+            "classes": list(answers.classes),
+        }
+        arrays = {"predictions": answers.predictions, "labels": answers.labels, "in_top5": answers.in_top5}
+        return Entry(key, row, arrays)
 
 
 def run(
@@ -29,12 +184,13 @@ def run(
     ks: Iterable[int],
     *,
     scopes: Iterable[str] = ("layer", "global"),
-    seed: int = 0,
+    methods: Iterable[str] = ("plain",),
+    seeds: Iterable[int] = (0,),
     precision: str = "fp32",
     device: str = "cpu",
     store: Store | None = None,
 ) -> pd.DataFrame:
-    """Evaluate the dense model and its clusterings at each scope and K.
+    """Evaluate the dense model and its clusterings at each scope and K, one after the other.
 
     Parameters
     ----------
@@ -44,52 +200,28 @@ def run(
         Clusters a group. In scope ``layer`` a layer with fewer kernels keeps all of its own; a K
         above a scope's largest group is not run there.
     scopes : iterable of {"layer", "global"}
-    seed : int
+    methods : iterable of str
+        What representatives stand for: `clusterings.METHODS`.
+    seeds : iterable of int
     precision, device : str
         As in `evaluation.evaluate`.
     store : Store, optional
-        Where finished cells are looked for and kept; the default store if None.
+        Where finished clusterings and evaluations are looked for and kept; the default store if None.
 
     Returns
     -------
     pandas.DataFrame
-        One row a cell, ``dense`` first: ``scope``, ``k`` (asked for; 0 for dense), ``clusters`` (stored
-        in all), ``kernels_removed``, ``bytes_removed`` (convolutions, fp32 codebook), ``bytes_removed_fp16``,
-        ``model_bytes_removed`` (whole model, fp32 codebook) in percent; ``inertia``; ``top1``,
-        ``top1_low``, ``top1_high``, ``top5`` in percent; ``drop``, ``drop_low``, ``drop_high`` in
-        points; ``p_value``; ``cluster_seconds``, ``evaluate_seconds``.
+        As `Subject.table`.
 
     Raises
     ------
     InvalidValueError, UnknownNameError
-        No K fits the model, K below 1, an unknown scope.
+        No K fits the model, K below 1, an unknown scope or method.
     """
-    store, ks = store or Store(), [int(k) for k in ks]
-    bank = kernels.extract(model.network)
-    key = {
-        "method": _METHOD,
-        "model": [model.name, models.fingerprint(model.network)],
-        "input": input_fingerprint(model, data),
-        "data": [data.name, data.fingerprint],
-        "seed": seed,
-        "precision": precision,
-    }
-    if ks and min(ks) < 1:
-        raise InvalidValueError(f"n_clusters is {min(ks)}; every K must be at least 1.")
-    cells = [("dense", 0)] + [(s, k) for s in scopes for k in ks if _fits(bank, s, k)]
-    if len(cells) == 1:
-        raise InvalidValueError(f"no K of {list(ks)} is at most the {len(bank)} kernels of {model.name}.")
-    rows, dense = [], None
-    for scope, k in tqdm(cells, desc="accuracy sweep", unit="cell"):
-        cell = key | {"scope": scope, "k": k}
-        entry = store.get(cell)
-        if entry is None:
-            entry = _compute(cell, model, bank, data, device)
-            store.put(entry)
-        result = _evaluation(entry, data)
-        dense = dense or result
-        rows.append(_row(entry, result, dense))
-    return pd.DataFrame(rows)
+    subject = Subject(model, data, store or Store(), precision, device)
+    cells = subject.cells(ks, scopes, methods, seeds)
+    with tqdm(cells, desc="accuracy sweep", unit="cell") as bar:
+        return subject.table(cells, [subject.entry(cell) for cell in bar])
 
 
 def input_fingerprint(model: models.Model, data: datasets.ImageSet) -> str:
@@ -104,26 +236,13 @@ def _fits(bank: kernels.KernelBank, scope: str, k: int) -> bool:
     return k <= max(sum(layer.n_kernels for layer in layers) for layers in groups)
 
 
-def _compute(cell: dict, model: models.Model, bank, data: datasets.ImageSet, device: str) -> Entry:
-    row = {"scope": cell["scope"], "k": cell["k"]}
-    if cell["scope"] != "dense":
-        start = time.perf_counter()
-        result = clustering.cluster(bank, cell["k"], scope=cell["scope"], seed=cell["seed"])
-        row["cluster_seconds"] = time.perf_counter() - start
-        row |= removed(model.network, result)
-        model = replace(model, network=compression.replaced(model.network, result))
-    answers = evaluation.evaluate(model, data, precision=cell["precision"], device=device, progress=False)
-    row["evaluate_seconds"] = answers.seconds
-    arrays = {"predictions": answers.predictions, "labels": answers.labels, "in_top5": answers.in_top5}
-    return Entry(cell, row | {"classes": list(answers.classes)}, arrays)
-
-
 def removed(network: torch.nn.Module, result: clustering.Clustering) -> dict[str, float]:
     """Return a clustering's columns of the table that `run` returns: what it removes, and its inertia."""
     saved = footprint.savings(network, result)
     return {
         "clusters": result.n_clusters,
         "kernels_removed": 100 * saved.kernels,
+        "bytes": round(footprint.convolution_bytes(network) * (1 - saved.bytes)),
         "bytes_removed": 100 * saved.bytes,
         "bytes_removed_fp16": 100 * saved.bytes_fp16,
         "model_bytes_removed": 100 * saved.model_bytes,
@@ -131,20 +250,10 @@ def removed(network: torch.nn.Module, result: clustering.Clustering) -> dict[str
     }
 
 
-def _evaluation(entry: Entry, data: datasets.ImageSet) -> Evaluation:
+def _answers(entry: Entry) -> Evaluation:
     arrays = entry.arrays
-    return Evaluation(
-        arrays["predictions"],
-        arrays["labels"],
-        arrays["in_top5"].astype(bool),
-        tuple(entry.row["classes"]),
-        entry.row["evaluate_seconds"],
-    )
-
-
-def _row(entry: Entry, result: Evaluation, dense: Evaluation) -> dict:
-    numbers = {name: value for name, value in entry.row.items() if name != "classes"}
-    return DENSE | numbers | accuracy(result, dense)
+    right = arrays["predictions"], arrays["labels"], arrays["in_top5"].astype(bool)
+    return Evaluation(*right, tuple(entry.row["classes"]), entry.row["evaluate_seconds"])
 
 
 def accuracy(result: Evaluation, dense: Evaluation) -> dict[str, float]:

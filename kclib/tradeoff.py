@@ -11,6 +11,7 @@ from scipy import optimize, sparse
 from kclib import (
     bars,
     checkpoint,
+    checks,
     coding,
     fitting,
     kmeans,
@@ -28,8 +29,6 @@ from kclib.store import Entry, Store
 # A fixed-width index takes ceil(log2 K) bits: between powers of two only the codebook grows.
 KS = tuple(1 << bits for bits in range(17))
 SCOPES = ("layer", "global", "mixed")
-# Part of every key: raise it when the same inputs would give other curves.
-_METHOD = 1
 
 Scope = str | Mapping[str, str]
 
@@ -107,10 +106,11 @@ def curves(
         Weights out of range, or all 0 in a group; a K below 1; an unknown scope, precision or coding.
     NotEnoughMemoryError
     """
-    if coding not in checkpoint.CODINGS:
-        raise UnknownNameError("coding of indices", coding, checkpoint.CODINGS)
+    checks.check_known("coding of indices", coding, checkpoint.CODINGS)
+    checks.check_seed(seed)
     quantization.float_type(precision)
-    weights, ks, store = fitting.checked_weights(weights, len(bank)), tuple(ks), store or Store()
+    weights, ks = fitting.required_weights(weights, len(bank)), kmeans.checked_ks(ks)
+    store = store or Store()
     groups = [
         _Members.of(bank, weights, name, layers, ks)
         for name, layers in scopes.grouping(bank, resolved(bank, scope)).items()
@@ -144,6 +144,8 @@ def solve(curves: Iterable[Curve], n_bytes: float) -> dict[str, int]:
         Fewer bytes than the cheapest choice takes.
     """
     curves = tuple(curves)
+    if not curves:
+        raise InvalidValueError("there are no curves; give one for each group of layers.")
     least = sum(int(curve.bytes[0]) for curve in curves)
     if not n_bytes >= least:
         raise InvalidValueError(f"n_bytes is {n_bytes}; codebooks and indices take at least {least} bytes.")
@@ -226,7 +228,7 @@ class _Members:
         content = hashlib.sha256(self.points.tobytes() + self.weights.tobytes()).hexdigest()
         counts = [layer.n_kernels for layer in self.layers]
         shape = list(self.points.shape)
-        return {"method": _METHOD, "curve": content, "shape": shape, "kernels": counts, "ks": list(self.ks)}
+        return {"kind": "curve", "content": content, "shape": shape, "kernels": counts, "ks": list(self.ks)}
 
     def measured(self, precision: str, coding: str, seed: int, n_threads: int, report) -> dict:
         """Return what `Curve.of` takes."""

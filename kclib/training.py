@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from kclib import datasets, files, models
-from kclib.errors import DamagedFileError, InvalidValueError
+from kclib.errors import DamagedFileError, InvalidValueError, reason
 from kclib.recipe import Recipe, augment
 
 __all__ = [
@@ -148,9 +148,10 @@ def start_from_features(network: nn.Module, path: Path | None) -> None:
     else:
         state = models.read_weights(path)
     features = {k: v.float() for k, v in state.items() if k.startswith("features.")}
-    problems = network.load_state_dict(features, strict=False)
-    if problems.unexpected_keys or any(k.startswith("features.") for k in problems.missing_keys):
+    wanted = {k: v.shape for k, v in network.state_dict().items() if k.startswith("features.")}
+    if {k: v.shape for k, v in features.items()} != wanted:
         raise InvalidValueError(f"{path} does not hold the 13 convolutions of VGG-16.")
+    network.load_state_dict(features, strict=False)
 
 
 def _identity(network: nn.Module, data: datasets.ImageSet, recipe: Recipe, teacher: nn.Module | None) -> dict:
@@ -168,7 +169,7 @@ def _copied(network: nn.Module, device: str) -> nn.Module:
     for name, value in network.named_parameters():
         if value.dtype != torch.float32:
             raise InvalidValueError(f"parameter {name} is {value.dtype}; call .float() on the network first.")
-    return copy.deepcopy(network).to(device, memory_format=torch.channels_last)
+    return models.moved(copy.deepcopy(network), device).to(memory_format=torch.channels_last)
 
 
 def _steps(recipe: Recipe, n_images: int) -> int:
@@ -250,7 +251,8 @@ def _answers(network, data, preprocess, device) -> torch.Tensor:
     found = []
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         for inputs, _ in datasets.batches(data, preprocess, 250):
-            found.append(network(inputs.to(device, memory_format=torch.channels_last)).argmax(1).cpu())
+            inputs = inputs.to(device, memory_format=torch.channels_last)
+            found.append(models.answers(network, inputs).argmax(1).cpu())
     return torch.cat(found)
 
 
@@ -291,12 +293,18 @@ def _resume(checkpoint: Path, identity: dict, parts: dict) -> tuple[list[dict], 
     try:
         state = torch.load(checkpoint, weights_only=True)
     except Exception as error:  # a damaged file can make torch raise almost anything
-        raise DamagedFileError(f"{checkpoint} is not a whole checkpoint: {error}") from error
+        raise DamagedFileError(f"{checkpoint} is not a whole checkpoint ({reason(error)}).") from error
+    if not isinstance(state, dict) or set(state) != {*parts, "identity", "history", "best"}:
+        raise DamagedFileError(f"{checkpoint} is no checkpoint of a training; remove it to start anew.")
     if state["identity"] != identity:
         raise InvalidValueError(
-            f"{checkpoint} belongs to another recipe, start, teacher or data set ({state['identity']}); "
+            f"{checkpoint} belongs to another recipe, start, teacher or data set; "
             "give those again or remove the file."
         )
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        max(map(_score, state["history"]))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DamagedFileError(f"{checkpoint} is not a whole checkpoint ({reason(error)}).") from error
     return state["history"], state["best"]

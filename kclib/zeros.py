@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from kclib import clustering, coding, fitting, scopes
+from kclib import checks, clustering, coding, fitting, rate, scopes
 from kclib.clustering import Clustering, Group
 from kclib.kernels import KernelBank, Layer
 from kclib.packing import index_bits, index_bytes
@@ -46,6 +46,8 @@ def cluster(
     InvalidValueError, UnknownNameError, NotEnoughMemoryError
         As there; K may be up to the number of all kernels of a group, zero or not.
     """
+    rate.checked_price(price)
+    checks.check_seed(seed)
     members = scopes.grouping(bank, scope)
     asked = scopes.wanted(members, n_clusters)
     weights, alive = fitting.checked_weights(weights, len(bank)), bank.weights.any(axis=(1, 2))

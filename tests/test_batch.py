@@ -5,18 +5,27 @@ import nbformat
 import papermill
 import pytest
 import yaml
+from disks import full_disk
 from nbformat import v4
 
-from kclib import batch, errors, reports
+from kclib import batch, errors, profiles, reports
 
 PARAMETERS = 'greeting: str = "hello"  # what to say\ncount: int = 1  # how many\nreport_dir: str = ""'
 PICTURE = 'import sys, PIL.Image\nprint("halfway", file=sys.stderr)\ndisplay(PIL.Image.new("L", (900, 90)))'
 HEADLINE = 'from kclib import reports\nreports.headline(f"{greeting} {count}: {report_dir}")'
+FOLDED = '<details class="folded-code">.*?</details>'
 NOTEBOOKS = {
     "good": [PARAMETERS, PICTURE, HEADLINE],
     "other": ['greeting: str = "hello"', "import kclib.reports as r\nr.headline(greeting)"],
     "broken": ["x = 0", "1 / x", "y = 1"],
     "exits": ["x = 0", "import os\nos._exit(0)", "y = 1"],
+    "killed": ["x = 0", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "y = 1"],
+    "sleeps": ["x = 0", "import time\ntime.sleep(600)", "y = 1"],
+    "prints": [
+        "x = 0",
+        'print("\\n".join(f"line {i}" for i in range(1_000_000)))',
+        "import kclib.reports as r\nr.headline(str(x))",
+    ],
     "no_headline": ["x = 0", "y = 1"],
     "foreign_kernel": ["x = 0", "y = 1"],
 }
@@ -48,7 +57,7 @@ def finished(folder, tmp_path_factory):
     """The report of a batch that ends well."""
     notebooks = {"good": {"parameters": {"count": 2}}, "other": None}
     path = profile_file(folder, notebooks, {"greeting": "ahoy", "count": 3})
-    profile = batch.load_profile(path, changes={"greeting": "moin"})
+    profile = profiles.load(path, changes={"greeting": "moin"})
     return batch.run(profile, tmp_path_factory.mktemp("out")).parent
 
 
@@ -58,7 +67,7 @@ def outputs(path: Path) -> list:
 
 def test_a_batch_leaves_an_executed_copy_and_a_page_of_each_notebook_and_an_index(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
-        "good.html", "good.ipynb", "index.html", "other.html", "other.ipynb",
+        "good.html", "good.ipynb", "index.html", "other.html", "other.ipynb", "report.json",
     ]  # fmt: skip
 
 
@@ -66,14 +75,6 @@ def test_parameters_reach_the_notebooks_that_have_them(finished):
     good, other = (nbformat.read(finished / f"{stem}.ipynb", 4) for stem in ("good", "other"))
     assert reports.read_headline(good) == f"moin 2: {finished.resolve()}"
     assert reports.read_headline(other) == "moin"
-
-
-def test_a_change_wins_over_a_notebooks_own_value_and_that_over_the_shared_one(folder):
-    notebooks = {"good": {"parameters": {"count": 2}}, "other": None}
-    path = profile_file(folder, notebooks, {"greeting": "ahoy", "count": 3})
-    loaded = batch.load_profile(path).parameters
-    assert loaded == {"good": {"count": 2, "greeting": "ahoy"}, "other": {"greeting": "ahoy"}}
-    assert batch.load_profile(path, changes={"count": 4}).parameters["good"]["count"] == 4
 
 
 def test_the_index_shows_headlines_pictures_and_links(finished):
@@ -89,7 +90,10 @@ def test_the_page_for_readers_shows_results_without_code_or_progress(finished):
     page = (finished / "good.html").read_text()
     assert f"moin 2: {finished.resolve()}" in page
     assert "data:image/png;base64," in page
-    assert not re.search(r"headline\(|Image\.new|what to say|halfway", page)
+    assert not re.search(
+        r"headline\(|Image\.new|what to say|halfway", re.sub(FOLDED, "", page, flags=re.DOTALL)
+    )
+    assert "what to say" in page, "the code is there, folded"
 
 
 def test_the_notebooks_themselves_stay_without_outputs(finished, folder):
@@ -101,20 +105,59 @@ def test_the_notebooks_themselves_stay_without_outputs(finished, folder):
     [
         ("broken", "ZeroDivisionError: division by zero"),
         ("exits", "died"),
+        ("killed", "died"),
+        ("sleeps", "a cell ran longer than the 2 s that the profile gives it"),
         ("no_headline", "headline"),
         ("foreign_kernel", ""),
     ],
 )
-def test_a_notebook_that_fails_ends_the_batch_and_is_kept_with_its_error(folder, tmp_path, stem, error):
-    profile = batch.load_profile(profile_file(folder, {stem: None, "other": None}))
+def test_a_notebook_that_fails_is_kept_with_its_error_and_the_others_run(folder, tmp_path, stem, error):
+    profile = profiles.load(profile_file(folder, {stem: {"timeout": 2}, "other": None}))
     with pytest.raises(errors.NotebookError, match=f"notebook {stem} failed.*{error}.*{stem}.ipynb"):
         batch.run(profile, tmp_path)
-    assert {path.stem for path in (tmp_path / "tiny").iterdir()} == {stem, "index"}
+    written = {path.stem for path in (tmp_path / "tiny").iterdir()}
+    assert written == {stem, "other", "index", "report"}
     index = (tmp_path / "tiny" / "index.html").read_text()
+    assert index.index(f"{stem} failed:</b> ") < index.index('class="answer">hello</p>')
     assert re.search(f"{stem} failed:</b> .*{error}", index)
-    assert re.search('other\n.*"not run">not run<', index, re.DOTALL)
+    assert ("traceback</summary>" in index) == (stem == "broken")
+    assert "\x1b[" not in index
     kept = [output.ename for output in outputs(tmp_path / "tiny" / f"{stem}.ipynb") if "ename" in output]
-    assert kept == (["ZeroDivisionError"] if stem == "broken" else [])
+    assert kept == {"broken": ["ZeroDivisionError"], "sleeps": ["KeyboardInterrupt"]}.get(stem, [])
+
+
+def test_every_notebook_that_failed_is_named_and_a_later_run_forgets_them(folder, tmp_path):
+    failing = profiles.load(profile_file(folder, dict.fromkeys(["broken", "no_headline"])))
+    with pytest.raises(errors.NotebookError, match=r"notebooks broken failed .*; no_headline failed"):
+        batch.run(failing, tmp_path)
+    index = batch.run(profiles.load(profile_file(folder, {"other": None})), tmp_path)
+    assert "failed" not in re.sub("<style>.*?</style>", "", index.read_text(), flags=re.DOTALL)
+
+
+def test_a_million_printed_lines_are_kept_and_cut_on_the_page(folder, tmp_path):
+    batch.run(profiles.load(profile_file(folder, {"prints": None})), tmp_path)
+    (stream,) = [x.text for x in outputs(tmp_path / "tiny" / "prints.ipynb") if x.output_type == "stream"]
+    assert stream.splitlines() == [f"line {i}" for i in range(1_000_000)]
+    page = (tmp_path / "tiny" / "prints.html").read_text()
+    assert len(page) < 1_000_000
+    assert "line 99\n... 999,800 lines are left out here; the executed notebook has them ...\n" in page
+    assert "line 999999\n" in page
+
+
+def test_a_disk_that_is_full_is_named_and_no_half_page_is_left(folder, tmp_path):
+    profile = profiles.load(profile_file(folder, {"other": None}))
+    with full_disk(), pytest.raises(errors.StorageError, match=r"could not be written"):
+        batch.run(profile, tmp_path)
+    assert not [x for x in (tmp_path / "tiny").iterdir() if x.suffix == ".html" and x.stem == "other"]
+    assert not [x for x in (tmp_path / "tiny").iterdir() if x.name.startswith(".")]
+
+
+def test_a_rebuilt_report_is_the_same_but_for_what_its_pages_are_made_from(finished):
+    before = (finished / "index.html").read_text()
+    (finished / "good.html").unlink()
+    reports.rebuild(finished, reports.read(finished, "tiny"))
+    assert (finished / "good.html").is_file()
+    assert (finished / "index.html").read_text() == before
 
 
 def test_an_interrupted_batch_leaves_an_index_with_its_finished_part(folder, tmp_path, monkeypatch):
@@ -126,74 +169,9 @@ def test_an_interrupted_batch_leaves_an_index_with_its_finished_part(folder, tmp
         nbformat.write(v4.new_notebook(cells=[v4.new_code_cell("", outputs=[shown])]), target)
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
-    profile = batch.load_profile(profile_file(folder, dict.fromkeys(["good", "other", "broken"])))
+    profile = profiles.load(profile_file(folder, dict.fromkeys(["good", "other", "broken"])))
     with pytest.raises(KeyboardInterrupt):
         batch.run(profile, tmp_path)
     index = (tmp_path / "tiny" / "index.html").read_text()
     assert "<p>forty-two</p>" in index
     assert re.findall('<p class="(interrupted|not run)">', index) == ["interrupted", "not run"]
-
-
-@pytest.mark.parametrize(
-    ("own", "shared", "changes", "message"),
-    [
-        ({"cuont": 1}, {}, {}, "parameter of good 'cuont'.* mean 'count'"),
-        ({}, {"cuont": 1}, {}, "parameter 'cuont'.* mean 'count'"),
-        ({}, {}, {"cuont": 1}, "parameter 'cuont'.* mean 'count'"),
-    ],
-)
-def test_an_unknown_parameter_is_refused_with_the_nearest(folder, own, shared, changes, message):
-    path = profile_file(folder, {"good": {"parameters": own}}, shared)
-    with pytest.raises(errors.UnknownNameError, match=message):
-        batch.load_profile(path, changes=changes)
-
-
-def test_a_torn_notebook_is_named(tmp_path):
-    (tmp_path / "torn.ipynb").write_text('{"cells": [')
-    with pytest.raises(errors.DamagedFileError, match=r"torn\.ipynb"):
-        batch.load_profile(profile_file(tmp_path, {"torn": None}))
-
-
-def test_an_unknown_profile_or_notebook_is_named(folder):
-    with pytest.raises(errors.UnknownNameError, match=r"known: .*full.* mean 'smoke'"):
-        batch.load_profile("smok")
-    with pytest.raises(errors.MissingFileError, match=r"absent\.ipynb does not exist"):
-        batch.load_profile(profile_file(folder, {"absent": None}))
-
-
-@pytest.mark.parametrize("text", ["notebooks: [", "notebooks:\n  a: b: c", "\t", "notebooks: \x00"])
-def test_a_profile_that_is_not_yaml_is_damaged(tmp_path, text):
-    (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(errors.DamagedFileError, match=r"p\.yaml is not valid YAML"):
-        batch.load_profile(str(tmp_path / "p.yaml"))
-
-
-def test_a_profile_that_would_run_code_is_refused_and_runs_none(tmp_path):
-    target = tmp_path / "exploded"
-    (tmp_path / "p.yaml").write_text(f"notebooks: !!python/object/apply:os.mkdir ['{target}']")
-    with pytest.raises(errors.DamagedFileError, match="not valid YAML"):
-        batch.load_profile(str(tmp_path / "p.yaml"))
-    assert not target.exists()
-
-
-@pytest.mark.parametrize("text", ["", "- good", "note: a", "notebooks: [good]"])
-def test_a_profile_without_a_mapping_of_notebooks_is_refused(tmp_path, text):
-    (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(errors.InvalidValueError, match="mapping with the key 'notebooks'"):
-        batch.load_profile(str(tmp_path / "p.yaml"))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "notebook: {good: }\nnotebooks: {good: }",
-        "notebooks: {good: {parameter: {count: 2}}}",  # for parameters
-        "notebooks: {good: {seconds: soon}}",
-        "notebooks: {good: 5}",
-        "parameters: [count]\nnotebooks: {good: }",
-    ],
-)
-def test_a_profile_with_a_wrong_key_or_value_is_refused(folder, text):
-    (folder / "p.yaml").write_text(f"folder: .\n{text}")
-    with pytest.raises(errors.KclibError, match=r"good|p\.yaml"):
-        batch.load_profile(str(folder / "p.yaml"))

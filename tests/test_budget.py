@@ -189,7 +189,7 @@ def test_one_finite_goal_is_given_and_a_precision_that_the_ledger_counts(given):
     for goals in ({}, {"n_bytes": 900, "max_drop": 1}):
         with pytest.raises(InvalidValueError, match="give n_bytes or max_drop, and not both"):
             allocated(given, **goals)
-    with pytest.raises(InvalidValueError, match="n_bytes or max_drop is nan; it must be finite"):
+    with pytest.raises(InvalidValueError, match="n_bytes or max_drop is nan; it must be a finite"):
         allocated(given, max_drop=float("nan"))
     with pytest.raises(UnknownNameError, match="unknown precision 'bf16'"):
         allocated(given, n_bytes=900, precision="bf16")

@@ -100,7 +100,7 @@ def test_a_wrong_input_in_the_shell_is_one_sentence_and_exit_code_2():
     code, out, said = shell("batch", "--profile", "smok")
     assert (code, out) == (2, "")
     assert is_one_sentence(said)
-    assert "Did you mean 'smoke'?" in said
+    assert "did you mean 'smoke'?" in said
 
 
 @pytest.mark.parametrize(
@@ -396,12 +396,15 @@ def test_a_file_that_is_missing_or_damaged_is_one_sentence(
     ("options", "message"),
     [
         (["--clusters", 81], "n_clusters is 81; it must be a whole number from 1 to 80"),
-        (["--clusters", 5, "--scope", "laye"], "Did you mean 'layer'?"),
+        (["--clusters", 5, "--scope", "laye"], "did you mean 'layer'?"),
         (
             ["--clusters", 5, "--precision", "fp8"],
             "unknown precision 'fp8'; known: fp32, fp16, bf16, int8, int4.",
         ),
-        (["--clusters", 5, "--indices", "fix"], "unknown coding of indices 'fix'; known: entropy, fixed."),
+        (
+            ["--clusters", 5, "--indices", "fix"],
+            "unknown coding of indices 'fix' (did you mean 'fixed'?); known: entropy, fixed.",
+        ),
         (["--clusters", 5, "--weights", "absent"], "weights file absent does not exist"),
         (["--clusters", 5, "--data", "fashion"], "unknown data set 'fashion'"),
         (["--clusters", 5, "--seed", -1], "seed is -1"),

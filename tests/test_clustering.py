@@ -303,7 +303,7 @@ def test_k_or_scope_that_does_not_fit_the_bank_is_refused(n_clusters, scope, sen
 
 
 def test_unknown_scope_is_refused_with_the_nearest_known_one():
-    with pytest.raises(UnknownNameError, match=r"unknown scope 'layers'; known: layer, global.*'layer'\?"):
+    with pytest.raises(UnknownNameError, match=r"unknown scope 'layers' .*'layer'\?.*known: layer, global"):
         cluster(bank_of(one=[A, B]), 1, scope="layers")
 
 

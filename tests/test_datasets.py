@@ -86,7 +86,7 @@ def test_a_missing_shipped_file_is_named(copied):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenette", "imagenet"])
 def test_a_data_set_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch, name):
     monkeypatch.setenv("KCLIB_DATA", str(tmp_path))
-    with pytest.raises(MissingFileError, match=f"'{name}' was not found in {tmp_path}"):
+    with pytest.raises(MissingFileError, match=f"'{name}' was not found whole in {tmp_path}"):
         datasets.load(name)
 
 
@@ -121,7 +121,7 @@ def test_a_limit_draws_the_same_images_every_time_and_has_its_own_fingerprint(fa
 
 @pytest.mark.parametrize("limit", [0, -1, 10_001])
 def test_a_limit_outside_the_data_set_is_refused(limit):
-    with pytest.raises(InvalidValueError, match="1 to 10000 images"):
+    with pytest.raises(InvalidValueError, match=r"limit of fashion-mnist/test is .* 1 to 10000"):
         datasets.load(limit=limit)
 
 
@@ -144,7 +144,9 @@ def test_limited_draws_images_with_their_labels_and_leaves_the_set_alone():
 
 @pytest.mark.parametrize("limit", [0, 11])
 def test_limited_refuses_what_the_set_has_not(limit):
-    with pytest.raises(InvalidValueError, match=f"limit is {limit}; small/test has 1 to 10 images"):
+    with pytest.raises(
+        InvalidValueError, match=f"limit of small/test is {limit}; it must be a whole number, 1 to 10"
+    ):
         datasets.limited(small(10), limit)
 
 

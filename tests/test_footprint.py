@@ -314,7 +314,7 @@ def test_weight_of_a_parametrized_convolution_is_a_convolution_weight():
 
 
 def test_the_reports_figures_are_kernels_and_bytes_removed():
-    network = nn.Sequential(nn.Conv2d(1, 1_634_496, 3, bias=False, device="meta"))
+    network = nn.Sequential(nn.Conv2d(1, 1_634_496, 3, bias=False))
     saved = savings(network, clustered([rows_of(1_634_496)], 235_367))
     assert round(100 * saved.kernels, 1) == 85.6
     assert round(100 * saved.bytes, 2) == 79.35

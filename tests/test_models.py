@@ -45,7 +45,7 @@ def published(tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_lists_the_known_ones_and_suggests_the_nearest():
-    with pytest.raises(UnknownNameError, match=r"known: vgg16-fashion, .*resnet18.*mean 'vgg16-fashion'\?"):
+    with pytest.raises(UnknownNameError, match=r"mean 'vgg16-fashion'\?.*known: vgg16-fashion, .*alexnet"):
         models.load("vgg16-fashon")
 
 
@@ -193,7 +193,7 @@ def test_an_architecture_is_built_on_the_meta_device_without_a_real_tensor(name)
 
 
 def test_an_unknown_architecture_is_named_and_a_factory_is_called_anew(ownnets):
-    with pytest.raises(UnknownNameError, match=r"unknown model 'resnet81'; .*mean 'resnet"):
+    with pytest.raises(UnknownNameError, match=r"unknown model 'resnet81' .*mean 'resnet"):
         models.architecture("resnet81")
     first, second = models.architecture("ownnets:network"), models.architecture("ownnets:network")
     assert (first.name, first.classes) == ("ownnets:network", ())

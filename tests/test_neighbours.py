@@ -225,7 +225,7 @@ def test_a_single_point_is_the_neighbour_of_all_queries_and_none_ask_for_nothing
         ({"points": np.ones(4)}, "points have shape"),
         ({"points": np.ones((0, 4))}, "points have shape"),
         ({"points": np.ones((5, 0))}, "points have shape"),
-        ({"points": [["a", "b"]]}, "points must be numbers"),
+        ({"points": [["a", "b"]]}, "points must be an array of real numbers"),
         ({"points": [[1, np.nan], [0, 0]]}, "points hold NaN"),
         ({"points": np.full((3, 4), 1e39)}, "points hold NaN or infinity"),
         ({"k": 0}, "k is 0"),

@@ -18,7 +18,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
-from kclib import batch, checkpoint, datasets, footprint, models, reports, training
+from kclib import batch, checkpoint, datasets, footprint, models, profiles, reports, training
 
 NOTEBOOKS = sorted(batch.NOTEBOOKS.glob("*.ipynb"))
 
@@ -61,12 +61,12 @@ def test_begins_with_its_question_and_ends_with_claims_and_a_headline(notebook):
     assert "reports.headline(" in notebook.cells[-1].source
 
 
-@pytest.mark.parametrize("name", batch.profile_names())
+@pytest.mark.parametrize("name", profiles.names())
 def test_every_profile_names_the_notebooks_in_order_with_known_parameters(name):
     expected = [path.stem for path in NOTEBOOKS]
     if name == "imagenet":
         expected = expected[:6]  # no training images there
-    assert list(batch.load_profile(name).parameters) == expected
+    assert list(profiles.load(name).parameters) == expected
 
 
 SMALL = """
@@ -120,7 +120,7 @@ def smoke(tmp_path_factory, small):
         patch.setenv("KCLIB_STORE", str(folder / "store"))
         patch.setenv("PYTHONPATH", str(small))
         changes = {"limit": 200, "clusters": [16, 4096], "per_layer": 60, "batches": [1, 2]}
-        profile = batch.load_profile("smoke", changes=changes | {"held_back": 1000, "images": 1280})
+        profile = profiles.load("smoke", changes=changes | {"held_back": 1000, "images": 1280})
         own = {
             "07-recovery": {"limit": 2000, "shares": [12, 16]},
             "08-orthogonality": {"limit": 500, "codebooks": [None, 32, 256], "seeds": [0, 1]},
@@ -255,7 +255,7 @@ def imagenet(tmp_path_factory):
         patch.setenv("TORCH_HOME", str(folder))
         data = f"folder:{folder / 'images'}"
         changes = {"data": data, "clusters": [16, 256], "per_layer": 30, "batches": [1]}
-        batch.run(batch.load_profile("imagenet", changes=changes), folder / "reports")
+        batch.run(profiles.load("imagenet", changes=changes), folder / "reports")
     return folder / "reports" / "imagenet"
 
 

@@ -114,8 +114,8 @@ def test_bytes_are_those_of_the_bits_rounded_up(n, bits, n_bytes):
         ([1], 0, "indices run from 1 to 1; in 0 bits they must be 0 to 0"),
         ([3, -1], 8, "indices run from -1 to 3"),
         ([1 << 24], 24, "in 24 bits they must be 0 to 16777215"),
-        ([1], 25, "an index of 25 bits; it must have 0 to 24"),
-        ([0], -1, "an index of -1 bits"),
+        ([1], 25, "bits of an index is 25; it must be a whole number, 0 to 24"),
+        ([0], -1, "bits of an index is -1"),
         ([[0, 1]], 1, r"indices are int64 \(1, 2\); they must be whole numbers"),
         ([0.0, 1.0], 1, r"indices are float64 \(2,\)"),
         ([True, False], 1, "indices are bool"),
@@ -129,7 +129,7 @@ def test_what_cannot_be_packed_is_refused(indices, bits, sentence):
 @pytest.mark.parametrize("read", [unpack, _unpack_anywhere])
 @pytest.mark.parametrize("bits", [-1, 25])
 def test_widths_that_cannot_be_packed_are_not_read_either(read, bits):
-    with pytest.raises(InvalidValueError, match=f"an index of {bits} bits"):
+    with pytest.raises(InvalidValueError, match=f"bits of an index is {bits}"):
         read(torch.zeros(8, dtype=torch.uint8), bits, 0, 1)
 
 

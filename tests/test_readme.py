@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from kclib import batch, datasets, models
+from kclib import datasets, models, profiles
 
 ROOT = Path(__file__).parents[1]
 
@@ -217,7 +217,7 @@ def test_the_workflow_is_yaml_whose_commands_exist():
     steps = workflow["jobs"]["report"]["steps"]
     commands = [step["run"] for step in steps if "run" in step]
     assert commands == ["make setup", '.venv/bin/kclib batch --profile "$PROFILE" --no-open']
-    assert workflow["jobs"]["report"]["env"]["PROFILE"] in batch.profile_names()
+    assert workflow["jobs"]["report"]["env"]["PROFILE"] in profiles.names()
     uploaded = next(step for step in steps if "upload-artifact" in step.get("uses", ""))
     assert uploaded["with"]["path"] == "reports/"
     assert uploaded["if"] == "always()"  # also of a run that failed

@@ -8,8 +8,9 @@ import pytest
 from nbformat import v4
 from PIL import Image
 
-from kclib import reports
-from kclib.reports import Chapter
+from kclib import pages, reports
+from kclib.errors import MissingFileError
+from kclib.reports import Chapter, Failure, Report
 
 HEADLINE = "application/vnd.kclib.headline+json"
 
@@ -34,7 +35,7 @@ def notebook(*cells):
 def page():
     stream = [v4.new_output("stream", name=name, text=f"said on {name}") for name in ("stdout", "stderr")]
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "HBox(children"}
-    return reports.to_html(
+    return pages.to_html(
         notebook(
             v4.new_markdown_cell("# How many would do?\n\nSee [the report](https://example.org)."),
             v4.new_code_cell("secret_code(1)", outputs=stream),
@@ -54,9 +55,28 @@ def test_a_page_shows_prose_pictures_tables_and_printed_text(page):
     assert re.search(r"<strong>Few would do</strong>|\*\*Few would do\*\*", page)
 
 
-@pytest.mark.parametrize("noise", ["secret_code", "on stderr", "HBox(", "model_id", "In [", "In&nbsp;"])
-def test_a_page_shows_no_code_prompts_progress_or_widgets(page, noise):
+def test_a_page_has_its_code_folded(page):
+    before, folded, after = re.split(r'<details class="folded-code">(.*?)</details>', page, flags=re.DOTALL)[
+        :3
+    ]
+    assert "secret_code" in folded
+    assert "secret_code" not in before + after
+
+
+@pytest.mark.parametrize("noise", ["on stderr", "HBox(", "model_id", "In [", "In&nbsp;"])
+def test_a_page_shows_no_prompts_progress_or_widgets(page, noise):
     assert noise not in page
+
+
+def test_long_printed_text_is_cut_and_lines_that_were_drawn_over_are_left_out():
+    text = "".join(f"line {i}\n" for i in range(1000)) + "10 %\r20 %\rdone\n" + "x" * 9000
+    stream = v4.new_output("stream", name="stdout", text=text)
+    page = pages.to_html(notebook(v4.new_code_cell("x", outputs=[stream])), title="t")
+    assert "line 99\n... 802 lines are left out here" in page
+    assert "line 100\n" not in page
+    assert "20 %" not in page
+    assert "x" * 2000 + " ..." in page
+    assert "x" * 2001 not in page
 
 
 def test_a_page_needs_nothing_from_the_network(page):
@@ -73,7 +93,7 @@ def test_a_page_needs_nothing_from_the_network(page):
 
 def test_making_a_page_leaves_the_notebook_alone():
     made = notebook(v4.new_code_cell("x", outputs=[v4.new_output("stream", name="stderr", text="bar")]))
-    reports.to_html(made, title="t")
+    pages.to_html(made, title="t")
     assert made.cells[0].outputs[0].text == "bar"
 
 
@@ -95,7 +115,7 @@ def test_a_headline_is_shown_to_readers_and_recorded_for_the_index(monkeypatch):
 
 
 def thumbnail(folder, *cells) -> np.ndarray:
-    chapter = reports.render(notebook(*cells), folder, "n", seconds=1)
+    chapter = reports.render(notebook(*cells), folder, Chapter("n", "done"))
     encoded = chapter.thumbnail.removeprefix("data:image/png;base64,")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
 
@@ -116,10 +136,9 @@ def test_a_tagged_cells_picture_is_the_thumbnail_in_its_own_size(tmp_path):
 
 def test_rendering_writes_the_page_and_tells_the_chapter(tmp_path):
     made = notebook(shows({HEADLINE: {"text": "Few"}}))
-    assert reports.render(made, tmp_path, "n", seconds=2.5) == Chapter("n", "done", "Few", "", "", 2.5)
+    found = reports.render(made, tmp_path, Chapter("n", "done", seconds=2.5))
+    assert found == Chapter("n", "done", "Few", seconds=2.5)
     assert "<title>n</title>" in (tmp_path / "n.html").read_text()
-    failed = reports.render(notebook(), tmp_path, "m", seconds=0.5, error="it broke")
-    assert failed == Chapter("m", "failed", "", "it broke", "", 0.5)
 
 
 @pytest.fixture
@@ -129,7 +148,13 @@ def index(tmp_path):
         Chapter("02-failed", "failed", error="<lambda> broke", seconds=3),
         Chapter("03-late", "not run"),
     ]
-    return reports.write_index(tmp_path / "new", "tiny", "Only <some> of it.", chapters).read_text()
+    report = Report(
+        "tiny", "Only <some> of it.", tuple(chapters), (Failure("K = 4", "<odd>", "Trace\nback"),),
+        reports.provenance(),
+    )  # fmt: skip
+    path = reports.write(tmp_path / "new", report)
+    assert reports.read(tmp_path / "new", "tiny") == report
+    return path.read_text()
 
 
 def test_the_index_tells_each_chapters_state(index):
@@ -150,3 +175,19 @@ def test_the_index_escapes_what_it_is_given(index):
 def test_the_index_says_what_made_it_and_needs_nothing_from_the_network(index):
     assert f"torch {metadata.version('torch')}" in index
     assert "http" not in index
+
+
+def test_what_failed_comes_before_all_else_with_its_traceback(index):
+    assert index.index("K = 4 failed:</b> &lt;odd&gt;") < index.index("<article>")
+    assert "<pre>Trace\nback</pre>" in index
+
+
+def test_a_damaged_report_is_begun_anew_and_that_is_said(tmp_path, caplog):
+    (tmp_path / "report.json").write_text('{"name": ')
+    assert reports.read(tmp_path, "tiny") == Report("tiny")
+    assert f"the report in {tmp_path} is damaged" in caplog.text
+
+
+def test_a_report_that_was_never_made_cannot_be_rebuilt(tmp_path):
+    with pytest.raises(MissingFileError, match="has no report; kclib batch or kclib sweep makes one"):
+        reports.rebuild(tmp_path, Report("tiny"))

@@ -260,13 +260,13 @@ def test_the_seed_reaches_the_table_of_scales():
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest_known_one():
-    with pytest.raises(UnknownNameError, match=r"unknown kind of representative 'mediod'; .*'medoid'\?"):
+    with pytest.raises(UnknownNameError, match=r"unknown kind of representative 'mediod' .*'medoid'\?"):
         cluster(bank_of(drawn(2, 2, 3, 3)), 1, "mediod")
 
 
 @pytest.mark.parametrize("scale_bits", [1, 17, 4.0, True])
 def test_scale_bits_out_of_range_are_refused(scale_bits):
-    with pytest.raises(InvalidValueError, match=f"scale_bits is {scale_bits}; .* whole number from 2 to 16"):
+    with pytest.raises(InvalidValueError, match=f"scale_bits is {scale_bits}; .* whole number, 2 to 16"):
         cluster(bank_of(drawn(2, 2, 3, 3)), 1, "scaled", scale_bits=scale_bits)
 
 

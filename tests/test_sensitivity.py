@@ -120,7 +120,9 @@ def test_fisher_is_the_mean_squared_gradient_of_single_images():
 
 def test_labels_come_from_the_models_own_distribution():
     network, many = Net(conv(4, 6, padding=1)), pictures(1)
-    many = ImageSet("same", many.images.repeat(4000, 1, 1, 1), torch.zeros(4000), ("a",), "")
+    many = ImageSet(
+        "same", many.images.repeat(4000, 1, 1, 1), torch.zeros(4000, dtype=torch.int64), ("a",), ""
+    )
     answered = network.convs(scaled(many.images[:1])).detach().requires_grad_()
     logits = network.linear(torch.tanh(answered / 4).sum((2, 3)) / 4)
     powers = 0
@@ -158,7 +160,7 @@ def curvature(network, x):
 def test_hessian_is_exact_where_it_is_diagonal_and_never_negative(bend, sign):
     network, images = Margin(bend), torch.zeros(9, 1, 3, 3, dtype=torch.uint8)
     images.view(9, 9).fill_diagonal_(60)  # each image lights one tap, so no two weights meet
-    data = ImageSet("lights", images, torch.zeros(9), ("a", "b"), "")
+    data = ImageSet("lights", images, torch.zeros(9, dtype=torch.int64), ("a", "b"), "")
     expected = curvature(network, scaled(images)).mean()
     assert sign * expected > 0
     found = measured(network, data, kind="hessian", batch_size=4)["conv"]
@@ -167,7 +169,7 @@ def test_hessian_is_exact_where_it_is_diagonal_and_never_negative(bend, sign):
 
 def test_hessian_converges_where_weights_meet():
     network, images = Margin(nn.Identity()), pictures(1, 1, 5).images // 4
-    data = ImageSet("same", images.repeat(400, 1, 1, 1), torch.zeros(400), ("a", "b"), "")
+    data = ImageSet("same", images.repeat(400, 1, 1, 1), torch.zeros(400, dtype=torch.int64), ("a", "b"), "")
     found = measured(network, data, kind="hessian", batch_size=1)["conv"]
     np.testing.assert_allclose(found, [[curvature(network, scaled(images)).mean()]], rtol=0.1)
 

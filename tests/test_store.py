@@ -1,17 +1,24 @@
 import os
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
+import safetensors
 from disks import full_disk
+from gates import PATIENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kclib.errors import StorageError
-from kclib.store import Entry, Store
+from kclib import store as store_module
+from kclib.errors import StorageError, UnknownNameError
+from kclib.store import VERSIONS, Entry, Store
 
-KEY = {"model": "vgg16", "k": 16, "nested": {"a": [1, 2], "b": None}}
+KEY = {"kind": "evaluation", "model": "vgg16", "k": 16, "nested": {"a": [1, 2], "b": None}}
 DTYPES = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 DTYPES += ("float16", "float32", "float64")
 ARRAYS = st.dictionaries(
@@ -69,7 +76,7 @@ def test_another_key_is_another_entry(store, change):
 
 def test_the_order_of_a_keys_parts_does_not_matter(store):
     store.put(entry(3.0))
-    turned = {"nested": {"b": None, "a": [1, 2]}, "k": 16, "model": "vgg16"}
+    turned = dict(reversed(KEY.items())) | {"nested": {"b": None, "a": [1, 2]}}
     assert store.get(turned).row == {"top1": 3.0}
 
 
@@ -107,7 +114,7 @@ def test_a_write_that_fails_leaves_the_old_entry_and_no_scraps(store):
     with full_disk(), pytest.raises(StorageError, match=path.name):
         store.put(Entry(KEY, {}, {"large": np.ones(100_000)}))
     assert store.get(KEY).row == {"top1": 1.0}
-    assert list(store.root.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
@@ -119,7 +126,160 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
 def test_the_default_folder_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("KCLIB_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("KCLIB_STORE", raising=False)
-    assert Store().put(entry()).parent == tmp_path / "data" / "cache" / "store"
+    assert Store().put(entry()).parents[1] == tmp_path / "data" / "cache" / "store"
     monkeypatch.setenv("KCLIB_STORE", str(tmp_path / "elsewhere"))
     assert Store().get(KEY) is None
-    assert Store().put(entry()).parent == tmp_path / "elsewhere"
+    assert Store().put(entry()).parents[1] == tmp_path / "elsewhere"
+
+
+def flip_a_bit(path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [-1, -20, 40, 200])
+def test_an_entry_with_one_bit_flipped_is_computed_again_and_said(store, caplog, place):
+    path = store.put(entry(1.0))
+    flip_a_bit(path, place)
+    assert store.once(KEY, lambda: entry(2.0)).row == {"top1": 2.0}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"store entry {path} is damaged and is computed again."
+    ]
+    assert store.get(KEY).row == {"top1": 2.0}
+
+
+def test_what_is_there_is_not_computed_again(store):
+    store.put(entry(1.0))
+    assert store.once(KEY, lambda: pytest.fail("computed")).row == {"top1": 1.0}
+
+
+def test_of_many_who_want_an_entry_at_once_one_computes_it(store):
+    computed, begin = [], threading.Barrier(8)
+
+    def compute():
+        computed.append(1)
+        return entry(3.0)
+
+    def want(_):
+        begin.wait(PATIENCE)
+        return Store(store.root).once(KEY, compute).row
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(want, range(8))) == [{"top1": 3.0}] * 8
+    assert computed == [1]
+
+
+def test_who_does_not_wait_for_another_goes_on_without(store):
+    with store.claim(KEY, wait=True):
+        assert Store(store.root).once(KEY, lambda: pytest.fail("computed"), wait=False) is None
+        other = Store(store.root).once(KEY | {"k": 17}, lambda: entry(1.0, k=17), wait=False)
+    assert other.row == {"top1": 1.0}
+    assert Store(store.root).once(KEY, lambda: entry(2.0), wait=False).row == {"top1": 2.0}
+
+
+def test_a_computation_that_fails_leaves_its_claim_to_others(store):
+    with pytest.raises(ZeroDivisionError):
+        store.once(KEY, lambda: 1 / 0)
+    assert store.once(KEY, entry, wait=False).row == {"top1": 1.0}
+
+
+def test_a_claim_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="could not be locked"):
+        Store(tmp_path / "file").once(KEY, entry)
+
+
+def test_the_table_has_a_row_an_entry_and_can_be_read_without_us(store):
+    paths = [store.put(entry(value, k=k)) for k, value in ((16, 1.5), (17, 2.5))]
+    store.put(Entry({"kind": "layout", "seed": 1}, {"n": 3}, {}))
+    table = store.table("evaluation").set_index("k")
+    assert table.top1.to_dict() == {16: 1.5, 17: 2.5}
+    assert (table.nested == '{"a": [1, 2], "b": null}').all()
+    assert table.file_bytes.to_dict() == {16: paths[0].stat().st_size, 17: paths[1].stat().st_size}
+    assert table.entry[16] == paths[0].stem
+    kept = pd.read_parquet(store.root / "evaluation.parquet").set_index("k")
+    assert kept.equals(table)
+
+
+def test_the_table_reads_what_is_new_or_changed_and_drops_what_is_gone(store, monkeypatch):
+    first, second = (store.put(entry(1.0, k=k)) for k in (1, 2))
+    assert store.table("evaluation").k.tolist() != []
+    first.unlink()
+    os.utime(second, ns=(0, 0))  # another content at another time
+    store.put(entry(5.0, k=3))
+    read, genuine = [], safetensors.safe_open
+
+    def opened(path, **options):
+        read.append(path)
+        return genuine(path, **options)
+
+    store.table("evaluation")
+    monkeypatch.setattr(safetensors, "safe_open", opened)
+    assert sorted(store.table("evaluation").k) == [2, 3]
+    assert read == []
+    changed = store.put(entry(7.0, k=2))
+    assert store.table("evaluation").set_index("k").top1.to_dict() == {2: 7.0, 3: 5.0}
+    assert read == [changed]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 no parquet", b"\xff" * 500])
+def test_a_damaged_table_is_made_again(store, content):
+    store.put(entry(1.0))
+    whole = store.table("evaluation")
+    (store.root / "evaluation.parquet").write_bytes(content)
+    assert store.table("evaluation").equals(whole)
+
+
+def test_a_damaged_entry_has_no_row(store):
+    store.put(entry(1.0))
+    os.truncate(store.put(entry(2.0, k=17)), 30)
+    assert store.table("evaluation").top1.tolist() == [1.0]
+
+
+def test_a_store_without_entries_has_an_empty_table_and_is_not_made(store):
+    assert len(store.table("evaluation")) == 0
+    assert not store.root.exists()
+
+
+def test_an_unknown_kind_is_named(store):
+    for ask in (lambda: store.table("evaluations"), lambda: store.get({"kind": "evaluations"})):
+        with pytest.raises(UnknownNameError, match="mean 'evaluation'"):
+            ask()
+    with pytest.raises(UnknownNameError, match="unknown kind of entry 'None'"):
+        store.get({"k": 3})
+
+
+def test_another_version_of_the_code_shares_no_entry_and_gc_removes_the_old(store, monkeypatch):
+    old = store.put(entry(1.0))
+    monkeypatch.setitem(store_module.VERSIONS, "evaluation", VERSIONS["evaluation"] + 1)
+    assert store.get(KEY) is None
+    new = store.put(entry(2.0))
+    assert store.gc(dry_run=True).file.tolist() == [f"evaluation/{old.name}"]
+    assert old.exists()
+    removed = store.gc()
+    assert removed.why.tolist() == ["of an earlier version"]
+    assert (old.exists(), new.exists(), len(store.gc())) == (False, True, 0)
+
+
+def test_gc_removes_what_is_damaged_old_or_left_over_and_nothing_else(store):
+    good, damaged = store.put(entry(1.0)), store.put(entry(1.0, k=1))
+    flip_a_bit(damaged, -1)
+    old = store.put(entry(1.0, k=2))
+    scrap, flat = good.with_name(".x.tmp.safetensors"), store.root / "0123.safetensors"
+    young = good.with_name(".y.tmp.safetensors")
+    for path in (scrap, flat, young):
+        path.write_text("scrap")
+    for path in (old, scrap):
+        os.utime(path, (time.time() - 3 * 86400,) * 2)
+    store.table("evaluation")
+    removed = store.gc(days=2)
+    assert dict(zip(removed.why, removed.file, strict=True)) == {
+        "damaged": f"evaluation/{damaged.name}",
+        "made more than 2 days ago": f"evaluation/{old.name}",
+        "left by a run that ended": f"evaluation/{scrap.name}",
+        "of an earlier version": flat.name,
+    }
+    assert {path.name for path in store.root.rglob("*") if path.is_file()} == {
+        good.name, young.name, "evaluation.parquet"
+    }  # fmt: skip

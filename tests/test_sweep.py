@@ -3,32 +3,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from tiny import tiny_data, tiny_model
 
 from kclib import evaluation, kernels, sweep
-from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.models import Model
 from kclib.store import Store
 
 KS = (1, 24, 36)  # the layers have 12 and 24 kernels: a K of 36 fits the scope global only
 CELLS = [("dense", 0), ("layer", 1), ("layer", 24), ("global", 1), ("global", 24), ("global", 36)]
-
-
-def tiny_model(seed: int = 0) -> Model:
-    torch.manual_seed(seed)
-    network = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
-    return Model("tiny", network.eval(), lambda images: images.float() / 255 - 0.5)
-
-
-def tiny_data(seed: int = 0) -> ImageSet:
-    draw = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (40, 3, 1, 1), dtype=torch.uint8, generator=draw).expand(40, 3, 8, 8)
-    labels = tiny_model().network(images / 255 - 0.5).argmax(1)
-    labels[:8] = 5
-    return ImageSet("tiny/test", images, labels, tuple("abcdef"), str(seed))
 
 
 @pytest.fixture(scope="module")

@@ -187,7 +187,7 @@ def test_values_that_cannot_be_are_named(store):
         curves(bank, dead, store=store)
     with pytest.raises(InvalidValueError, match=r"weights have shape \(2,\)"):
         curves(bank, weights[:2], store=store)
-    with pytest.raises(InvalidValueError, match="n_clusters is 0"):
+    with pytest.raises(InvalidValueError, match="a number of clusters is 0"):
         curves(bank, weights, ks=(0, 2), store=store)
     with pytest.raises(UnknownNameError, match="unknown coding of indices 'huffman'"):
         curves(bank, weights, coding="huffman", store=store)

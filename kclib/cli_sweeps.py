@@ -1,0 +1,165 @@
+"""Commands over sweeps: compute one, look into the store, tidy it, write reports, compare two runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kclib.errors import InvalidValueError, SweepError
+
+_PROFILE = Annotated[str, typer.Argument(help="smoke, full, imagenet, or the path of a YAML file.")]
+_OUT = Annotated[Path, typer.Option(help="Folder of the reports.")]
+
+
+def sweep(
+    profile: _PROFILE,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the cells and what they take; compute none.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Cells side by side.")] = 1,
+    backend: Annotated[str, typer.Option(help="Of joblib: loky, dask or ray.")] = "loky",
+    scheduler: Annotated[
+        str, typer.Option(help="Address of a Dask scheduler or a Ray cluster; else one is started here.")
+    ] = "",
+    rerun: Annotated[bool, typer.Option("--rerun", help="Compute again what is stored.")] = False,
+    out: _OUT = Path("reports"),
+) -> None:
+    """Compute the cells of a profile's sweep that the store does not have, and write their report."""
+    from kclib import grid
+    from kclib.jobs import Workers
+    from kclib.store import Store
+
+    found, workers, store = _profile(profile), Workers(jobs, backend, scheduler), Store()
+    planned = grid.plan(found.sweep, store)
+    if rerun and not dry_run:
+        grid.forget(planned, store)
+        planned = grid.plan(found.sweep, store)
+    if dry_run:
+        typer.echo(_text(grid.as_table(planned)))
+    typer.echo(grid.summary(planned, workers))
+    if dry_run:
+        return
+    failures = grid.run(planned, workers)
+    index = grid.report(found, planned, store, failures, out)
+    typer.echo(f"report: {index.resolve()}")
+    if failures:
+        for failure in failures:
+            typer.echo(f"{failure.what} failed: {failure.error}", err=True)
+        raise SweepError(
+            f"{len(failures)} of {len(planned)} cells failed; {index} has their tracebacks, all others are "
+            "stored, and the same command tries again."
+        )
+
+
+def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
+    """Write a profile's report anew, from the store and the executed notebooks; compute nothing."""
+    from kclib import grid, profiles, reports
+    from kclib.store import Store
+
+    found, store = profiles.load(profile), Store()
+    if found.sweep is not None:
+        tasks = grid.plan(found.sweep, store, estimated=False)
+        if any(task.stored for task in tasks):
+            old = reports.read(out / found.name, found.name)
+            grid.report(found, tasks, store, old.failures, out)
+    index = reports.rebuild(out / found.name, reports.read(out / found.name, found.name))
+    typer.echo(f"report: {index.resolve()}")
+
+
+def results(
+    kind: Annotated[
+        str, typer.Argument(help="What is stored: evaluation, clustering, curve ...")
+    ] = "evaluation",
+    where: Annotated[
+        str, typer.Option(help="A pandas query over the columns, such as \"scope == 'global' and k > 99\".")
+    ] = "",
+    columns: Annotated[str, typer.Option(help="Names of the columns to show, by commas; all if empty.")] = "",
+    csv: Annotated[Path | None, typer.Option(help="Write them all as CSV in place of showing them.")] = None,
+    parquet: Annotated[Path | None, typer.Option(help="Write them all as parquet.")] = None,
+) -> None:
+    """List what the store has, filtered."""
+    from kclib import files
+    from kclib.store import Store
+
+    store = Store()
+    found = _filtered(store.table(kind), where, [x.strip() for x in columns.split(",") if x.strip()])
+    for path, write in ((csv, "to_csv"), (parquet, "to_parquet")):
+        if path is not None:
+            with files.replacing(path) as temporary:
+                getattr(found, write)(temporary, index=False)
+            typer.echo(f"{path.resolve()}: {len(found):,} rows")
+    if csv is None and parquet is None:
+        typer.echo(_text(found) if len(found) else f"{store.root} has nothing like that.")
+
+
+def gc(
+    days: Annotated[float | None, typer.Option(help="Remove entries older than this too.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; remove nothing.")] = False,
+) -> None:
+    """Remove from the store what nobody will ask for: damaged, of earlier versions, left by killed runs."""
+    from kclib.store import Store
+
+    found = Store().gc(days=days, dry_run=dry_run)
+    if len(found):
+        typer.echo(_text(found))
+    typer.echo(f"{len(found):,} files, {found.bytes.sum():,} bytes {'would go' if dry_run else 'removed'}")
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(help="results.parquet of a sweep, or its report's folder.")],
+    after: Annotated[Path, typer.Argument(help="Of another run.")],
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Fail (exit code 1) if a cell lost more points than this, or is gone."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("changes.html"),
+) -> None:
+    """Show what moved between two runs of a sweep, with intervals; a gate for CI."""
+    from kclib import changes
+
+    table = changes.compare(changes.read(before), changes.read(after))
+    sentences = changes.broken(table, max_drop) if max_drop is not None else []
+    changes.write(out, table, sentences, before=str(before), after=str(after))
+    typer.echo(changes.answer(table))
+    typer.echo(f"page: {out.resolve()}")
+    if sentences:
+        for sentence in sentences:
+            typer.echo(sentence, err=True)
+        raise SweepError(
+            f"{len(sentences)} of {len(table)} cells lost more than {max_drop:g} points or are gone."
+        )
+
+
+COMMANDS = (sweep, report, results, gc, compare)
+
+
+def _profile(name: str):
+    """Read a profile that has a sweep."""
+    from kclib import profiles
+
+    found = profiles.load(name)
+    if found.sweep is None:
+        raise InvalidValueError(f"profile {name} has no sweep; it must have the key 'sweep'.")
+    return found
+
+
+def _text(table) -> str:
+    """Return a table for a terminal; long values are cut."""
+    return table.astype("string").fillna("").to_string(index=False, max_colwidth=40)
+
+
+def _filtered(table, where: str, columns: list[str]):
+    """Return the rows and columns that are asked for."""
+    from kclib import checks
+    from kclib.errors import reason
+
+    if where and len(table):
+        try:
+            table = table.query(where)
+        except Exception as error:  # pandas says in many ways what a query lacks
+            raise InvalidValueError(
+                f"--where {where!r} is no query over the columns ({reason(error)})."
+            ) from error
+    if len(table):
+        checks.check_columns(table, columns)
+    return table[columns] if columns and len(table) else table

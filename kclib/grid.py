@@ -1,0 +1,240 @@
+"""A profile's sweep over models, data, scopes, K, methods and seeds: what is stored, and the rest."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from kclib import clusterings, datasets, estimates, jobs, models, reports
+from kclib.jobs import Workers
+from kclib.profiles import Grid, ModelSource, Profile
+from kclib.reports import Failure
+from kclib.store import Entry, Store
+from kclib.sweep import Cell, Subject
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the workers take a `Subject` from, each for itself.
+
+    Attributes
+    ----------
+    model : ModelSource
+    data : str
+    limit : int
+        Images; 0 takes all.
+    precision, device : str
+    root : str
+        Folder of the store.
+    """
+
+    model: ModelSource
+    data: str
+    limit: int
+    precision: str
+    device: str
+    root: str
+
+    def load(self) -> Subject:
+        """Return the subject, from memory if this process had it lately."""
+        return _loaded(self)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One cell of a sweep.
+
+    Attributes
+    ----------
+    source : Source
+    cell : Cell
+    key : dict
+        Of its entry in the store.
+    stored : bool
+        Whether the store has it.
+    seconds : float
+        What it will take, about, if it is not stored.
+    memory : int
+        Bytes that a process will take for it, about.
+    """
+
+    source: Source
+    cell: Cell
+    key: dict
+    stored: bool
+    seconds: float
+    memory: int
+
+    def __str__(self) -> str:
+        cell = self.cell
+        what = f"scope {cell.scope}, K = {cell.k:,}, {cell.method}, seed {cell.seed}"
+        return f"{self.source.model.name} on {self.source.data}: {'dense' if cell == Cell() else what}"
+
+
+def plan(grid: Grid, store: Store, *, estimated: bool = True) -> list[Task]:
+    """Return the cells of a sweep, the longest first.
+
+    Times are those of cells like it in the store, where there are some: seconds an image of this model, and
+    seconds of clustering these kernels at the nearest K. Else a few images are evaluated to know, and
+    clustering takes what `make bench` measured.
+
+    Parameters
+    ----------
+    grid : Grid
+    store : Store
+    estimated : bool
+        Whether time and memory are wanted; else both are 0, and nothing is evaluated.
+
+    Raises
+    ------
+    KclibError
+        Any model or data set that cannot be had, or a level that none of them can have.
+    """
+    found = []
+    for model in grid.models:
+        for data in grid.data:
+            source = Source(model, data, grid.limit, grid.precision, grid.device, str(store.root))
+            subject = source.load()
+            if estimated:
+                estimates.check(subject)
+                rates = estimates.Rates(subject)
+            for cell in subject.cells(grid.clusters, grid.scopes, grid.methods, grid.seeds):
+                key = subject.key_of(cell)
+                stored = store.has(key)
+                seconds = rates.seconds(cell) if estimated and not stored else 0.0
+                memory = rates.memory(cell) if estimated else 0
+                found.append(Task(source, cell, key, stored, seconds, memory))
+    return sorted(found, key=lambda task: -task.seconds)
+
+
+def as_table(tasks: Sequence[Task]) -> pd.DataFrame:
+    """Return a plan for readers: a row a cell, with ``stored``, ``seconds`` and ``GiB``, as estimated."""
+    rows = [
+        {"model": x.source.model.name, "data": x.source.data}
+        | asdict(x.cell)
+        | {"stored": x.stored, "seconds": round(x.seconds, 1), "GiB": round(x.memory / 2**30, 2)}
+        for x in tasks
+    ]
+    return pd.DataFrame(rows)
+
+
+def summary(tasks: Sequence[Task], workers: Workers) -> str:
+    """Return in one sentence what a plan takes."""
+    missing = [task for task in tasks if not task.stored]
+    side = min(workers.n_jobs, len(missing))
+    text = f"{len(tasks):,} cells, {len(tasks) - len(missing):,} of them stored"
+    if not missing:
+        return f"{text}; nothing is left to compute."
+    seconds = max(sum(x.seconds for x in missing) / side, max(x.seconds for x in missing))
+    most = sum(sorted((x.memory for x in missing), reverse=True)[:side])
+    time = tqdm.format_interval(round(seconds))
+    text += f"; the rest takes about {time} (minutes:seconds) with {side} at a time"
+    return f"{text}, in {most / 2**30:.1f} GiB."
+
+
+def report(
+    profile: Profile, tasks: Sequence[Task], store: Store, failures: Sequence[Failure], out: Path
+) -> Path:
+    """Write what is stored of a sweep into the profile's report and return the path of its index page.
+
+    What a batch wrote there is kept.
+    """
+    folder, results = Path(out) / profile.name, table(tasks, store)
+    old = reports.read(folder, profile.name)
+    found = replace(old, note=old.note or profile.note, failures=tuple(failures))
+    if len(results):
+        hashes = {
+            f"{what}, SHA-256": ", ".join(f"{k} {v}" for k, v in dict(zip(results[a], results[b])).items())  # noqa: B905
+            for what, a, b in (("weights", "model", "weights"), ("images", "data", "images_hash"))
+        }
+        about = old.provenance | reports.provenance() | hashes | _levels(profile)
+        found = replace(found, results=results, picture=reports.picture(results), provenance=about)
+    return reports.write(folder, found)
+
+
+def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> list[Failure]:
+    """Compute what is not stored and return what failed; every finished cell is in the store at once.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+        From `plan`.
+    workers : Workers
+    progress : bool
+    """
+    missing, failed = [x for x in tasks if not x.stored], []
+    if not missing:
+        return failed
+    there = len(tasks) - len(missing)
+    with tqdm(
+        total=sum(x.seconds for x in missing), desc=f"sweep, {there} of {len(tasks)} cells",
+        bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed} elapsed, about {remaining} left{postfix}",
+        disable=not progress,
+    ) as bar:  # fmt: skip
+        for done, outcome in enumerate(jobs.run(_compute, missing, workers), there + 1):
+            task = missing[outcome.place]
+            if outcome.error:
+                failed.append(Failure(str(task), outcome.error, outcome.traceback))
+            bar.set_description_str(f"sweep, {done} of {len(tasks)} cells", refresh=False)
+            bar.set_postfix_str(f"{'failed' if outcome.error else 'done'}: {task}", refresh=False)
+            bar.update(task.seconds)
+    return failed
+
+
+def forget(tasks: Sequence[Task], store: Store) -> None:
+    """Remove what the store has of these cells, their clusterings included."""
+    for task in tasks:
+        store.path(task.key).unlink(missing_ok=True)
+        if task.cell != Cell():
+            store.path(_clustering_key(task.source.load(), task.cell)).unlink(missing_ok=True)
+
+
+def table(tasks: Sequence[Task], store: Store) -> pd.DataFrame:
+    """Return what is stored of a sweep's cells: `Subject.table` of each model and data set in turn.
+
+    Cells of a model and data set whose dense cell is missing are left out: drops are against it.
+    """
+    by_source = {}
+    for task in tasks:
+        by_source.setdefault(task.source, []).append(task)
+    found = [_table(source, tasks, store) for source, tasks in by_source.items()]
+    return pd.concat([x for x in found if len(x)] or [pd.DataFrame()], ignore_index=True)
+
+
+def _levels(profile: Profile) -> dict[str, str]:
+    """Return what the sweep of a profile goes over, for readers."""
+    levels = asdict(profile.sweep)
+    levels["models"] = [x.name + (f" ({x.weights})" if x.weights else "") for x in profile.sweep.models]
+    text = "; ".join(
+        f"{k} {', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k, v in levels.items()
+    )
+    return {"sweep": text}
+
+
+def _table(source: Source, tasks: Sequence[Task], store: Store) -> pd.DataFrame:
+    subject = source.load()
+    found: dict[Cell, Entry] = {task.cell: entry for task in tasks if (entry := store.get(task.key))}
+    if Cell() not in found:
+        return pd.DataFrame()
+    cells = sorted(found, key=lambda x: (x != Cell(), x.method, x.seed, x.scope != "layer", x.scope, x.k))
+    return subject.table(cells, [found[cell] for cell in cells])
+
+
+def _compute(task: Task, wait: bool, n_threads: int) -> bool:
+    """Compute a cell, unless another process is at it; runs wherever joblib sends it."""
+    return task.source.load().entry(task.cell, wait=wait, n_threads=n_threads) is not None
+
+
+@lru_cache(maxsize=2)
+def _loaded(source: Source) -> Subject:
+    model = models.load(source.model.name, weights=source.model.weights or None)
+    data = datasets.load(source.data, limit=source.limit or None)
+    return Subject(model, data, Store(source.root), source.precision, source.device)
+
+
+def _clustering_key(subject: Subject, cell: Cell) -> dict:
+    levels = {"scope": cell.scope, "method": cell.method, "seed": cell.seed}
+    return clusterings.key_of(subject.bank, cell.k, **levels)

@@ -1,0 +1,210 @@
+"""Profiles: one YAML file says what a batch runs and what a sweep computes."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import papermill
+
+from kclib.documents import Document
+from kclib.errors import DamagedFileError, MissingFileError, UnknownNameError, reason
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+_SECONDS = 60.0  # that a notebook takes if its profile says nothing
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model of a sweep.
+
+    Attributes
+    ----------
+    name : str
+        One `models.load` knows, or ``package.module:factory``.
+    weights : str or None
+        Absolute path of a weights file in place of the model's own.
+    """
+
+    name: str
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a sweep computes: every combination of these.
+
+    Attributes
+    ----------
+    models : tuple of ModelSource
+    data : tuple of str
+        Names `datasets.load` knows; the path in ``folder:PATH`` is absolute.
+    limit : int
+        Images, drawn once at random; 0 takes all.
+    scopes : tuple of {"layer", "global"}
+    clusters : tuple of int
+        K, clusters a codebook.
+    methods : tuple of str
+        Of `clusterings.METHODS`.
+    seeds : tuple of int
+    precision : {"fp32", "bf16", "fp16"}
+    device : str
+    """
+
+    models: tuple[ModelSource, ...]
+    data: tuple[str, ...]
+    limit: int
+    scopes: tuple[str, ...]
+    clusters: tuple[int, ...]
+    methods: tuple[str, ...] = ("plain",)
+    seeds: tuple[int, ...] = (0,)
+    precision: str = "fp32"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a batch runs and a sweep computes.
+
+    Attributes
+    ----------
+    name : str
+    note : str
+        For the reader of the report: what this profile leaves out, and what was changed for this run.
+    folder : Path
+        Where the notebooks are.
+    parameters : mapping of str to mapping
+        Parameters by notebook file stem, in the order they run; empty if there is only a sweep.
+    seconds : mapping of str to float
+        Expected seconds a notebook, for the time left.
+    timeouts : mapping of str to int or None
+        Seconds that a cell of a notebook may run; None for no limit.
+    sweep : Grid or None
+    """
+
+    name: str
+    note: str
+    folder: Path
+    parameters: Mapping[str, Mapping[str, object]]
+    seconds: Mapping[str, float]
+    timeouts: Mapping[str, int | None]
+    sweep: Grid | None = None
+
+
+def names(folder: Path = NOTEBOOKS) -> tuple[str, ...]:
+    """Return the profiles beside the notebooks."""
+    return tuple(sorted(path.stem for path in (folder / "profiles").glob("*.yaml")))
+
+
+def load(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
+    """Read a profile by name, or from the path of a YAML file.
+
+    ``profile.schema.json`` says what may be in it. Paths in it are relative to the file, but those among the
+    notebooks' parameters, which reach the notebooks as they are.
+
+    Parameters
+    ----------
+    changes : mapping, optional
+        Parameters that replace the profile's, in every notebook that has them; the sweep stays as it is.
+
+    Raises
+    ------
+    UnknownNameError
+        No such profile, a key that profiles do not have, or a parameter that no notebook (or not that
+        notebook) has.
+    InvalidValueError
+        A value that is not as the schema says; the sentence names the line.
+    DamagedFileError
+        The file is not YAML, repeats a key, or has aliases; a notebook is not whole.
+    MissingFileError
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if name not in names():
+            raise UnknownNameError("profile", name, names())
+        path = NOTEBOOKS / "profiles" / f"{name}.yaml"
+    document = Document.read(path)
+    document.check(_schema())
+    content, changes = document.content, dict(changes or {})
+    folder = (path.parent / content["folder"]).resolve() if "folder" in content else NOTEBOOKS
+    notebooks = {stem: entry or {} for stem, entry in content.get("notebooks", {}).items()}
+    known = {stem: _declared(document, folder, stem) for stem in notebooks}
+    _check_parameters(document, notebooks, known, changes)
+    shared = content.get("parameters") or {}
+    given = {stem: shared | (entry.get("parameters") or {}) | changes for stem, entry in notebooks.items()}
+    note = content.get("note", "")
+    if changes:
+        note += " Changed for this run: " + ", ".join(f"{k} = {v}" for k, v in changes.items()) + "."
+    return Profile(
+        path.stem,
+        note,
+        folder,
+        {stem: {k: v for k, v in given[stem].items() if k in known[stem]} for stem in notebooks},
+        {stem: float(entry.get("seconds", _SECONDS)) for stem, entry in notebooks.items()},
+        {stem: entry.get("timeout") for stem, entry in notebooks.items()},
+        _grid(content["sweep"], path.parent) if "sweep" in content else None,
+    )
+
+
+def declared(notebook: Path) -> tuple[str, ...]:
+    """Return the names of a notebook's parameters.
+
+    Raises
+    ------
+    MissingFileError, DamagedFileError
+    """
+    if not notebook.is_file():
+        raise MissingFileError(f"notebook {notebook} does not exist.")
+    try:
+        return tuple(papermill.inspect_notebook(notebook))
+    except Exception as error:  # JSON that is no notebook can make its reader raise almost anything
+        raise DamagedFileError(f"{notebook} is not a whole notebook ({reason(error)}).") from error
+
+
+def _schema() -> dict:
+    return json.loads(resources.files("kclib").joinpath("profile.schema.json").read_text(encoding="utf-8"))
+
+
+def _declared(document: Document, folder: Path, stem: str) -> tuple[str, ...]:
+    try:
+        return declared(folder / f"{stem}.ipynb")
+    except MissingFileError as error:
+        raise MissingFileError(f"{document.where('notebooks', stem)}: {error}") from error
+
+
+def _check_parameters(
+    document: Document, notebooks: Mapping, known: Mapping[str, tuple[str, ...]], changes: Mapping
+) -> None:
+    """Refuse parameters that the notebook, or every notebook, lacks."""
+    for stem, entry in notebooks.items():
+        for name in entry.get("parameters") or ():
+            where = document.where("notebooks", stem, "parameters", name)
+            _check_known(f"parameter of {stem} in {where}", name, known[stem])
+    every = sorted({name for names in known.values() for name in names})
+    for name in (document.content.get("parameters") or {}) if notebooks else ():
+        _check_known(f"parameter in {document.where('parameters', name)}", name, every)
+    for name in changes:
+        _check_known("parameter", name, every)
+
+
+def _check_known(kind: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise UnknownNameError(kind, name, known)
+
+
+def _grid(content: Mapping, folder: Path) -> Grid:
+    """Return a sweep as its checked part of a profile describes it."""
+    sources = [{"name": x} if isinstance(x, str) else x for x in content["models"]]
+    models = [
+        ModelSource(x["name"], _path(folder, x["weights"]) if "weights" in x else None) for x in sources
+    ]
+    options = {name: content[name] for name in ("precision", "device") if name in content}
+    wholes = {name: tuple(map(int, content[name])) for name in ("clusters", "seeds") if name in content}
+    names = {name: tuple(content[name]) for name in ("scopes", "methods") if name in content}
+    data = tuple(f"folder:{_path(folder, x[7:])}" if x.startswith("folder:") else x for x in content["data"])
+    return Grid(models=tuple(models), data=data, limit=int(content["limit"]), **names, **wholes, **options)
+
+
+def _path(folder: Path, text: str) -> str:
+    return str((folder / text).absolute())

@@ -1,0 +1,187 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+from PIL import Image
+
+from kclib import changes, evaluation, grid, reports, sweep
+from kclib.errors import KclibError
+from kclib.jobs import Workers
+from kclib.profiles import Grid, ModelSource, Profile
+from kclib.store import Store
+
+SECONDS = ["cluster_seconds", "evaluate_seconds"]
+LEVELS = {"limit": 0, "scopes": ("layer", "global"), "clusters": (2, 5), "methods": ("plain", "turned")}
+
+
+def levels(**changed) -> Grid:
+    """A sweep over the tiny model and a folder of pictures, in place of which the tiny images are loaded."""
+    given = {"models": (ModelSource("tiny:tiny_model"),), "data": ("tiny",)} | LEVELS | {"seeds": (0, 1)}
+    return Grid(**given | changed)
+
+
+@pytest.fixture(autouse=True)
+def images(monkeypatch, one_thread):
+    """The tiny images under the name tiny, also where their number is limited."""
+    monkeypatch.setattr(grid.datasets, "load", lambda name, limit: tiny.tiny_data())
+    grid._loaded.cache_clear()
+    yield
+    grid._loaded.cache_clear()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def test_the_cells_are_all_combinations_the_dense_model_and_what_is_stored(store):
+    planned = grid.plan(levels(), store)
+    assert len(planned) == 1 + 2 * 2 * 2 * 2
+    assert not any(task.stored for task in planned)
+    assert [x.seconds for x in planned] == sorted((x.seconds for x in planned), reverse=True)
+    assert all(x.seconds > 0 and x.memory > 400 << 20 for x in planned)
+    sweep.run(tiny.tiny_model(), tiny.tiny_data(), [2], scopes=["layer"], store=store)
+    again = grid.plan(levels(), store)
+    assert {(x.cell.scope, x.cell.k, x.cell.method, x.cell.seed) for x in again if x.stored} == {
+        ("dense", 0, "dense", 0), ("layer", 2, "plain", 0)
+    }  # fmt: skip
+    assert all(x.seconds == 0 for x in again if x.stored)
+
+
+def test_a_sweep_by_cells_is_that_of_the_library_to_the_bit(store, tmp_path):
+    assert grid.run(grid.plan(levels(), store), Workers(), progress=False) == []
+    found = grid.table(grid.plan(levels(), store, estimated=False), store)
+    options = {k: v for k, v in LEVELS.items() if k in ("scopes", "methods")}
+    plain = sweep.run(
+        tiny.tiny_model(), tiny.tiny_data(), (2, 5), seeds=(0, 1), store=Store(tmp_path / "b"), **options
+    )
+    order = ["method", "seed", "scope", "k"]
+    found, plain = (x.drop(columns=SECONDS).sort_values(order, ignore_index=True) for x in (found, plain))
+    pd.testing.assert_frame_equal(found, plain, check_exact=True)
+
+
+def test_a_cell_that_fails_stops_no_other_and_a_second_run_computes_it_alone(store, monkeypatch):
+    genuine = evaluation.evaluate
+
+    def failing(model, data, **options):
+        if len(calls) == 3:
+            calls.append("failed")
+            raise ZeroDivisionError("by zero")
+        calls.append("done")
+        return genuine(model, data, **options)
+
+    planned, calls = grid.plan(levels(seeds=(0,)), store), []
+    monkeypatch.setattr(evaluation, "evaluate", failing)
+    (failure,) = grid.run(planned, Workers(), progress=False)
+    assert failure.what == str(planned[3])
+    assert failure.error == "ZeroDivisionError: by zero"
+    assert 'raise ZeroDivisionError("by zero")' in failure.traceback
+    calls.clear()
+    planned = grid.plan(levels(seeds=(0,)), store)
+    assert sum(not x.stored for x in planned) == 1
+    calls.clear()
+    assert grid.run(planned, Workers(), progress=False) == []
+    assert calls == ["done"]
+
+
+def test_forgotten_cells_are_computed_again_with_their_clusterings(store):
+    levels_ = levels(seeds=(0,), methods=("plain",))
+    grid.run(grid.plan(levels_, store), Workers(), progress=False)
+    assert (
+        grid.summary(grid.plan(levels_, store), Workers())
+        == "5 cells, 5 of them stored; nothing is left to compute."
+    )
+    grid.forget(grid.plan(levels_, store), store)
+    assert not list(store.root.glob("*/*.safetensors"))
+
+
+def test_estimates_come_from_what_was_measured_of_like_cells(store):
+    levels_ = levels(seeds=(0,), methods=("plain",))
+    grid.run(grid.plan(levels_, store), Workers(), progress=False)
+    measured = store.table("evaluation")
+    expected = (measured.evaluate_seconds / measured.images).median() * 40
+    (new,) = [x for x in grid.plan(replace(levels_, clusters=(3,), scopes=("layer",)), store) if not x.stored]
+    clusterings = store.table("clustering")
+    nearest = clusterings[clusterings.k == 2].seconds.iloc[0]
+    assert new.seconds >= expected
+    assert new.seconds <= expected + 2 * max(nearest, *clusterings.seconds)
+
+
+def test_the_sentence_of_a_plan_shares_its_time_among_the_workers():
+    source = grid.Source(ModelSource("m"), "d", 0, "fp32", "cpu", "")
+    planned = [grid.Task(source, sweep.Cell(), {}, i == 3, s, 1 << 30) for i, s in enumerate((60, 40, 20, 0))]
+    assert grid.summary(planned, Workers(2)) == (
+        "4 cells, 1 of them stored; "
+        "the rest takes about 01:00 (minutes:seconds) with 2 at a time, in 2.0 GiB."
+    )
+    assert "about 02:00" in grid.summary(planned, Workers())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"models": (ModelSource("tiny:no_model"),)}, "tiny:no_model"),
+        ({"clusters": (10**9,)}, "no K of"),
+        ({"precision": "fp12"}, "unknown precision 'fp12'"),
+        ({"device": "gpu0"}, "device 'gpu0' cannot be used here"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_anything_is_computed(store, changed, message):
+    with pytest.raises(KclibError, match=message):
+        grid.plan(levels(**changed), store)
+    assert not list(store.root.glob("*/*.safetensors"))
+
+
+def profile(**changed) -> Profile:
+    return Profile("tiny", "A few <cells>.", Path("."), {}, {}, {}, levels(**changed))
+
+
+def test_a_report_of_a_sweep_shows_failures_first_then_its_table_with_hashes(store, tmp_path):
+    planned = grid.plan(levels(), store)
+    grid.run(planned, Workers(), progress=False)
+    failures = [reports.Failure("K = <9>", "ZeroDivisionError: 1 / 0", "Traceback")]
+    index = grid.report(profile(), planned, store, failures, tmp_path).read_text()
+    assert index.index("K = &lt;9&gt; failed") < index.index("<h2>The sweep")
+    assert index.count("<tr") == 1 + 17
+    assert sweep.models.fingerprint(tiny.tiny_model().network) in index
+    assert "seeds 0, 1" in index
+    assert "A few &lt;cells&gt;." in index
+    assert 'src="data:image/png;base64,' in index
+    csv = pd.read_csv(tmp_path / "tiny" / "results.csv")
+    assert len(csv) == 17
+    assert changes.read(tmp_path / "tiny").top1.tolist() == csv.top1.tolist()
+
+
+def test_a_second_report_forgets_failures_that_are_mended(store, tmp_path):
+    planned = grid.plan(levels(), store)
+    grid.run(planned, Workers(), progress=False)
+    grid.report(profile(), planned, store, [reports.Failure("x", "y", "z")], tmp_path)
+    assert "x failed" not in grid.report(profile(), planned, store, [], tmp_path).read_text()
+
+
+@pytest.mark.parametrize("backend", ["loky", "dask"])
+def test_workers_side_by_side_leave_the_same_store(store, tmp_path, monkeypatch, backend):
+    model = ModelSource("tiny:photo_model")
+    levels_ = levels(models=(model,), data=(f"folder:{pictures(tmp_path)}",), seeds=(0,))
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(Path(tiny.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", str(Path(tiny.__file__).parent))
+    assert grid.run(grid.plan(levels_, store), Workers(2, backend), progress=False) == []
+    alone = Store(tmp_path / "alone")
+    assert grid.run(grid.plan(levels_, alone), Workers(), progress=False) == []
+    tables = [
+        grid.table(grid.plan(levels_, x, estimated=False), x).drop(columns=SECONDS) for x in (store, alone)
+    ]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def pictures(folder: Path) -> Path:
+    """Write the tiny images as a folder of classes."""
+    data = tiny.tiny_data()
+    for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+        place = folder / "pictures" / "test" / data.classes[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i:02}.png")
+    return folder / "pictures"

@@ -1,0 +1,97 @@
+import sys
+
+import pytest
+from work import calls, do
+
+from kclib import jobs
+from kclib.errors import InvalidValueError, MissingPackageError, UnknownNameError
+from kclib.jobs import Workers
+
+NAMES = ("raises", "a", "exits", "b", "c")
+
+
+def ended(folder, names, **options) -> dict[str, jobs.Outcome]:
+    """Run tasks of these names and return how each ended."""
+    tasks = [(str(folder), name) for name in names]
+    found = list(jobs.run(do, tasks, Workers(**options)))
+    assert sorted(x.place for x in found) == list(range(len(names))), "each task ends once"
+    return {names[x.place]: x for x in found}
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_task_that_fails_stops_no_other_and_is_told_with_its_traceback(tmp_path, n_jobs):
+    found = ended(tmp_path, NAMES, n_jobs=n_jobs)
+    assert {name: x.error for name, x in found.items() if x.error} == {
+        "raises": "ZeroDivisionError: raises was divided",
+        "exits": "SystemExit: 3",
+    }
+    assert 'raise ZeroDivisionError(f"{name} was divided' in found["raises"].traceback
+    assert {name: len(lines) for name, lines in calls(tmp_path).items()} == dict.fromkeys(NAMES, 1)
+
+
+def test_one_job_runs_in_this_process_in_order(tmp_path):
+    tasks = [(str(tmp_path), name) for name in "cab"]
+    assert [x.place for x in jobs.run(do, tasks, Workers())] == [0, 1, 2]
+
+
+def test_a_worker_that_is_killed_costs_no_task_and_none_is_done_twice(tmp_path):
+    found = ended(tmp_path, ("dies_once", "a", "b", "c", "d"), n_jobs=2)
+    assert not any(x.error for x in found.values())
+    counts = {name: len(lines) for name, lines in calls(tmp_path).items()}
+    assert counts.pop("dies_once") == 2
+    assert sum(counts.values()) <= 5, "only what was under way beside it may be tried again"
+
+
+def test_a_task_that_always_kills_its_worker_has_failed_and_all_others_are_done(tmp_path):
+    found = ended(tmp_path, ("dies", "a", "b", "dies-too", "c"), n_jobs=2)
+    assert {name for name, x in found.items() if x.error} == {"dies", "dies-too"}
+    assert "its process died" in found["dies"].error
+    assert {"a", "b", "c"} <= calls(tmp_path).keys()
+
+
+def test_what_another_process_is_at_is_left_to_the_end_and_then_waited_for(tmp_path):
+    found = ended(tmp_path, ("elsewhere", "a", "b"), n_jobs=2)
+    assert not any(x.error for x in found.values())
+    waits = {name: [line.split()[0] for line in lines] for name, lines in calls(tmp_path).items()}
+    assert waits["a"] == waits["b"] == ["False"]
+    assert (waits["elsewhere"][0], waits["elsewhere"][-1]) == ("False", "True")
+
+
+def test_threads_are_shared_out_among_the_jobs(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.parallel, "threads", lambda: 6)
+    assert [Workers(n).n_threads for n in (1, 2, 4, 9)] == [6, 3, 1, 1]
+    ended(tmp_path, ("a", "b"), n_jobs=4)
+    assert {line.split(maxsplit=1)[1] for (line,) in calls(tmp_path).values()} == {"1 1"}
+
+
+def test_a_dask_cluster_of_this_machine_ends_as_loky_does(tmp_path):
+    for backend in jobs.BACKENDS[:2]:
+        (tmp_path / backend).mkdir()
+    loky, dask = (ended(tmp_path / x, NAMES, n_jobs=2, backend=x) for x in jobs.BACKENDS[:2])
+    assert {x: y.error for x, y in loky.items()} == {x: y.error for x, y in dask.items()}
+    assert calls(tmp_path / "dask").keys() == calls(tmp_path / "loky").keys()
+
+
+@pytest.mark.parametrize("backend", ["dask", "ray"])
+def test_a_backend_whose_package_is_missing_says_what_to_install(tmp_path, monkeypatch, backend):
+    monkeypatch.setitem(sys.modules, {"dask": "distributed"}.get(backend, backend), None)
+    with pytest.raises(MissingPackageError, match=f"pip install '{backend}"):
+        ended(tmp_path, ("a",), n_jobs=2, backend=backend)
+
+
+def test_a_scheduler_that_does_not_answer_is_named(tmp_path):
+    with pytest.raises(InvalidValueError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
+        ended(tmp_path, ("a",), backend="dask", scheduler="tcp://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n_jobs": 0}, InvalidValueError, "jobs is 0"),
+        ({"backend": "lokey"}, UnknownNameError, "mean 'loky'"),
+        ({"scheduler": "tcp://localhost:1"}, InvalidValueError, "loky has none"),
+    ],
+)
+def test_workers_that_cannot_be_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        Workers(**options)
