@@ -4,7 +4,7 @@ PROFILE ?= smoke
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab dashboard test lint bench train clean
+.PHONY: help setup run lab dashboard test fuzz lint bench train clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -15,7 +15,8 @@ setup: .venv/ready  ## Make the environment in .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-run: setup  ## Run all notebooks and write the report (PROFILE=smoke|full|imagenet)
+run: setup  ## Compute the sweep, run all notebooks and write the report (PROFILE=smoke|full|imagenet)
+	$(BIN)/kclib sweep $(PROFILE)
 	$(BIN)/kclib batch --profile $(PROFILE)
 
 lab: setup  ## Open JupyterLab on the notebooks
@@ -27,6 +28,9 @@ dashboard: setup  ## Serve notebook 04's explorer alone, as a page (Voila)
 test: setup  ## Run the tests
 	$(BIN)/python -m pytest
 
+fuzz: setup  ## Damage files at random for an hour and read them
+	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
+
 lint: setup  ## Check style, import order, and that notebooks carry no outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,6 +40,7 @@ lint: setup  ## Check style, import order, and that notebooks carry no outputs
 bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of other kernels; four hours, resumable)
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.sweeps
 	$(BIN)/python -m benchmarks.similarity
 	WEIGHTS=$(WEIGHTS) $(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.choices

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import constriction
 import numpy as np
 
-from kclib.errors import DamagedFileError
+from kclib.errors import DamagedFileError, reason
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def decode(words: np.ndarray, frequencies: np.ndarray, n: int) -> np.ndarray:
         coder = constriction.stream.stack.AnsCoder(np.ascontiguousarray(words, np.uint32))
         indices = coder.decode(_model(frequencies), n)
     except ValueError as error:
-        raise DamagedFileError(f"the entropy-coded indices are damaged: {error}.") from error
+        raise DamagedFileError(f"the entropy-coded indices are damaged ({reason(error)}).") from error
     if not coder.is_empty():
         raise DamagedFileError("the entropy-coded indices are damaged: some are left over.")
     return indices
@@ -138,7 +138,7 @@ def unpacked_counts(table: np.ndarray, n_symbols: int) -> np.ndarray:
     try:
         planes = reader.decompress(table.tobytes(), 4 * n_symbols + 1)
     except zlib.error as error:
-        raise DamagedFileError(f"a table of frequencies is damaged: {error}.") from error
+        raise DamagedFileError(f"a table of frequencies is damaged ({reason(error)}).") from error
     if len(planes) != 4 * n_symbols or not reader.eof:
         raise DamagedFileError(f"a table of frequencies is damaged: it is not that of {n_symbols} symbols.")
     rows = np.frombuffer(planes, np.uint8).reshape(4, n_symbols).T

@@ -66,7 +66,9 @@ class Workers:
             The scheduler cannot be reached.
         """
         with contextlib.ExitStack() as stack:
-            options = {"inner_max_num_threads": self.n_threads} if self.backend == "loky" else {}
+            options = {}
+            if self.backend == "loky":  # workers that nobody needs, or whose parent was killed, end soon
+                options = {"inner_max_num_threads": self.n_threads, "idle_worker_timeout": 20}
             if self.backend != "loky":
                 stack.enter_context(_CLUSTERS[self.backend](self))
             n_jobs = max(2, self.n_jobs)  # joblib would run a single job in this process

@@ -136,7 +136,7 @@ def add_then_convolve(layer: ClusteredConv2d, images: Tensor) -> Tensor:
 
 def _members(layer: ClusteredConv2d) -> Tensor:
     """Return the representative of each kernel, int64 ``(out, in)``."""
-    if not is_plain(layer):
+    if not (isinstance(layer, ClusteredConv2d) and is_plain(layer)):
         raise InvalidValueError(
             "only a float32 convolution of one group, zero-padded, neither scaled nor turned, is computed so."
         )

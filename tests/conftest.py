@@ -1,8 +1,12 @@
+import sys
+
 import matplotlib
 import pytest
 import torch
+from hypothesis import settings
 
 matplotlib.use("Agg")
+settings.register_profile("fuzz", max_examples=30_000, deadline=None, print_blob=True)  # make fuzz
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +24,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def kclib(monkeypatch, capsys):
+    """Run the command line in this process; answer its exit code, output and error text."""
+
+    def run(*arguments):
+        from kclib import cli
+
+        monkeypatch.setattr(sys, "argv", ["kclib", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        said = capsys.readouterr()
+        return exit_.value.code, said.out, said.err
+
+    return run

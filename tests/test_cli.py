@@ -9,8 +9,9 @@ import pytest
 import torch
 from nbformat import v4
 from safetensors.torch import save_file
+from sentences import is_one_sentence
 
-from kclib import batch, checkpoint, cli, datasets, evaluation, exporting, models, training
+from kclib import batch, checkpoint, datasets, evaluation, exporting, models, training
 from kclib.compression import expand
 from kclib.errors import NotebookError
 
@@ -36,20 +37,6 @@ def tied():
     network[1].weight = network[0].weight
     return network
 """
-
-
-@pytest.fixture
-def kclib(monkeypatch, capsys):
-    """Run the command line in this process; answer its exit code, output and error text."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kclib", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        said = capsys.readouterr()
-        return exit_.value.code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture
@@ -81,10 +68,6 @@ def shell(*arguments) -> tuple[int, str, str]:
     command = [sys.executable, "-m", "kclib", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     return done.returncode, done.stdout, done.stderr
-
-
-def is_one_sentence(text: str) -> bool:
-    return text.count("\n") == 1 and text.startswith("kclib: ") and "Traceback" not in text
 
 
 def test_a_failed_notebook_is_exit_code_1(profile, tmp_path):

@@ -4,7 +4,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import tiny
-from PIL import Image
 
 from kclib import changes, evaluation, grid, reports, sweep
 from kclib.errors import KclibError
@@ -164,7 +163,7 @@ def test_a_second_report_forgets_failures_that_are_mended(store, tmp_path):
 @pytest.mark.parametrize("backend", ["loky", "dask"])
 def test_workers_side_by_side_leave_the_same_store(store, tmp_path, monkeypatch, backend):
     model = ModelSource("tiny:photo_model")
-    levels_ = levels(models=(model,), data=(f"folder:{pictures(tmp_path)}",), seeds=(0,))
+    levels_ = levels(models=(model,), data=(f"folder:{tiny.write_pictures(tmp_path)}",), seeds=(0,))
     monkeypatch.undo()
     monkeypatch.syspath_prepend(Path(tiny.__file__).parent)
     monkeypatch.setenv("PYTHONPATH", str(Path(tiny.__file__).parent))
@@ -175,13 +174,3 @@ def test_workers_side_by_side_leave_the_same_store(store, tmp_path, monkeypatch,
         grid.table(grid.plan(levels_, x, estimated=False), x).drop(columns=SECONDS) for x in (store, alone)
     ]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
-
-
-def pictures(folder: Path) -> Path:
-    """Write the tiny images as a folder of classes."""
-    data = tiny.tiny_data()
-    for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
-        place = folder / "pictures" / "test" / data.classes[label]
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i:02}.png")
-    return folder / "pictures"

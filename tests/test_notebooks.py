@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from kclib import batch, checkpoint, datasets, footprint, models, profiles, reports, training
 
-NOTEBOOKS = sorted(batch.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = sorted(profiles.NOTEBOOKS.glob("*.ipynb"))
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -216,14 +216,14 @@ def test_the_interactive_map_is_in_the_page_and_asks_no_network(smoke):
     assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?https?:""", html.unescape(page))
 
 
-def test_papermill_alone_runs_a_notebook_from_any_folder(tmp_path, small):
-    command = [sys.executable, "-m", "papermill", batch.NOTEBOOKS / "05-accuracy.ipynb", "out.ipynb"]
-    given = {"model": "smallnet:model", "limit": 50, "clusters": "[4, 64]", "report_dir": "found"}
-    options = [part for name, value in given.items() for part in ("-y", f"{name}: {value}")]
-    paths = {"PYTHONPATH": str(small), "KCLIB_STORE": str(tmp_path / "store")}
-    subprocess.run([*command, *options], cwd=tmp_path, env=os.environ | paths, check=True)
+def test_papermill_alone_runs_a_notebook_from_any_folder(tmp_path):
+    command = [sys.executable, "-m", "papermill", profiles.NOTEBOOKS / "05-accuracy.ipynb", "out.ipynb"]
+    given = {"n_clusters": "4096", "limit": "50", "report_dir": "found"}
+    options = [part for name, value in given.items() for part in ("-p", name, value)]
+    store = {"KCLIB_STORE": str(tmp_path / "store")}
+    subprocess.run([*command, *options], cwd=tmp_path, env=os.environ | store, check=True)
     assert reports.read_headline(nbformat.read(tmp_path / "out.ipynb", as_version=4))
-    assert set(pd.read_csv(tmp_path / "found" / "accuracy.csv").k) == {0, 4, 64}
+    assert set(pd.read_csv(tmp_path / "found" / "accuracy.csv").k) == {0, 4096}
 
 
 @pytest.fixture(scope="module")

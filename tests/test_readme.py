@@ -216,7 +216,11 @@ def test_the_workflow_is_yaml_whose_commands_exist():
     workflow = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
     steps = workflow["jobs"]["report"]["steps"]
     commands = [step["run"] for step in steps if "run" in step]
-    assert commands == ["make setup", '.venv/bin/kclib batch --profile "$PROFILE" --no-open']
+    assert commands == [
+        "make setup",
+        '.venv/bin/kclib sweep "$PROFILE" --jobs 2',
+        '.venv/bin/kclib batch --profile "$PROFILE" --no-open',
+    ]
     assert workflow["jobs"]["report"]["env"]["PROFILE"] in profiles.names()
     uploaded = next(step for step in steps if "upload-artifact" in step.get("uses", ""))
     assert uploaded["with"]["path"] == "reports/"

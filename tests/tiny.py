@@ -1,8 +1,10 @@
 """A tiny model and its images, importable by processes that sweep over them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -29,3 +31,14 @@ def tiny_data(seed: int = 0) -> ImageSet:
     labels = tiny_model().network(images / 255 - 0.5).argmax(1)
     labels[:8] = 5
     return ImageSet("tiny/test", images, labels, tuple("abcdef"), str(seed))
+
+
+def write_pictures(folder: Path) -> Path:
+    """Write the tiny images as a folder of classes and return it; each class has one more."""
+    data = tiny_data()
+    labels = [*data.labels, *range(len(data.classes))]
+    for i, (image, label) in enumerate(zip(data.images[torch.arange(len(labels)) % 40], labels, strict=True)):
+        place = folder / "test" / data.classes[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i:02}.png")
+    return folder

@@ -1,0 +1,92 @@
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from wrong_inputs import COMMAND_FILES, WRONG_COMMANDS, WRONG_INPUTS, Given
+
+import kclib
+from kclib import cli
+from kclib.errors import KclibError
+from kclib.store import Entry, Store
+
+INNER = {"bars", "cli", "cli_sweeps", "errors", "checks"}  # what users do not call
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch, one_thread):
+    """A folder of its own, in which nothing may explode, with a store beside it."""
+    monkeypatch.setenv("KCLIB_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("KCLIB_DATA", "")
+    monkeypatch.delenv("KCLIB_DATA")
+    monkeypatch.syspath_prepend(Path(tiny.__file__).parent)
+    (tmp_path / "folder").mkdir()
+    yield tmp_path / "folder"
+    assert not (tmp_path / "folder" / "exploded").exists(), "code of a stranger ran"
+    assert not list(tmp_path.glob("**/escaped"))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        pytest.param(*x[1:], id=f"{i}-{x[0].__module__[6:]}.{x[0].__qualname__}")
+        for i, x in enumerate(WRONG_INPUTS)
+    ],
+)
+def test_a_wrong_input_is_one_clear_sentence_of_a_typed_exception(folder, call, error, says):
+    with pytest.raises(KclibError) as found:
+        call(Given(folder))
+    text = str(found.value)
+    assert type(found.value) is error, text
+    assert says in text
+    assert re.fullmatch(r"[^\n]{20,600}[.?]", text), "one sentence, of a length that one reads"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), WRONG_COMMANDS, ids=lambda x: " ".join(x) if type(x) is list else ""
+)
+def test_a_wrong_command_is_one_sentence_and_exit_code_2(folder, monkeypatch, capsys, arguments, says):
+    Store().put(Entry({"kind": "evaluation", "scope": "layer", "k": 2}, {"images": 9}, {}))
+    for name, text in COMMAND_FILES.items():
+        (folder / name).write_text(text)
+    monkeypatch.setattr(sys, "argv", ["kclib", *(x.format(folder=folder) for x in arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, said = capsys.readouterr()
+    assert (end.value.code, out) == (2, "")
+    assert says.format(folder=folder) in " ".join(said.replace("│", " ").split())
+    assert "Traceback" not in said
+    assert len(re.findall(r"^kclib: .*\.$", said, re.MULTILINE)) == 1 or "Usage:" in said
+
+
+def test_with_debug_the_traceback_is_shown(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kclib", "--debug", "sweep", "smok"])
+    with pytest.raises(KclibError):
+        cli.main()
+
+
+def test_an_error_nobody_foresaw_is_one_sentence_too(monkeypatch, capsys):
+    monkeypatch.setattr("kclib.store.Store.gc", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["kclib", "gc"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err == (
+        "kclib: ZeroDivisionError: division by zero. This should not happen; kclib --debug shows where.\n"
+    )
+
+
+def test_every_module_that_says_what_it_raises_is_tried():
+    tried = {x[0].__module__ for x in WRONG_INPUTS}
+    for module in pkgutil.iter_modules(kclib.__path__, "kclib."):
+        if module.name.split(".")[1] in INNER or module.name == "kclib.__main__":
+            continue
+        found = importlib.import_module(module.name)
+        own = [x for x in vars(found).values() if getattr(x, "__module__", "") == module.name]
+        raising = [x for x in own if inspect.isfunction(x) and "Raises" in (x.__doc__ or "")]
+        if [x for x in raising if not x.__name__.startswith("_")]:
+            assert module.name in tried

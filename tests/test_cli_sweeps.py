@@ -1,0 +1,141 @@
+import html
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+from gates import PATIENCE
+from sentences import is_one_sentence
+
+from kclib import grid
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SWEEP = """
+note: Tiny.
+sweep:
+  models: ["tiny:photo_model"]
+  data: ["folder:pictures"]
+  limit: 0
+  scopes: [layer]
+  clusters: [2, 5]
+  seeds: [{seeds}]
+"""
+
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch):
+    """The path of a profile with a sweep over a tiny model and 46 pictures."""
+    monkeypatch.setenv("KCLIB_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(tiny.__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    tiny.write_pictures(tmp_path / "pictures")
+    (tmp_path / "small.yaml").write_text(SWEEP.format(seeds="0"))
+    grid._loaded.cache_clear()
+    return tmp_path / "small.yaml"
+
+
+def test_a_sweep_is_planned_computed_looked_up_listed_compared_and_tidied(kclib, swept, tmp_path):
+    code, out, _ = kclib("sweep", swept, "--dry-run")
+    assert (code, len(out.splitlines())) == (0, 1 + 3 + 1)
+    assert "3 cells, 0 of them stored; the rest takes about 00:0" in out
+    assert not (tmp_path / "reports").exists()
+    assert kclib("sweep", swept)[0] == 0
+    code, out, _ = kclib("sweep", swept)
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            "3 cells, 3 of them stored; nothing is left to compute.",
+            f"report: {tmp_path / 'reports' / 'small' / 'index.html'}",
+        ],
+    )
+    code, out, _ = kclib("results", "--where", "k > 2", "--columns", "scope, k,images")
+    assert (code, [line.split() for line in out.splitlines()]) == (
+        0,
+        [["scope", "k", "images"], ["layer", "5", "46"]],
+    )
+    assert kclib("results", "--csv", "all.csv", "--parquet", "all.parquet")[0] == 0
+    assert len(pd.read_csv("all.csv")) == len(pd.read_parquet("all.parquet")) == 3
+    code, out, _ = kclib("compare", "reports/small", "reports/small", "--max-drop", 0)
+    assert (code, "3 cells are in both runs; 0 of them moved" in out) == (0, True)
+    index = tmp_path / "reports" / "small" / "index.html"
+    before = index.read_text()
+    index.unlink()
+    assert kclib("report", swept)[0] == 0
+    assert unstamped(index.read_text()) == unstamped(before)
+    victim = sorted((tmp_path / "store" / "clustering").glob("*.safetensors"))[0]
+    victim.write_bytes(b"torn")
+    code, out, _ = kclib("gc", "--dry-run")
+    assert (code, out.splitlines()[-1], victim.is_file()) == (0, "1 files, 4 bytes would go", True)
+    assert kclib("gc")[1].splitlines()[-1] == "1 files, 4 bytes removed"
+    assert not victim.is_file()
+
+
+def unstamped(page: str) -> str:
+    return re.sub(r"<b>made</b></dt><dd>.*?</dd>", "", page)
+
+
+def test_a_rerun_computes_all_again(kclib, swept, tmp_path):
+    kclib("sweep", swept)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.safetensors")}
+    code, out, _ = kclib("sweep", swept, "--rerun")
+    assert (code, "3 cells, 0 of them stored" in out, len(times)) == (0, True, 5)
+    assert all(path.stat().st_mtime_ns > time for path, time in times.items())
+
+
+def test_a_gate_that_is_broken_is_exit_code_1_with_its_cells(kclib, swept, tmp_path):
+    kclib("sweep", swept)
+    worse = pd.read_parquet("reports/small/results.parquet")
+    worse = worse.assign(right=[bytes(len(x)) for x in worse.right], top1=0.0)
+    worse.to_parquet("worse.parquet")
+    code, _, said = kclib("compare", "reports/small", "worse.parquet", "--max-drop", 0.5)
+    assert code == 1
+    assert said.count(": lost ") == 3
+    assert said.splitlines()[-1] == "kclib: 3 of 3 cells lost more than 0.5 points or are gone."
+    assert "lost" in Path("changes.html").read_text()
+    assert kclib("compare", "reports/small", "worse.parquet")[0] == 0
+
+
+def test_a_cell_that_fails_is_exit_code_1_and_its_traceback_is_in_the_report(kclib, swept, monkeypatch):
+    def failing(*_, **__):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("kclib.clustering.cluster", failing)
+    code, _, said = kclib("sweep", swept)
+    assert code == 1
+    assert "scope layer, K = 5, plain, seed 0 failed: ZeroDivisionError: by zero" in said
+    assert is_one_sentence(said.splitlines(keepends=True)[-1])
+    assert 'raise ZeroDivisionError("by zero")' in html.unescape(Path("reports/small/index.html").read_text())
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_sweep_side_by_side_that_is_ended_goes_on_where_it_was(kclib, swept, tmp_path, end):
+    swept.write_text(SWEEP.format(seeds=", ".join(map(str, range(25)))))
+    command = [sys.executable, "-m", "kclib", "sweep", str(swept), "--jobs", "2"]
+    with open("log", "w") as log:
+        running = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    folder = tmp_path / "store" / "evaluation"
+    deadline = time.monotonic() + PATIENCE
+    while len(list(folder.glob("[!.]*.safetensors"))) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if end == signal.SIGINT:
+        os.killpg(running.pid, end)  # as a terminal does
+        assert running.wait(PATIENCE) == 130
+        said = Path("log").read_text()
+        assert "\nkclib: interrupted; what was finished is kept.\n" in said
+        assert "Traceback" not in said
+    else:
+        running.kill()
+        running.wait(PATIENCE)
+    there = {path: path.read_bytes() for path in folder.glob("[!.]*.safetensors")}
+    assert 5 <= len(there) < 51
+    assert kclib("sweep", swept)[0] == 0
+    assert {path: path.read_bytes() for path in there} == there
+    assert len(pd.read_parquet("reports/small/results.parquet")) == 51

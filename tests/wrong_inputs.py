@@ -1,0 +1,450 @@
+"""Every wrong input of `test_bad_input.py`: what is called, with what, and what its one sentence must say.
+
+Each call gets `given`: a folder of its own, and a tiny model with its images, kernels and clustering.
+"""
+
+import pickle
+import tarfile
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tiny import tiny_data, tiny_model
+from torch import nn
+
+from kclib import (
+    activations,
+    additivity,
+    attribution,
+    batch,
+    budget,
+    calibration,
+    changes,
+    checkpoint,
+    clustering,
+    clusterings,
+    coding,
+    combination,
+    compression,
+    container,
+    damage,
+    datasets,
+    distances,
+    documents,
+    embedding,
+    evaluation,
+    exporting,
+    factorial,
+    figures,
+    files,
+    fitting,
+    footprint,
+    grid,
+    jobs,
+    kernels,
+    kmeans,
+    latency,
+    maps,
+    models,
+    moments,
+    neighbours,
+    nulls,
+    packing,
+    pairs,
+    peers,
+    profiles,
+    pruning,
+    quantization,
+    rate,
+    recipe,
+    recovery,
+    reports,
+    representatives,
+    residence,
+    restoration,
+    scopes,
+    sensitivity,
+    sequential,
+    similarity,
+    skeleton,
+    stages,
+    store,
+    stored,
+    streaming,
+    sweep,
+    symmetry,
+    tradeoff,
+    training,
+    zeros,
+)  # fmt: skip
+from kclib.errors import (
+    DamagedFileError,
+    InvalidValueError,
+    MissingFileError,
+    StorageError,
+    UnknownNameError,
+)  # fmt: skip
+
+NAN, INFINITE = float("nan"), float("inf")
+WRONG, UNKNOWN, MISSING, DAMAGED, STORAGE = (
+    InvalidValueError, UnknownNameError, MissingFileError, DamagedFileError, StorageError,
+)  # fmt: skip
+
+
+@dataclass
+class Given:
+    """What a call is given, made when it is asked for."""
+
+    folder: Path
+    model: models.Model = field(default_factory=tiny_model)
+    data: datasets.ImageSet = field(default_factory=tiny_data)
+
+    @cached_property
+    def network(self) -> nn.Module:
+        return self.model.network
+
+    @cached_property
+    def bank(self) -> kernels.KernelBank:
+        return kernels.extract(self.network)
+
+    @cached_property
+    def points(self) -> np.ndarray:
+        return self.bank.points
+
+    @cached_property
+    def clustering(self) -> clustering.Clustering:
+        return clustering.cluster(self.bank, 3, progress=False)
+
+    @cached_property
+    def small(self) -> nn.Module:
+        return compression.compress(self.network, self.clustering)
+
+    @cached_property
+    def answers(self) -> evaluation.Evaluation:
+        return evaluation.evaluate(self.model, self.data, progress=False)
+
+    @cached_property
+    def graph(self) -> embedding.Graph:
+        return embedding.graph(self.points, store=self.store)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        return np.ones(len(self.bank), np.float32)
+
+    @property
+    def store(self) -> store.Store:
+        return store.Store(self.folder / "store")
+
+    @property
+    def other(self) -> nn.Module:
+        """A network of another architecture."""
+        return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 2, 3))
+
+    @property
+    def none(self) -> datasets.ImageSet:
+        """A data set without images."""
+        return datasets.select(self.data, torch.zeros(0, dtype=torch.int64))
+
+    def broken(self, value: float) -> nn.Module:
+        """Return the network with one weight that is no number, or infinite."""
+        with torch.no_grad():
+            self.network[0].weight[1, 2, 0, 0] = value
+        return self.network
+
+    def path(self, name: str, content: bytes | str = b"") -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def compressed(self) -> Path:
+        checkpoint.save(self.small, self.folder / "small.safetensors")
+        return self.folder / "small.safetensors"
+
+    def cut(self) -> Path:
+        content = self.compressed().read_bytes()
+        return self.path("cut.safetensors", content[: len(content) // 2])
+
+    def bomb(self, name: str = "bomb.pt") -> Path:
+        """Return the path of a pickle that would make a folder if it were unpickled."""
+        return self.path(name, pickle.dumps(Bomb(self.folder / "exploded")))
+
+    def slip(self) -> Path:
+        """Place an archive of a data set whose member would land outside its folder."""
+        import os
+
+        os.environ["KCLIB_DATA"] = str(self.folder)
+        with tarfile.open(self.folder / "imagenette2-160.tgz", "w:gz") as archive:
+            evil = self.path("evil", "out")
+            archive.add(evil, "../../escaped")
+        return self.folder
+
+    def table(self, **columns) -> pd.DataFrame:
+        row = {
+            "model": "m", "data": "d", "scope": "layer", "k": 2, "method": "plain", "seed": 0, "images": 8,
+            "images_hash": "x", "right": b"\xff", "top1": 100.0, "bytes": 9,
+        }  # fmt: skip
+        return pd.DataFrame([row | columns])
+
+    def grid(self, **changed) -> grid.Grid:
+        levels = {"limit": 0, "scopes": ("layer",), "clusters": (2,)}
+        source = profiles.ModelSource("tiny:tiny_model")
+        return profiles.Grid(**{"models": (source,), "data": ("fashion-mnist",)} | levels | changed)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.mkdir, (self.path,)
+
+
+def opened(context):
+    with context:
+        pass
+
+
+# What is called; how; the exception; what its sentence says.
+WRONG_INPUTS = [
+    # Models and kernels
+    (models.load, lambda g: models.load("vgg16-fashin"), UNKNOWN, "did you mean 'vgg16-fashion'"),
+    (models.load, lambda g: models.load(""), UNKNOWN, "unknown model ''"),
+    (models.load, lambda g: models.load("../../etc/passwd"), UNKNOWN, "unknown model '../../etc/passwd'"),
+    (models.load, lambda g: models.load("模型"), UNKNOWN, "unknown model '模型'"),
+    (models.load, lambda g: models.load(None), UNKNOWN, "unknown model None"),
+    (models.load, lambda g: models.load("tiny:absent"), WRONG, "could not be imported"),
+    (models.load, lambda g: models.load("no_module:x"), WRONG, "No module named 'no_module'"),
+    (models.load, lambda g: models.load("tiny:tiny_data"), WRONG, "ImageSet"),
+    (models.load, lambda g: models.load(device="gpu9"), WRONG, "device 'gpu9' cannot be used here"),
+    (models.load, lambda g: models.load(weights=g.folder / "absent.pt"), MISSING, "absent.pt"),
+    (models.load, lambda g: models.load(weights=g.folder), MISSING, "folder"),
+    (models.load, lambda g: models.load(weights=g.bomb()), DAMAGED, "bomb.pt is not a whole"),
+    (models.load, lambda g: models.load(weights=g.bomb("bomb.safetensors")), DAMAGED, "bomb.safetensors"),
+    (models.load, lambda g: models.load(weights=g.path("empty.pt")), DAMAGED, "empty.pt"),
+    (models.load, lambda g: models.load(weights=g.cut()), DAMAGED, "cut.safetensors"),
+    (models.load, lambda g: models.load(weights=g.compressed()), WRONG, "does not fit the network"),
+    (models.architecture, lambda g: models.architecture("resnet81"), UNKNOWN, "did you mean 'resnet"),
+    (models.read_weights, lambda g: models.read_weights(g.path("x.pt", b"PK\3\4")), DAMAGED, "x.pt"),
+    (models.moved, lambda g: models.moved(nn.Conv2d(1, 1, 3, device="meta"), "cpu"), WRONG, "no values yet"),
+    (models.answers, lambda g: models.answers(g.network, torch.ones(2, 7)), WRONG, "does not run on inputs of shape (2, 7)"),
+    (models.fingerprint, lambda g: models.fingerprint(nn.Linear(2, 2, device="meta")), WRONG, "no values yet"),
+    (kernels.extract, lambda g: kernels.extract(nn.Linear(3, 3)), WRONG, "no"),
+    (kernels.extract, lambda g: kernels.extract(nn.Sequential()), WRONG, "no"),
+    (kernels.extract, lambda g: kernels.extract("vgg16"), WRONG, "it must be a torch.nn.Module"),
+    (kernels.extract, lambda g: kernels.extract(g.broken(NAN)), WRONG, "NaN"),
+    (kernels.extract, lambda g: kernels.extract(g.broken(INFINITE)), WRONG, "infinit"),
+    (kernels.extract, lambda g: kernels.extract(nn.Conv2d(1, 1, 3, device="meta")), WRONG, "meta device"),
+    (kernels.extract, lambda g: kernels.extract(nn.LazyConv2d(1, 3)), WRONG, "no values yet"),
+    (kernels.extract, lambda g: kernels.extract(g.network, size=7), WRONG, "7"),
+    (kernels.insert, lambda g: kernels.insert(g.other, g.bank), WRONG, "use the architecture"),
+    (kernels.matched, lambda g: kernels.matched(nn.Linear(1, 1), g.bank.layers), WRONG, "no such layer"),
+    (kernels.sample, lambda g: kernels.sample(g.bank, 0), WRONG, "per_layer is 0"),
+    (kernels.sample, lambda g: kernels.sample(g.bank, 1, seed=-1), WRONG, "seed is -1"),
+    (kernels.KernelBank.origin, lambda g: g.bank.origin(np.array([999])), WRONG, "rows must be whole numbers"),
+    # Similarity
+    (distances.named, lambda g: distances.named("cosin"), UNKNOWN, "did you mean 'cosine'"),
+    (distances.Distance.prepared, lambda g: distances.named("cosine").prepared([["a"]]), WRONG, "real numbers"),
+    (nulls.drawn, lambda g: nulls.drawn("shuffle", g.points), UNKNOWN, "unknown null model 'shuffle'"),
+    (pairs.pair_histogram, lambda g: pairs.pair_histogram(g.points, [0, 0]), WRONG, "edges must be"),
+    (pairs.pair_histogram, lambda g: pairs.pair_histogram(g.points[:1], [0, 1]), WRONG, "at least 2"),
+    (similarity.closest, lambda g: similarity.closest(g.bank, 999, 1), WRONG, "rows must be whole numbers"),
+    (similarity.closest, lambda g: similarity.closest(g.bank, 0, 0), WRONG, "k is 0"),
+    (neighbours.nearest, lambda g: neighbours.nearest(g.points * NAN), WRONG, "NaN"),
+    (neighbours.nearest, lambda g: neighbours.nearest(g.points, k=len(g.points)), WRONG, "k is 36"),
+    (neighbours.nearest, lambda g: neighbours.nearest(g.points, n_threads=0), WRONG, "n_threads is 0"),
+    (embedding.graph, lambda g: embedding.graph(g.points, n_neighbors=1), WRONG, "n_neighbors is 1"),
+    (embedding.layout, lambda g: embedding.layout(g.graph, min_dist=2, store=g.store), WRONG, "min_dist is 2"),
+    (embedding.placed, lambda g: embedding.placed(g.graph, np.ones((2, 4))), WRONG, "must be (n, 9)"),
+    (maps.interactive, lambda g: maps.interactive(np.ones((2, 2)), g.bank, np.arange(3), clusters={}), WRONG, "3"),
+    (figures.kernel_sheet, lambda g: figures.kernel_sheet(np.ones(9)), WRONG, "must be (m, kh, kw)"),
+    (figures.accuracy_curve, lambda g: figures.accuracy_curve(pd.DataFrame()), WRONG, "no column 'scope'"),
+    # Clustering
+    (kmeans.kmeans, lambda g: kmeans.kmeans(g.points, 0), WRONG, "n_clusters is 0; with 36 kernels it must be 1 to 36"),
+    (kmeans.kmeans, lambda g: kmeans.kmeans(g.points, 37), WRONG, "n_clusters is 37"),
+    (kmeans.kmeans, lambda g: kmeans.kmeans(g.points, 2.5), WRONG, "n_clusters is 2.5"),
+    (kmeans.kmeans, lambda g: kmeans.kmeans(np.ones(9), 1), WRONG, "shape"),
+    (kmeans.kmeans, lambda g: kmeans.kmeans(np.full((4, 9), NAN), 2), WRONG, "NaN"),
+    (kmeans.kmeans, lambda g: kmeans.kmeans(g.points, 2, weights=-g.weights), WRONG, "weights"),
+    (kmeans.kmeans, lambda g: kmeans.kmeans(g.points, 2, weights=[1]), WRONG, "weights"),
+    (kmeans.kmeans, lambda g: kmeans.kmeans(g.points, 2, seed=-1), WRONG, "seed is -1"),
+    (kmeans.kmeans, lambda g: kmeans.kmeans(g.points, 2, init=np.ones((3, 9))), WRONG, "init"),
+    (kmeans.ladder, lambda g: kmeans.ladder(g.points, []), WRONG, "no numbers of clusters"),
+    (fitting.Options, lambda g: fitting.Options(25, NAN, 1.6, 0, 1), WRONG, "tol is nan"),
+    (streaming.Parts, lambda g: streaming.Parts(7), WRONG, "the points are 7"),
+    (symmetry.kmeans, lambda g: symmetry.kmeans(np.ones((4, 6)), 2, turned=True), WRONG, "square"),
+    (rate.kmeans, lambda g: rate.kmeans(g.points, 2, price=-1), WRONG, "price is -1"),
+    (clustering.cluster, lambda g: clustering.cluster(g.bank, 37, scope="global"), WRONG, "37"),
+    (clustering.cluster, lambda g: clustering.cluster(g.bank, 2, scope="gobal"), UNKNOWN, "did you mean 'global'"),
+    (clusterings.cluster, lambda g: clusterings.cluster(g.bank, 2, method="turn"), UNKNOWN, "did you mean 'turned'"),
+    (clusterings.key_of, lambda g: clusterings.key_of(g.bank, 2, scope="layer", method="", seed=0), UNKNOWN, "method ''"),
+    (scopes.grouping, lambda g: scopes.grouping(g.bank, {"0": "a"}), WRONG, "every layer"),
+    (scopes.wanted, lambda g: clustering.cluster(g.bank, {"9": 2}), WRONG, "name every group"),
+    (representatives.cluster, lambda g: representatives.cluster(g.bank, 2, "mediod"), UNKNOWN, "did you mean 'medoid'"),
+    (zeros.cluster, lambda g: zeros.cluster(g.bank, 2, price=NAN), WRONG, "price is nan"),
+    (sequential.cluster, lambda g: sequential.cluster(g.model, g.none, 2), WRONG, "no images"),
+    (sequential.cluster, lambda g: sequential.cluster(g.model, g.data, 2, dense=g.other), WRONG, "use the architecture"),
+    (sensitivity.weights, lambda g: sensitivity.weights(g.model, g.data, g.bank, kind="fischer"), UNKNOWN, "'fisher'"),
+    (sensitivity.weights, lambda g: sensitivity.weights(g.model, g.none, g.bank), WRONG, "no images"),
+    (tradeoff.curves, lambda g: tradeoff.curves(g.bank, None, store=g.store), WRONG, "weights is None"),
+    (tradeoff.solve, lambda g: tradeoff.solve([], 9), WRONG, "no curves"),
+    (tradeoff.resolved, lambda g: tradeoff.resolved(g.bank, "mixd"), UNKNOWN, "did you mean 'mixed'"),
+    (budget.allocate, lambda g: budget.allocate(g.model, g.data, g.bank, g.weights), WRONG, "n_bytes or max_drop"),
+    (budget.allocate, lambda g: budget.allocate(g.model, g.data, g.bank, g.weights, n_bytes=1, ks=(2,), store=g.store), WRONG, "bytes"),
+    # Replacement and bytes
+    (compression.compress, lambda g: compression.compress(g.other, g.clustering), WRONG, "use the architecture"),
+    (compression.compress, lambda g: compression.compress(g.network, g.clustering, precision="int3"), UNKNOWN, "'int3'"),
+    (compression.replaced, lambda g: compression.replaced(g.other, g.clustering), WRONG, "use the architecture"),
+    (footprint.ledger, lambda g: footprint.ledger(g.other, g.clustering), WRONG, "use the architecture"),
+    (coding.decode, lambda g: coding.decode(np.zeros(1, np.uint32), np.array([1, 1], np.uint32), 9), DAMAGED, "the entropy-coded indices are damaged"),
+    (packing.pack, lambda g: packing.pack(np.array([8]), 3), WRONG, "8"),
+    (packing.pack, lambda g: packing.pack(np.array([1]), 25), WRONG, "bits of an index is 25"),
+    (quantization.float_type, lambda g: quantization.float_type("fp8"), UNKNOWN, "'fp8'"),
+    (quantization.store, lambda g: quantization.store(torch.tensor([[1e9]]), "fp16"), WRONG, "fp16"),
+    (quantization.quantize, lambda g: quantization.quantize(g.network, linear="int9"), UNKNOWN, "'int9'"),
+    (activations.quantize, lambda g: activations.quantize(g.model, g.data, bits=1), WRONG, "bits is 1"),
+    (calibration.calibrate, lambda g: calibration.calibrate(g.model, g.network, g.data), WRONG, "clustered"),
+    (calibration.calibrate, lambda g: calibration.calibrate(replace(g.model, network=g.small), g.network, g.data, damping=0), WRONG, "damping is 0"),
+    (moments.batches, lambda g: moments.batches(g.none, g.model.preprocess, 4, "cpu"), WRONG, "no images"),
+    (latency.convolve_then_gather, lambda g: latency.convolve_then_gather(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 8, 8)), WRONG, "is computed so"),
+    (restoration.restore_worst, lambda g: restoration.restore_worst(g.model, g.clustering, -1), WRONG, "budget is -1"),
+    (damage.by_cluster, lambda g: damage.by_cluster(kernels.extract(g.other), g.clustering), WRONG, "layer"),
+    (damage.restored, lambda g: damage.restored(g.model, g.clustering, pd.DataFrame()), WRONG, "no column 'group'"),
+    (damage.bank_of, lambda g: damage.bank_of(g.other, g.clustering), WRONG, "use the architecture"),
+    (pruning.prune, lambda g: pruning.prune(g.model, 1), WRONG, "sparsity is 1"),
+    (pruning.to_bytes, lambda g: pruning.to_bytes(g.model, 1), WRONG, "bytes"),
+    (pruning.sparse_bytes, lambda g: pruning.sparse_bytes(g.network, precision="x"), UNKNOWN, "'x'"),
+    (peers.palettized, lambda g: peers.palettized(g.network, 0), WRONG, "bits is 0"),
+    (peers.product_quantized, lambda g: peers.product_quantized(g.network, 0, 3), WRONG, "0"),
+    (peers.quantized, lambda g: peers.quantized(g.network, 99), WRONG, "bits is 99"),
+    (peers.pruned, lambda g: peers.pruned(g.network, 0), WRONG, "keep is 0"),
+    (peers.at_bytes, lambda g: peers.at_bytes(g.network, 0), WRONG, "budget is 0"),
+    (stages.thinned, lambda g: stages.thinned(g.clustering, 1, None), WRONG, "are to go"),
+    (combination.Pipeline, lambda g: combination.Pipeline(("prune",)), WRONG, "'prune' is no step"),
+    (combination.Prune, lambda g: combination.Prune(-0.1), WRONG, "sparsity is -0.1"),
+    (factorial.cells, lambda g: factorial.cells(sparsities=[7]), WRONG, "sparsity is 7"),
+    (additivity.effects, lambda g: additivity.effects(pd.DataFrame()), WRONG, "no column"),
+    (additivity.orthogonality, lambda g: additivity.orthogonality(pd.DataFrame()), WRONG, "no column"),
+    (recipe.Recipe, lambda g: recipe.Recipe(epochs=0), WRONG, "epochs is 0"),
+    (stored.half, lambda g: stored.half(np.array([1e9])), WRONG, "fp16"),
+    # Data and evaluation
+    (datasets.load, lambda g: datasets.load("fashion"), UNKNOWN, "did you mean 'fashion-mnist'"),
+    (datasets.load, lambda g: datasets.load(split="val"), UNKNOWN, "'val'"),
+    (datasets.load, lambda g: datasets.load(limit=0), WRONG, "limit of fashion-mnist/test is 0"),
+    (datasets.load, lambda g: datasets.load(limit=1.5), WRONG, "is 1.5; it must be a whole number"),
+    (datasets.load, lambda g: datasets.load(f"folder:{g.folder / 'absent'}"), MISSING, "absent"),
+    (datasets.load, lambda g: datasets.load(f"folder:{g.folder}"), MISSING, "not found whole"),
+    (datasets.load, lambda g: datasets.load(f"folder:{g.path('file', 'x')}"), MISSING, "file"),
+    (datasets.load, lambda g: g.slip() and datasets.load("imagenette"), MISSING, "imagenette"),
+    (datasets.ImageSet, lambda g: replace(g.data, labels=g.data.labels + 99), WRONG, "has labels"),
+    (datasets.ImageSet, lambda g: replace(g.data, images=g.data.images.float()), WRONG, "torch.uint8"),
+    (datasets.ImageSet, lambda g: replace(g.data, labels=g.data.labels[:3]), WRONG, "an image for each"),
+    (datasets.select, lambda g: datasets.select(g.data, torch.tensor([40])), WRONG, "0 to 39"),
+    (datasets.aligned, lambda g: datasets.aligned(g.data, ("a",)), WRONG, "classes"),
+    (datasets.limited, lambda g: datasets.limited(g.data, 41), WRONG, "is 41"),
+    (evaluation.evaluate, lambda g: evaluation.evaluate(g.model, g.none), WRONG, "no images"),
+    (evaluation.evaluate, lambda g: evaluation.evaluate(g.model, g.data, precision="fp12"), UNKNOWN, "'fp12'"),
+    (evaluation.evaluate, lambda g: evaluation.evaluate(g.model, g.data, batch_size=0), WRONG, "batch_size is 0"),
+    (evaluation.evaluate, lambda g: evaluation.evaluate(g.model, g.data, device="meta"), WRONG, "holds no values"),
+    (evaluation.evaluate, lambda g: evaluation.evaluate(replace(g.model, network=g.other), g.data), WRONG, "answers shape"),
+    (evaluation.evaluate, lambda g: evaluation.evaluate(replace(g.model, network=g.broken(NAN)), g.data), WRONG, "answers NaN"),
+    (evaluation.evaluate, lambda g: evaluation.evaluate(replace(g.model, network=nn.Conv2d(9, 1, 3)), g.data), WRONG, "does not run"),
+    (evaluation.drop, lambda g: evaluation.drop(g.answers, replace(g.answers, labels=g.answers.labels[1:])), WRONG, "different images"),
+    (attribution.by_layer, lambda g: attribution.by_layer(g.model, g.clustering, g.data, ways=["lone"]), UNKNOWN, "'alone'"),
+    (attribution.by_class, lambda g: attribution.by_class(g.answers, replace(g.answers, labels=g.answers.labels[1:])), WRONG, "different images"),
+    (sweep.run, lambda g: sweep.run(g.model, g.data, [99], store=g.store), WRONG, "no K of [99]"),
+    (sweep.run, lambda g: sweep.run(g.model, g.data, [0], store=g.store), WRONG, "n_clusters is 0"),
+    (sweep.run, lambda g: sweep.run(g.model, g.data, [2], scopes=["layr"], store=g.store), UNKNOWN, "'layer'"),
+    (recovery.shrink, lambda g: recovery.shrink(g.model, g.data, g.data, -1), WRONG, "bytes"),
+    (recovery.finetune, lambda g: recovery.finetune(g.model, g.data, g.folder / "c.pt"), WRONG, "held_back is 5000"),
+    (training.split, lambda g: training.split(g.data, recipe.Recipe(held_back=40)), WRONG, "40"),
+    # Files
+    (checkpoint.load, lambda g: checkpoint.load(g.folder / "absent"), MISSING, "absent"),
+    (checkpoint.load, lambda g: checkpoint.load(g.folder), MISSING, "folder"),
+    (checkpoint.load, lambda g: checkpoint.load(g.bomb()), DAMAGED, "bomb.pt"),
+    (checkpoint.load, lambda g: checkpoint.load(g.cut()), DAMAGED, "truncated"),
+    (checkpoint.load, lambda g: checkpoint.load(g.compressed(), resident="pakced"), UNKNOWN, "did you mean 'packed'"),
+    (checkpoint.load, lambda g: checkpoint.load(g.compressed()), WRONG, "architecture"),
+    (checkpoint.save, lambda g: checkpoint.save(g.small, g.folder), STORAGE, "could not be written"),
+    (checkpoint.save, lambda g: checkpoint.save(g.small, g.folder / "a\0b"), STORAGE, "NUL"),
+    (checkpoint.save, lambda g: checkpoint.save(g.small, g.folder / ("x" * 300)), STORAGE, "could not be written"),
+    (checkpoint.save, lambda g: checkpoint.save(g.small, g.folder / "x", accuracy=101), WRONG, "accuracy is 101"),
+    (checkpoint.encoded, lambda g: checkpoint.encoded(g.small, indices="huffman"), UNKNOWN, "'huffman'"),
+    (container.inspect, lambda g: container.inspect(g.path("x", b"\xff" * 64)), DAMAGED, "truncated"),
+    (container.read, lambda g: container.read(g.path("x", b"\0" * 8)), DAMAGED, "x"),
+    (skeleton.of, lambda g: checkpoint.load(g.compressed(), architecture="vgg16_fashion"), UNKNOWN, "'vgg16-fashion'"),
+    (residence.measure, lambda g: residence.measure(g.folder / "absent"), MISSING, "absent"),
+    (exporting.to_onnx, lambda g: exporting.to_onnx(g.small, g.folder / "x.onnx", (3, 8)), WRONG, "(3, 8)"),
+    (exporting.to_program, lambda g: exporting.to_program(g.small, g.folder / "x.pt2", (3, 0, 8)), WRONG, "height is 0"),
+    (files.shipped, lambda g: files.shipped(g.path("x"), "0" * 64), DAMAGED, "x"),
+    (files.replacing, lambda g: opened(files.replacing(g.path("file") / "below")), STORAGE, "could not be written"),
+    (store.Store.table, lambda g: g.store.table("evaluations"), UNKNOWN, "did you mean 'evaluation'"),
+    (store.Store.put, lambda g: store.Store(g.path("file")).put(store.Entry({"kind": "curve"}, {}, {})), STORAGE, "could not be written"),
+    (store.Store.claim, lambda g: opened(store.Store(g.path("file")).claim({"kind": "curve"}, wait=True)), STORAGE, "could not be locked"),
+    # Profiles, sweeps and reports
+    (profiles.load, lambda g: profiles.load("smok"), UNKNOWN, "did you mean 'smoke'"),
+    (profiles.load, lambda g: profiles.load(str(g.folder / "absent.yaml")), MISSING, "absent.yaml"),
+    (profiles.load, lambda g: profiles.load(str(g.path("p.yaml", "a: !!python/object/apply:os.system [x]"))), DAMAGED, "line 1"),
+    (profiles.load, lambda g: profiles.load(str(g.path("p.yaml", "sweep: {}"))), WRONG, "sweep has no models"),
+    (profiles.load, lambda g: profiles.load(str(g.path("p.yaml", b"\xff\xfe\0"))), DAMAGED, "p.yaml"),
+    (profiles.load, lambda g: profiles.load("smoke", changes={"seeed": 1}), UNKNOWN, "did you mean 'seed'"),
+    (profiles.declared, lambda g: profiles.declared(g.path("n.ipynb", "[]")), DAMAGED, "n.ipynb"),
+    (documents.Document.check, lambda g: profiles.load(str(g.path("p.yaml", "note: 3\nsweep: {}"))), WRONG, "note is 3"),
+    (grid.plan, lambda g: grid.plan(g.grid(data=("fashion",)), g.store), UNKNOWN, "did you mean 'fashion-mnist'"),
+    (grid.plan, lambda g: grid.plan(g.grid(data=(f"folder:{g.folder}",)), g.store), MISSING, "not found whole"),
+    (jobs.Workers, lambda g: jobs.Workers(0), WRONG, "jobs is 0"),
+    (jobs.Workers, lambda g: jobs.Workers(backend="slurm"), UNKNOWN, "known: loky, dask, ray"),
+    (changes.read, lambda g: changes.read(g.folder), MISSING, "results.parquet"),
+    (changes.read, lambda g: changes.read(g.path("r.parquet", "PAR1")), DAMAGED, "r.parquet"),
+    (changes.compare, lambda g: changes.compare(g.table(), pd.DataFrame()), WRONG, "no column 'model'"),
+    (changes.compare, lambda g: changes.compare(g.table(), pd.concat([g.table()] * 2)), WRONG, "twice"),
+    (changes.broken, lambda g: changes.broken(g.table(), -1), WRONG, "max_drop is -1"),
+    (reports.rebuild, lambda g: reports.rebuild(g.folder, reports.Report("x")), MISSING, "has no report"),
+    (batch.run, lambda g: batch.run(replace(profiles.load("smoke"), name="x"), g.path("file")), STORAGE, "could not be written"),
+]  # fmt: skip
+
+# Arguments of the command line, with {folder} for a folder of its own; what the sentence says.
+WRONG_COMMANDS = [
+    (["sweep", "smok"], "did you mean 'smoke'"),
+    (["sweep", "{folder}/absent.yaml"], "absent.yaml"),
+    (["sweep", "{folder}"], "unknown profile"),
+    (["sweep", "{folder}/tiny.yaml", "--jobs", "0"], "jobs is 0"),
+    (["sweep", "{folder}/tiny.yaml", "--jobs", "two"], "unable to parse string as an integer"),
+    (["sweep", "{folder}/tiny.yaml", "--backend", "dsk"], "did you mean 'dask'"),
+    (["sweep", "{folder}/tiny.yaml", "--scheduler", "tcp://localhost:1"], "loky has none"),
+    (["sweep", "{folder}/notebooks.yaml"], "has no sweep"),
+    (["sweep", "{folder}/nan.yaml"], "it must be finite"),
+    (["sweep"], "Missing argument"),
+    (["sweeep", "smoke"], "No such command"),
+    (["report", "{folder}/tiny.yaml", "--out", "{folder}/none"], "has no report"),
+    (["results", "evaluations"], "did you mean 'evaluation'"),
+    (["results", "--where", "k >"], "is no query"),
+    (["results", "--where", "nothing == 1"], "is no query"),
+    (["results", "--columns", "scop"], "no column 'scop'"),
+    (["results", "--csv", "{folder}"], "could not be written"),
+    (["gc", "--days", "soon"], "unable to parse string as a number"),
+    (["compare", "{folder}/a", "{folder}/b"], "does not exist"),
+    (["compare", "{folder}/text.parquet", "{folder}/text.parquet"], "no whole parquet file"),
+    (["batch", "--profile", "smok"], "did you mean 'smoke'"),
+    (["batch", "--set", "kk=3"], "unknown parameter 'kk'"),
+    (["batch", "--set", "k=!!python/object/apply:os.getcwd []"], "is not plain YAML"),
+    (["train", "--out", "{folder}/x", "--epochs", "0"], "epochs"),
+    (["train", "--out", "{folder}/x", "--start", "{folder}/absent"], "absent"),
+    (["compress", "vgg16-fashin", "--clusters", "5", "-o", "{folder}/x"], "did you mean 'vgg16-fashion'"),
+    (["compress", "vgg16-fashion", "--clusters", "0", "-o", "{folder}/x"], "greater than or equal to 1"),
+    (["compress", "vgg16-fashion", "--clusters", "5", "-o", "{folder}/x", "--scope", "laye"], "did you mean 'layer'"),
+    (["inspect", "{folder}/absent"], "absent"),
+    (["inspect", "{folder}"], "{folder}"),
+    (["evaluate", "{folder}/text.parquet"], "truncated"),
+    (["export", "{folder}/text.parquet", "{folder}/x.tflite"], "must end in .onnx or .pt2"),
+    (["--debugg", "gc"], "No such option"),
+]  # fmt: skip
+COMMAND_FILES = {
+    "tiny.yaml": "sweep: {models: ['tiny:tiny_model'], data: [fashion-mnist], limit: 9, scopes: [layer], clusters: [2]}",
+    "notebooks.yaml": "notebooks: {05-accuracy: }",
+    "nan.yaml": "sweep: {models: [a], data: [b], limit: .nan, scopes: [layer], clusters: [2]}",
+    "text.parquet": "no table",
+}  # fmt: skip
