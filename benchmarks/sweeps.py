@@ -105,7 +105,7 @@ def main() -> None:
             f"{name:>28}  {x:.3g}" if isinstance(x, float) else f"{name:>28}  {x}" for name, x in rows.items()
         )
     )
-    with files.replacing(Path("docs/sweeps.json")) as temporary:
+    with files.replacing(Path("reports/bench/sweeps.json")) as temporary:
         temporary.write_text(json.dumps(rows, indent=1))
 
 
