@@ -36,8 +36,9 @@ def run(profile: Profile, out: Path) -> Path:
     """
     folder = Path(out) / profile.name
     chapters = [Chapter(stem, "not run", parameters=given) for stem, given in profile.parameters.items()]
-    about = reports.read(folder, profile.name).provenance | reports.provenance() | _hashes(profile)
-    report = replace(reports.read(folder, profile.name), note=profile.note, provenance=about)
+    report = reports.read(folder, profile.name)
+    about = report.provenance | reports.provenance() | _hashes(profile)
+    report = replace(report, note=profile.note, provenance=about)
     index = reports.write(folder, replace(report, chapters=tuple(chapters)))
     with tqdm(
         total=sum(profile.seconds.values()),

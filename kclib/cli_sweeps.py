@@ -30,10 +30,9 @@ def sweep(
     from kclib.store import Store
 
     found, workers, store = _profile(profile), Workers(jobs, backend, scheduler), Store()
-    planned = grid.plan(found.sweep, store)
     if rerun and not dry_run:
-        grid.forget(planned, store)
-        planned = grid.plan(found.sweep, store)
+        grid.forget(grid.plan(found.sweep, store, estimated=False), store)
+    planned = grid.plan(found.sweep, store)
     if dry_run:
         typer.echo(_text(grid.as_table(planned)))
     typer.echo(grid.summary(planned, workers))
@@ -62,7 +61,7 @@ def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
         if any(task.stored for task in tasks):
             old = reports.read(out / found.name, found.name)
             grid.report(found, tasks, store, old.failures, out)
-    index = reports.rebuild(out / found.name, reports.read(out / found.name, found.name))
+    index = reports.rebuild(out / found.name, found.name)
     typer.echo(f"report: {index.resolve()}")
 
 

@@ -9,8 +9,8 @@ from kclib import datasets, evaluation, kmeans, scopes
 from kclib.errors import InvalidValueError
 from kclib.sweep import Cell, Subject
 
-# Seconds of clustering 1,634,496 kernels at K = 4,096 on 2 cores, and its growth with their number and with K
-# (docs/kmeans-vgg16-fashion.json): where the store has no time of these kernels themselves.
+# Seconds of clustering 1,634,496 kernels at K = 4,096 on 2 cores; they grow with the number of kernels, and
+# with K from there on, by these powers (docs/kmeans-vgg16-fashion.json): where the store has none of these.
 _SECONDS, _N, _K, _BY_N, _BY_K = 1.1, 1_634_496, 4096, 0.83, 0.65
 _PROBE = 64  # images that are evaluated to know the rate where the store has none
 _IMPORTS = 400 << 20  # bytes that a process takes before it has a model
@@ -52,13 +52,12 @@ class Rates:
 
     def _clustering(self, cell: Cell) -> float:
         n = len(self.subject.bank)
-        seconds, k = _SECONDS * (n / _N) ** _BY_N, _K
-        if len(
-            like := self.clusterings[self.clusterings.method == cell.method] if len(self.clusterings) else []
-        ):
+        seconds, k, like = _SECONDS * (n / _N) ** _BY_N, _K, self.clusterings
+        like = like[like.method == cell.method] if len(like) else like
+        if len(like):
             nearest = like.iloc[np.argmin(abs(np.log(like.k.astype(float) / cell.k)))]
             seconds, k = float(nearest.seconds), int(nearest.k)
-        return seconds * (cell.k / k) ** _BY_K
+        return seconds * (max(cell.k, _K) / max(k, _K)) ** _BY_K
 
     def _those(self, kind: str, **values: str) -> pd.DataFrame:
         rows = self.subject.store.table(kind)

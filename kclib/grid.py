@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -56,17 +56,17 @@ class Task:
     stored : bool
         Whether the store has it.
     seconds : float
-        What it will take, about, if it is not stored.
+        What it will take, about; 0 if it is stored.
     memory : int
-        Bytes that a process will take for it, about.
+        Bytes that a process will take for it, about; 0 if it is stored.
     """
 
     source: Source
     cell: Cell
     key: dict
     stored: bool
-    seconds: float
-    memory: int
+    seconds: float = 0.0
+    memory: int = 0
 
     def __str__(self) -> str:
         cell = self.cell
@@ -86,7 +86,7 @@ def plan(grid: Grid, store: Store, *, estimated: bool = True) -> list[Task]:
     grid : Grid
     store : Store
     estimated : bool
-        Whether time and memory are wanted; else both are 0, and nothing is evaluated.
+        Whether time and memory of what is missing are wanted; else both are 0, and nothing is evaluated.
 
     Raises
     ------
@@ -98,15 +98,10 @@ def plan(grid: Grid, store: Store, *, estimated: bool = True) -> list[Task]:
         for data in grid.data:
             source = Source(model, data, grid.limit, grid.precision, grid.device, str(store.root))
             subject = source.load()
-            if estimated:
-                estimates.check(subject)
-                rates = estimates.Rates(subject)
-            for cell in subject.cells(grid.clusters, grid.scopes, grid.methods, grid.seeds):
-                key = subject.key_of(cell)
-                stored = store.has(key)
-                seconds = rates.seconds(cell) if estimated and not stored else 0.0
-                memory = rates.memory(cell) if estimated else 0
-                found.append(Task(source, cell, key, stored, seconds, memory))
+            cells = subject.cells(grid.clusters, grid.scopes, grid.methods, grid.seeds)
+            keys = [subject.key_of(cell) for cell in cells]
+            tasks = [Task(source, cell, key, store.has(key)) for cell, key in zip(cells, keys, strict=True)]
+            found += _estimated(subject, tasks) if estimated else tasks
     return sorted(found, key=lambda task: -task.seconds)
 
 
@@ -144,15 +139,12 @@ def report(
     """
     folder, results = Path(out) / profile.name, table(tasks, store)
     old = reports.read(folder, profile.name)
-    found = replace(old, note=old.note or profile.note, failures=tuple(failures))
+    about = old.provenance | reports.provenance() | _levels(profile)
+    found = replace(old, note=old.note or profile.note, failures=tuple(failures), results=None, picture="")
     if len(results):
-        hashes = {
-            f"{what}, SHA-256": ", ".join(f"{k} {v}" for k, v in dict(zip(results[a], results[b])).items())  # noqa: B905
-            for what, a, b in (("weights", "model", "weights"), ("images", "data", "images_hash"))
-        }
-        about = old.provenance | reports.provenance() | hashes | _levels(profile)
-        found = replace(found, results=results, picture=reports.picture(results), provenance=about)
-    return reports.write(folder, found)
+        found = replace(found, results=results, picture=reports.picture(results))
+        about |= _hashes(results)
+    return reports.write(folder, replace(found, provenance=about))
 
 
 def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> list[Failure]:
@@ -174,7 +166,8 @@ def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> li
         bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed} elapsed, about {remaining} left{postfix}",
         disable=not progress,
     ) as bar:  # fmt: skip
-        for done, outcome in enumerate(jobs.run(_compute, missing, workers), there + 1):
+        compute = partial(_compute, progress=progress and not workers.apart)
+        for done, outcome in enumerate(jobs.run(compute, missing, workers), there + 1):
             task = missing[outcome.place]
             if outcome.error:
                 failed.append(Failure(str(task), outcome.error, outcome.traceback))
@@ -204,6 +197,18 @@ def table(tasks: Sequence[Task], store: Store) -> pd.DataFrame:
     return pd.concat([x for x in found if len(x)] or [pd.DataFrame()], ignore_index=True)
 
 
+def _estimated(subject: Subject, tasks: Sequence[Task]) -> list[Task]:
+    """Return tasks with time and memory of what is missing, once it is known that they can run at all."""
+    if all(task.stored for task in tasks):
+        return list(tasks)
+    estimates.check(subject)
+    rates = estimates.Rates(subject)
+    return [
+        x if x.stored else replace(x, seconds=rates.seconds(x.cell), memory=rates.memory(x.cell))
+        for x in tasks
+    ]
+
+
 def _levels(profile: Profile) -> dict[str, str]:
     """Return what the sweep of a profile goes over, for readers."""
     levels = asdict(profile.sweep)
@@ -212,6 +217,15 @@ def _levels(profile: Profile) -> dict[str, str]:
         f"{k} {', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k, v in levels.items()
     )
     return {"sweep": text}
+
+
+def _hashes(results: pd.DataFrame) -> dict[str, str]:
+    """Return which weights and images results are of."""
+    found = {}
+    for what, name, digest in (("weights", "model", "weights"), ("images", "data", "images_hash")):
+        pairs = results[[name, digest]].drop_duplicates().itertuples(index=False)
+        found[f"{what}, SHA-256"] = ", ".join(" ".join(pair) for pair in pairs)
+    return found
 
 
 def _table(source: Source, tasks: Sequence[Task], store: Store) -> pd.DataFrame:
@@ -223,9 +237,10 @@ def _table(source: Source, tasks: Sequence[Task], store: Store) -> pd.DataFrame:
     return subject.table(cells, [found[cell] for cell in cells])
 
 
-def _compute(task: Task, wait: bool, n_threads: int) -> bool:
+def _compute(task: Task, wait: bool, n_threads: int, *, progress: bool) -> bool:
     """Compute a cell, unless another process is at it; runs wherever joblib sends it."""
-    return task.source.load().entry(task.cell, wait=wait, n_threads=n_threads) is not None
+    subject = task.source.load()
+    return subject.entry(task.cell, wait=wait, n_threads=n_threads, progress=progress) is not None
 
 
 @lru_cache(maxsize=2)

@@ -98,7 +98,7 @@ def run(call: Callable[..., bool], tasks: Sequence, workers: Workers) -> Iterato
     """Call every task and yield how it ended, as it ends.
 
     Tasks start in their order. A worker that dies is replaced; the tasks that were under way are tried again
-    after the others, at last each alone, and what then dies again has failed.
+    after the others, each alone, and what then dies again has failed.
 
     Parameters
     ----------
@@ -116,16 +116,17 @@ def run(call: Callable[..., bool], tasks: Sequence, workers: Workers) -> Iterato
 
 
 def _rounds(call: Callable[..., bool], tasks: Sequence, workers: Workers) -> Iterator[Outcome]:
-    """Run what is left until nothing is; each round makes progress or changes how the next one runs."""
-    left, wait, alone = list(range(len(tasks))), False, False
+    """Run what is left until nothing is; what was under way when a worker died comes last, one by one."""
+    left, suspects, wait = list(range(len(tasks))), set(), False
     while left:
-        places = left[:1] if alone else list(left)
-        under_way, died = set(), False
-        ended = []
+        alone = suspects.issuperset(left)
+        places = left[:1] if alone else [i for i in left if i not in suspects]
+        n_ran, n_ended, died = 0, 0, False
         try:
             for outcome in _round(call, [(i, tasks[i]) for i in places], wait, workers.n_threads):
+                n_ran += 1
                 if outcome is not None:
-                    ended.append(outcome.place)
+                    n_ended += 1
                     left.remove(outcome.place)
                     yield outcome
         except _dead_workers():
@@ -133,11 +134,8 @@ def _rounds(call: Callable[..., bool], tasks: Sequence, workers: Workers) -> Ite
         if died and alone:
             yield Outcome(left.pop(0), _DIED)
         elif died:
-            started = places[: len(ended) + max(2, workers.n_jobs)]
-            under_way = [i for i in started if i in left]
-            left = [i for i in left if i not in under_way] + under_way
-            alone = not ended
-        elif not ended:
+            suspects.update(places[: n_ran + max(2, workers.n_jobs)])  # at most so many had begun
+        elif not n_ended:
             wait = True  # all that is left is computed elsewhere
 
 

@@ -155,9 +155,8 @@ def _histogram(edges, met: _Met, pairs: int, strata, unseen) -> PairHistogram:
 def _met(
     prepared: np.ndarray, edges: np.ndarray, named: Distance, n_threads: int | None, progress: bool
 ) -> _Met:
-    edges = np.asarray(
-        checks.floats("edges", edges) if np.asarray(edges).dtype.kind not in "iuf" else edges, float
-    )
+    checks.floats("edges", edges)  # refuses what is no numbers; its float32 would merge near edges
+    edges = np.asarray(edges, float)
     if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all() or edges[0] < 0:
         raise InvalidValueError("edges must be at least two distances, ascending from 0 or more.")
     thresholds = named.to_squared(edges).astype(np.float32)

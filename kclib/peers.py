@@ -199,7 +199,7 @@ def at_bytes(network: nn.Module, budget: int, *, seed: int = 0) -> list[Peer]:
         Budget or seed out of range; weights beyond fp16.
     """
     checks.check_whole("budget", budget, 1)
-    checks.check_whole("seed", seed, 0, 2**32 - 1)
+    checks.check_seed(seed)
     bank, best = kernels.extract(network), {}
     for way in tqdm(_ways(network, bank, seed), desc="peers", unit="way", delay=2, leave=False):
         if peer := way.largest(budget):

@@ -143,7 +143,10 @@ def write(folder: Path, report: Report) -> Path:
     about = asdict(replace(report, results=None))
     with files.replacing(folder / "report.json") as temporary:
         temporary.write_text(json.dumps({k: v for k, v in about.items() if k != "results"}), encoding="utf-8")
-    if report.results is not None:
+    if report.results is None:
+        for name in ("results.parquet", "results.csv"):  # of an earlier run
+            (folder / name).unlink(missing_ok=True)
+    else:
         with files.replacing(folder / "results.parquet") as temporary:
             report.results.to_parquet(temporary)
         with files.replacing(folder / "results.csv") as temporary:
@@ -153,14 +156,15 @@ def write(folder: Path, report: Report) -> Path:
     return folder / "index.html"
 
 
-def rebuild(folder: Path, report: Report) -> Path:
-    """Write all pages of a report anew, from the executed notebooks in its folder.
+def rebuild(folder: Path, name: str) -> Path:
+    """Write all pages of a report anew, from what `read` reads and the executed notebooks in its folder.
 
     Raises
     ------
     MissingFileError
         There is no report.
     """
+    report = read(folder, name)
     if not report.chapters and report.results is None:
         raise MissingFileError(f"{folder} has no report; kclib batch or kclib sweep makes one.")
     chapters = []

@@ -195,7 +195,8 @@ class Store:
         """Return why a file is of no use; nothing if it is."""
         age = time.time() - path.stat().st_mtime
         if path.name.startswith(".") or path.suffix == ".lock":
-            return "left by a run that ended" if age > _HOUR else ""
+            left = age > _HOUR and not (path.suffix == ".lock" and _is_held(path))
+            return "left by a run that ended" if left else ""
         if path.parent.name not in VERSIONS or path.suffix != ".safetensors":
             return "" if path.suffix == ".parquet" else "of an earlier version"
         if (entry := _read(path)) is None:
@@ -203,6 +204,15 @@ class Store:
         if self.path(entry.key) != path:
             return "of an earlier version"
         return f"made more than {days:g} days ago" if days is not None and age > 24 * _HOUR * days else ""
+
+
+def _is_held(path: Path) -> bool:
+    """Tell whether a process has this lock."""
+    try:
+        with filelock.FileLock(path, blocking=False):
+            return False
+    except filelock.Timeout:
+        return True
 
 
 def _read(path: Path) -> Entry | None:

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from kclib import (
+    checks,
     clustering,
     clusterings,
     compression,
@@ -20,7 +21,6 @@ from kclib import (
     kernels,
     models,
     scopes,
-    stored,
 )
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation
@@ -109,7 +109,7 @@ class Subject:
         if ks and min(ks) < 1:
             raise InvalidValueError(f"n_clusters is {min(ks)}; every K must be at least 1.")
         for method in methods:
-            stored.check_known("method", method, clusterings.METHODS)
+            checks.check_known("method", method, clusterings.METHODS)
         fitting = [(s, k) for s in scopes for k in ks if _fits(self.bank, s, k)]
         if not fitting:
             raise InvalidValueError(

@@ -155,7 +155,7 @@ def test_a_disk_that_is_full_is_named_and_no_half_page_is_left(folder, tmp_path)
 def test_a_rebuilt_report_is_the_same_but_for_what_its_pages_are_made_from(finished):
     before = (finished / "index.html").read_text()
     (finished / "good.html").unlink()
-    reports.rebuild(finished, reports.read(finished, "tiny"))
+    reports.rebuild(finished, "tiny")
     assert (finished / "good.html").is_file()
     assert (finished / "index.html").read_text() == before
 

@@ -85,6 +85,26 @@ def test_a_cell_that_fails_stops_no_other_and_a_second_run_computes_it_alone(sto
     assert calls == ["done"]
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_cells_in_this_process_show_their_own_progress_too(store, monkeypatch, shown):
+    asked, genuine = [], sweep.evaluation.evaluate
+    planned = grid.plan(levels(seeds=(0,), methods=("plain",)), store)
+
+    def evaluate(*arguments, progress, **options):
+        asked.append(progress)
+        return genuine(*arguments, progress=False, **options)
+
+    monkeypatch.setattr(sweep.evaluation, "evaluate", evaluate)
+    grid.run(planned, Workers(), progress=shown)
+    assert asked == [shown] * 5
+
+
+def test_a_sweep_that_is_stored_evaluates_nothing_to_plan(store, monkeypatch):
+    grid.run(grid.plan(levels(), store), Workers(), progress=False)
+    monkeypatch.setattr(sweep.evaluation, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
+    assert all(x.stored for x in grid.plan(levels(), store))
+
+
 def test_forgotten_cells_are_computed_again_with_their_clusterings(store):
     levels_ = levels(seeds=(0,), methods=("plain",))
     grid.run(grid.plan(levels_, store), Workers(), progress=False)

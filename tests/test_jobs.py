@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+from joblib.externals.loky.process_executor import BrokenProcessPool
 from work import calls, do
 
 from kclib import jobs
@@ -47,6 +48,22 @@ def test_a_task_that_always_kills_its_worker_has_failed_and_all_others_are_done(
     assert {name for name, x in found.items() if x.error} == {"dies", "dies-too"}
     assert "its process died" in found["dies"].error
     assert {"a", "b", "c"} <= calls(tmp_path).keys()
+
+
+def test_what_was_under_way_when_a_worker_died_comes_last_each_alone(monkeypatch):
+    rounds = []
+
+    def round_(call, tasks, wait, n_threads):
+        rounds.append([i for i, _ in tasks])
+        if rounds[-1][0] == 0:
+            raise BrokenProcessPool
+        yield from (jobs.Outcome(i) for i in rounds[-1])
+
+    monkeypatch.setattr(jobs, "_round", round_)
+    found = list(jobs.run(do, range(7), Workers(2)))
+    assert rounds == [[0, 1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6], [0], [1]]
+    assert [x.place for x in found if x.error] == [0]
+    assert sorted(x.place for x in found) == list(range(7))
 
 
 def test_what_another_process_is_at_is_left_to_the_end_and_then_waited_for(tmp_path):

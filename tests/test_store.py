@@ -283,3 +283,17 @@ def test_gc_removes_what_is_damaged_old_or_left_over_and_nothing_else(store):
     assert {path.name for path in store.root.rglob("*") if path.is_file()} == {
         good.name, young.name, "evaluation.parquet"
     }  # fmt: skip
+
+
+def test_the_lock_of_a_long_computation_is_not_collected(tmp_path):
+    store, key = Store(tmp_path), {"kind": "curve"}
+    with store.claim(key, wait=True):
+        (lock,) = (tmp_path / "locks").iterdir()
+        os.utime(lock, (0, 0))
+        assert len(store.gc()) == 0
+        assert lock.is_file()
+        with Store(tmp_path).claim(key, wait=False) as ours:
+            assert not ours
+    lock.touch()
+    os.utime(lock, (0, 0))
+    assert list(store.gc().why) == ["left by a run that ended"]

@@ -402,7 +402,7 @@ WRONG_INPUTS = [
     (changes.compare, lambda g: changes.compare(g.table(), pd.DataFrame()), WRONG, "no column 'model'"),
     (changes.compare, lambda g: changes.compare(g.table(), pd.concat([g.table()] * 2)), WRONG, "twice"),
     (changes.broken, lambda g: changes.broken(g.table(), -1), WRONG, "max_drop is -1"),
-    (reports.rebuild, lambda g: reports.rebuild(g.folder, reports.Report("x")), MISSING, "has no report"),
+    (reports.rebuild, lambda g: reports.rebuild(g.folder, "x"), MISSING, "has no report"),
     (batch.run, lambda g: batch.run(replace(profiles.load("smoke"), name="x"), g.path("file")), STORAGE, "could not be written"),
 ]  # fmt: skip
 
