@@ -1,3 +1,4 @@
+import signal
 import sys
 
 import matplotlib
@@ -6,6 +7,7 @@ import torch
 from hypothesis import settings
 
 matplotlib.use("Agg")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 settings.register_profile("fuzz", max_examples=30_000, deadline=None, print_blob=True)  # make fuzz
 
 
