@@ -17,6 +17,7 @@ from torch import nn
 from kclib import checks
 from kclib.errors import InvalidValueError
 
+_ALONE = "(the network itself)"  # in place of a name, which only modules inside of others have
 _EXACT_IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTIONS += (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -179,7 +180,9 @@ def extract(network: nn.Module, *, size: int | tuple[int, int] | None = None) ->
             continue
         values = weight.detach().to("cpu", torch.float32).contiguous().numpy()
         if not np.isfinite(values).all():
-            raise InvalidValueError(f"layer {name} has NaN or infinite weights; they must be finite.")
+            raise InvalidValueError(
+                f"layer {name or _ALONE} has NaN or infinite weights; they must be finite."
+            )
         shape, transposed = form(module)
         layers.append(Layer(name, shape, start, transposed, weight.element_size()))
         parts.append(values.reshape(-1, *chosen))
@@ -280,7 +283,7 @@ def _convolutions(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, s
         weight = module.weight
         if isinstance(weight, nn.parameter.UninitializedParameter) or weight.is_meta:
             raise InvalidValueError(
-                f"layer {name} has no values yet (lazy or on the meta device); load weights first."
+                f"layer {name or _ALONE} has no values yet (lazy or on the meta device); load weights first."
             )
         if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             left_out[name] = f"{type(module).__name__}: its kernels are not 2D"

@@ -5,6 +5,7 @@ import importlib
 import pickle
 import re
 import textwrap
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -228,7 +229,14 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of some pickles before it refuses them
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DamagedFileError(
+            f"{path} is damaged or holds more than tensors, which is never unpickled; "
+            "give a safetensors file or what torch.save(network.state_dict(), path) wrote."
+        ) from error
     except Exception as error:  # a damaged file can make its reader raise almost anything
         raise DamagedFileError(
             f"{path} is not a whole safetensors file or weights-only checkpoint ({reason(error)})."
