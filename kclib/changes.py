@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.proportion import confint_proportions_2indep, test_proportions_2indep
 
-from kclib import checks, evaluation, reports
+from kclib import checks, evaluation, reports, tables
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, reason
 
 CELL = ("model", "data", "scope", "k", "method", "seed")
@@ -112,18 +112,31 @@ def answer(table: pd.DataFrame) -> str:
         worst = both.loc[both.change.idxmin()]
         span = f"{worst.change:+.2f} [{worst.change_low:+.2f}, {worst.change_high:+.2f}]"
         text += f", and the worst change is {span} points (scope {worst.scope}, K = {worst.k:,})"
-    return f"{text}. {gone:,} cells are gone and {new:,} are new."
+    return f"{text}. Cells gone: {gone:,}; new: {new:,}."
 
 
 def write(path: Path, table: pd.DataFrame, sentences: Sequence[str], *, before: str, after: str) -> None:
     """Write what `compare` found as a page; `sentences` from `broken` come first."""
-    shown = table.drop(columns=["change_low", "change_high"])
-    spans = zip(table.change, table.change_low, table.change_high, strict=True)
-    shown["change"] = ["" if pd.isna(x) else f"{x:+.2f} [{low:+.2f}, {high:+.2f}]" for x, low, high in spans]
-    formats = dict.fromkeys(("bytes_before", "bytes_after"), "{:,.0f}".format)
-    text = shown.to_html(index=False, border=0, na_rep="", float_format="{:.4g}".format, formatters=formats)
+    text = _readable(table).to_html(index=False, border=0)
     values = {"broken": sentences, "answer": answer(table), "before": before, "after": after}
     reports.write_page(Path(path), "changes", table=text, **values)
+
+
+def _readable(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what `compare` found as text for readers."""
+    spans = zip(table.change, table.change_low, table.change_high, strict=True)
+    columns = tables.named(table) | {
+        "change (points)": [
+            "–" if pd.isna(x) else f"{x:+.2f} [{low:+.2f}, {high:+.2f}]" for x, low, high in spans
+        ],
+        "p": tables.p_values(table.p_value),
+        "images": table.paired.map({True: "the same", False: "others"}).where(table.change.notna(), "–"),
+    }
+    for when in ("before", "after"):
+        for name, unit, form in (("top1", "top-1 (%)", "{:.2f}"), ("bytes", "bytes", "{:,.0f}")):
+            numbers = table[f"{name}_{when}"].map(form.format, na_action="ignore")
+            columns[f"{unit} {when}"] = numbers.fillna("–")
+    return pd.DataFrame(columns)
 
 
 def _row(before: pd.Series | None, after: pd.Series | None) -> dict:

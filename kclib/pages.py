@@ -17,14 +17,14 @@ _FOLDED = """
 """
 _STYLE = """<style>
 .folded-code > summary { cursor: pointer; color: #777; font-size: 0.75rem; }
-table.dataframe thead th[aria-sort] { cursor: pointer; }
+th[aria-sort] { cursor: pointer; }
 th[aria-sort="ascending"]::after { content: " ▲"; }
 th[aria-sort="descending"]::after { content: " ▼"; }
 </style>"""
 
 
 def sorter() -> str:
-    """Return the style and the script that let readers sort tables of class ``dataframe`` by any column."""
+    """Return the style and the script that let readers sort pandas' tables by any column."""
     script = resources.files("kclib").joinpath("tables.js").read_text(encoding="utf-8")
     return f"{_STYLE}\n<script>\n{script}</script>"
 

@@ -21,7 +21,7 @@ from IPython.display import display
 from nbformat import NotebookNode
 from PIL import Image
 
-from kclib import figures, files, pages
+from kclib import figures, files, pages, tables
 from kclib.errors import DamagedFileError, MissingFileError, reason
 
 _HEADLINE = "application/vnd.kclib.headline+json"
@@ -39,6 +39,8 @@ class Chapter:
         File name without its ending.
     status : {"done", "failed", "interrupted", "not run"}
     headline, error : str
+    main : bool
+        Whether its headline opens the report.
     thumbnail : str
         A ``data:`` URL of a PNG, or empty.
     seconds : float
@@ -52,6 +54,7 @@ class Chapter:
     stem: str
     status: str
     headline: str = ""
+    main: bool = False
     error: str = ""
     thumbnail: str = ""
     seconds: float = 0.0
@@ -102,15 +105,22 @@ class Report:
     picture: str = ""
 
 
-def headline(text: str) -> None:
-    """Show a notebook's answer in one sentence and record it for the index; its last cell calls this."""
-    display({_HEADLINE: {"text": text}, "text/markdown": f"**{text}**", "text/plain": text}, raw=True)
+def headline(text: str, *, main: bool = False) -> None:
+    """Show a notebook's answer in one sentence and record it for the index; its last cell calls this.
+
+    Parameters
+    ----------
+    text : str
+    main : bool
+        Whether the report opens with it. If no notebook's is, the last one's does.
+    """
+    recorded = {"text": text, "main": main}
+    display({_HEADLINE: recorded, "text/markdown": f"**{text}**", "text/plain": text}, raw=True)
 
 
 def read_headline(notebook: NotebookNode) -> str | None:
     """Return the headline an executed notebook recorded, or None if it never came so far."""
-    found = [data[_HEADLINE]["text"] for _, data in _data(notebook) if _HEADLINE in data]
-    return found[-1] if found else None
+    return _recorded(notebook).get("text")
 
 
 def render(notebook: NotebookNode, folder: Path, chapter: Chapter) -> Chapter:
@@ -118,7 +128,9 @@ def render(notebook: NotebookNode, folder: Path, chapter: Chapter) -> Chapter:
     page = pages.to_html(notebook, title=chapter.stem)
     with files.replacing(folder / f"{chapter.stem}.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return replace(chapter, headline=read_headline(notebook) or "", thumbnail=_thumbnail(notebook))
+    said = _recorded(notebook)
+    main, text = said.get("main", False), said.get("text", "")
+    return replace(chapter, headline=text, main=main, thumbnail=_thumbnail(notebook))
 
 
 def read(folder: Path, name: str) -> Report:
@@ -152,7 +164,7 @@ def write(folder: Path, report: Report) -> Path:
         with files.replacing(folder / "results.csv") as temporary:
             report.results.drop(columns="right", errors="ignore").to_csv(temporary, index=False)
     with files.replacing(folder / "index.html") as temporary:
-        temporary.write_text(_page("index", report=report, table=_table(report.results)), encoding="utf-8")
+        temporary.write_text(_page("index", report=report, table=_html(report.results)), encoding="utf-8")
     return folder / "index.html"
 
 
@@ -231,18 +243,10 @@ def _page(template: str, **values: object) -> str:
     return environment.get_template(f"{template}.html.jinja").render(sorter=pages.sorter(), **values)
 
 
-def _table(results: pd.DataFrame | None) -> str:
-    """Return results as an HTML table for readers."""
-    if results is None or not len(results):
-        return ""
-    left_out = ["right", "weights", "images_hash", "top1_low", "top1_high", "drop_low", "drop_high"]
-    shown = results.drop(columns=left_out, errors="ignore").copy()
-    for name in ("top1", "drop"):
-        spans = zip(results[name], results[f"{name}_low"], results[f"{name}_high"], strict=True)
-        shown[name] = [f"{x:.2f} [{low:.2f}, {high:.2f}]" for x, low, high in spans]
-    formats = {"p_value": "{:.2g}".format} | dict.fromkeys(("bytes", "k", "clusters"), "{:,}".format)
-    plain = {name: "{:.4g}".format for name in shown.select_dtypes("float") if name not in formats}
-    return shown.to_html(index=False, border=0, formatters=plain | formats)
+def _html(results: pd.DataFrame | None) -> str:
+    return (
+        "" if results is None or not len(results) else tables.readable(results).to_html(index=False, border=0)
+    )
 
 
 def _read_notebook(path: Path) -> NotebookNode:
@@ -258,6 +262,11 @@ def _data(notebook: NotebookNode):
         for output in cell.get("outputs", ()):
             if "data" in output:
                 yield cell, output["data"]
+
+
+def _recorded(notebook: NotebookNode) -> dict:
+    found = [data[_HEADLINE] for _, data in _data(notebook) if _HEADLINE in data]
+    return found[-1] if found else {}
 
 
 def _thumbnail(notebook: NotebookNode, width: int = 480) -> str:

@@ -1,14 +1,14 @@
-// Tables of class dataframe are sorted by the column whose head is clicked; again, the other way round.
-for (const table of document.querySelectorAll("table.dataframe")) {
+// Tables of pandas, styled or not, are sorted by the column whose head is clicked; again, the other way round.
+for (const table of document.querySelectorAll("table.dataframe, .jp-OutputArea-output table")) {
   const body = table.tBodies[0], head = table.tHead && table.tHead.rows[0];
   if (!head || !body || table.tHead.rows.length > 1 || body.querySelector("[rowspan]")) continue;
   const key = (row, i) => {
     const text = row.cells[i].dataset.value ?? row.cells[i].textContent.trim();
-    const number = parseFloat(text.replaceAll(",", "").replace("−", "-"));
+    const number = parseFloat(text.replace(/^[<>] /, "").replaceAll(",", "").replace("−", "-"));
     return Number.isNaN(number) ? text : number;
   };
   const order = (a, b) =>
-    typeof a === "number" && typeof b === "number" ? a - b : typeof a === typeof b ? a.localeCompare(b)
+    typeof a === "number" && typeof b === "number" ? a - b : typeof a === typeof b ? a.localeCompare(b, undefined, { numeric: true })
     : typeof a === "number" ? -1 : 1;
   [...head.cells].forEach((cell, i) => {
     const sort = () => {

@@ -70,7 +70,7 @@ def test_a_gate_names_what_lost_more_than_it_may_and_what_is_gone():
     assert lost.endswith("from 50.00 to 47.00 %.")
     assert gone == "m on d, scope layer, K = 4, plain, seed 0: is missing in the second run."
     assert changes.broken(found, 3) == [gone], "a drop of just so much is allowed"
-    assert changes.answer(found).endswith("1 cells are gone and 1 are new.")
+    assert changes.answer(found).endswith("Cells gone: 1; new: 1.")
 
 
 def test_the_page_says_first_what_broke_the_gate_and_shows_all_cells(tmp_path, table):

@@ -191,3 +191,15 @@ def test_a_damaged_report_is_begun_anew_and_that_is_said(tmp_path, caplog):
 def test_a_report_that_was_never_made_cannot_be_rebuilt(tmp_path):
     with pytest.raises(MissingFileError, match="has no report; kclib batch or kclib sweep makes one"):
         reports.rebuild(tmp_path, "tiny")
+
+
+def test_a_report_opens_with_the_main_headlines_or_with_the_last(tmp_path):
+    found = [
+        reports.render(
+            notebook(shows({HEADLINE: {"text": text, "main": main}})), tmp_path, Chapter(text, "done")
+        )
+        for text, main in (("first", False), ("best", True), ("also", True), ("last", False))
+    ]
+    for chapters, opened in ((found, ["best", "also"]), ((found[0], found[3]), ["last"])):
+        index = reports.write(tmp_path, Report("x", chapters=tuple(chapters))).read_text()
+        assert re.findall('class="answer">(.*?)</p>', index) == opened
