@@ -62,7 +62,7 @@ def compare(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     for table in (before, after):
         checks.check_columns(table, _NEEDED)
         if (again := table[list(CELL)].duplicated()).any():
-            cell = dict(table.loc[again, list(CELL)].iloc[0])
+            cell = _called(table.loc[again].iloc[0])
             raise InvalidValueError(f"the table has the cell {cell} twice; it must have each once.")
     old, new = (table.set_index(list(CELL)) for table in (before, after))
     cells = [*old.index, *(cell for cell in new.index if cell not in old.index)]
@@ -93,7 +93,7 @@ def broken(table: pd.DataFrame, max_drop: float) -> list[str]:
         raise InvalidValueError(f"max_drop is {max_drop!r}; it must be a number of points, at least 0.")
     found = []
     for row in table.itertuples():
-        what = f"{row.model} on {row.data}, scope {row.scope}, K = {row.k:,}, {row.method}, seed {row.seed}"
+        what = _called(row)
         if pd.isna(row.top1_after):
             found.append(f"{what}: is missing in the second run.")
         elif row.change < -max_drop:
@@ -120,6 +120,10 @@ def write(path: Path, table: pd.DataFrame, sentences: Sequence[str], *, before: 
     text = _readable(table).to_html(index=False, border=0)
     values = {"broken": sentences, "answer": answer(table), "before": before, "after": after}
     reports.write_page(Path(path), "changes", table=text, **values)
+
+
+def _called(row) -> str:
+    return f"{row.model} on {row.data}, scope {row.scope}, K = {row.k:,}, {row.method}, seed {row.seed}"
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:
