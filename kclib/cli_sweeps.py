@@ -160,5 +160,6 @@ def _filtered(table, where: str, columns: list[str]):
                 f"--where {where!r} is no query over the columns ({reason(error)})."
             ) from error
     if len(table):
-        checks.check_columns(table, columns)
+        for column in columns:
+            checks.check_known("column", column, table.columns)
     return table[columns] if columns and len(table) else table

@@ -1,6 +1,7 @@
 """Typed exceptions: each carries one sentence that says what was wrong and what would be right."""
 
 import difflib
+import re
 import textwrap
 from collections.abc import Iterable
 
@@ -73,6 +74,7 @@ class UnknownNameError(KclibError, LookupError):
 
 
 def reason(error: BaseException | str) -> str:
-    """Return what another library's error says as the end of a sentence: its first line."""
+    """Return what another library's error says as the end of a sentence: its first sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return textwrap.shorten(lines[0], 160, placeholder=" ...").rstrip(".: ")
+    sentence = re.split(r"\. (?=[A-Z])", lines[0])[0].rstrip(".: ")
+    return textwrap.shorten(sentence, 160, placeholder=" ...")

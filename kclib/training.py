@@ -267,6 +267,11 @@ def split(data: datasets.ImageSet, recipe: Recipe) -> tuple[datasets.ImageSet, d
     if not torch.is_tensor(data.images):
         raise InvalidValueError(f"{data.name} is read file by file; training needs its images in memory.")
     largest = len(data) - recipe.batch_size
+    if largest < 1:
+        raise InvalidValueError(
+            f"{len(data)} images are too few to train on in batches of {recipe.batch_size} with some held "
+            f"back; give at least {recipe.batch_size + 1}, or a recipe of a smaller batch_size."
+        )
     if not 1 <= recipe.held_back <= largest:
         raise InvalidValueError(
             f"held_back is {recipe.held_back}; of {len(data)} images it must be 1 to {largest}, "
