@@ -1,8 +1,12 @@
 """The command line, thin over the library: one function a command."""
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
+from unittest import mock
 
 import typer
 import yaml
@@ -179,7 +183,7 @@ def main() -> None:
     A wrong input is one sentence and exit code 2, a failed run exit code 1, Ctrl-C exit code 130.
     """
     try:
-        with bars.readable():
+        with bars.readable(), _own_modules():
             app(standalone_mode=True)
     except SystemExit as end:
         if end.code == 130:
@@ -194,6 +198,18 @@ def main() -> None:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         typer.echo(f"kclib: {what}. This should not happen; kclib --debug shows where.", err=True)
         raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def _own_modules() -> Iterator[None]:
+    """Let modules in this folder be imported, as `python -m` would, by notebooks and workers too."""
+    here = os.getcwd()
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), here]
+    with (
+        mock.patch.object(sys, "path", [*sys.path, here]),
+        mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
+    ):
+        yield
 
 
 def _accuracy(model, data: str, limit: int | None, device: str) -> float:

@@ -1,6 +1,7 @@
 """Tasks side by side by joblib, on this machine or a cluster: what fails or dies stops no other."""
 
 import contextlib
+import socket
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -162,11 +163,16 @@ def _dead_workers() -> tuple[type[Exception], ...]:
     """Return what joblib raises when a worker died."""
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
-    try:
+    found = [BrokenProcessPool]
+    with contextlib.suppress(ImportError):
         from distributed.scheduler import KilledWorker
-    except ImportError:
-        return (BrokenProcessPool,)
-    return BrokenProcessPool, KilledWorker
+
+        found.append(KilledWorker)
+    with contextlib.suppress(ImportError):
+        from ray.exceptions import RayActorError
+
+        found.append(RayActorError)
+    return tuple(found)
 
 
 @contextlib.contextmanager
@@ -188,15 +194,23 @@ def _dask(workers: Workers) -> Iterator[None]:
 def _ray(workers: Workers) -> Iterator[None]:
     with _installed("ray", "ray"):
         import ray
-        from ray.util.joblib import register_ray
+        from ray.util.joblib.ray_backend import RayBackend
+
+    class Backend(RayBackend):
+        supports_return_generator = True  # as its pool does, which joblib's own pool of processes does not
+
+    options = {} if workers.scheduler else {"num_cpus": workers.n_jobs, "include_dashboard": False}
+    host, _, port = workers.scheduler.rpartition("/")[2].rpartition(":")
     try:
-        ray.init(workers.scheduler or None, **({} if workers.scheduler else {"num_cpus": workers.n_jobs}))
-    except (OSError, ValueError, ConnectionError) as error:
+        if port.isdecimal():  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(workers.scheduler or None, logging_level="error", log_to_driver=False, **options)
+    except (OSError, OverflowError, ValueError) as error:
         raise InvalidValueError(
             f"no Ray cluster answers at {workers.scheduler!r}; start one ('ray start --head'), or give none."
         ) from error
     try:
-        register_ray()
+        joblib.register_parallel_backend("ray", Backend)
         yield
     finally:
         ray.shutdown()

@@ -1,3 +1,4 @@
+import importlib
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from nbformat import v4
 from safetensors.torch import save_file
 from sentences import is_one_sentence
 
-from kclib import batch, checkpoint, datasets, evaluation, exporting, models, training
+from kclib import batch, checkpoint, cli, datasets, evaluation, exporting, models, training
 from kclib.compression import expand
 from kclib.errors import NotebookError
 
@@ -191,6 +192,20 @@ def made(kclib, factories, tmp_path):
         return out, path
 
     return make
+
+
+def test_a_model_of_a_module_in_this_folder_is_found_also_by_notebooks_and_workers(
+    kclib, tmp_path, monkeypatch
+):
+    (tmp_path / "kclib_test_mine.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    assert kclib("compress", "kclib_test_mine:make", "--clusters", 5, "-o", "x.safetensors")[0] == 0
+    del sys.modules["kclib_test_mine"]
+    started = [sys.executable, "-c", "import kclib_test_mine"]
+    monkeypatch.setattr(cli, "app", lambda **_: subprocess.run(started, cwd="/", check=True))
+    assert cli.main() is None
+    with pytest.raises(ImportError):
+        importlib.import_module("kclib_test_mine")
 
 
 def printed_bytes(text: str) -> dict[str, int]:

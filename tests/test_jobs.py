@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import pytest
 from joblib.externals.loky.process_executor import BrokenProcessPool
@@ -89,6 +90,16 @@ def test_a_dask_cluster_of_this_machine_ends_as_loky_does(tmp_path):
     assert calls(tmp_path / "dask").keys() == calls(tmp_path / "loky").keys()
 
 
+def test_a_ray_cluster_of_this_machine_survives_a_worker_that_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")  # a test tells nobody
+    found = ended(tmp_path, ("dies_once", "raises", "a"), n_jobs=2, backend="ray")
+    assert {name: x.error for name, x in found.items() if x.error} == {
+        "raises": "ZeroDivisionError: raises was divided"
+    }
+    assert len(calls(tmp_path)["dies_once"]) == 2
+
+
 @pytest.mark.parametrize("backend", ["dask", "ray"])
 def test_a_backend_whose_package_is_missing_says_what_to_install(tmp_path, monkeypatch, backend):
     monkeypatch.setitem(sys.modules, {"dask": "distributed"}.get(backend, backend), None)
@@ -96,9 +107,13 @@ def test_a_backend_whose_package_is_missing_says_what_to_install(tmp_path, monke
         ended(tmp_path, ("a",), n_jobs=2, backend=backend)
 
 
-def test_a_scheduler_that_does_not_answer_is_named(tmp_path):
-    with pytest.raises(InvalidValueError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
-        ended(tmp_path, ("a",), backend="dask", scheduler="tcp://127.0.0.1:9")
+@pytest.mark.parametrize(
+    ("backend", "scheduler"),
+    [("Dask", "tcp://127.0.0.1:9"), ("Ray", "127.0.0.1:9"), ("Ray", "ray://127.0.0.1:99999")],
+)
+def test_a_scheduler_that_does_not_answer_is_named(tmp_path, backend, scheduler):
+    with pytest.raises(InvalidValueError, match=f"no {backend} (scheduler|cluster) answers at '{scheduler}'"):
+        ended(tmp_path, ("a",), backend=backend.lower(), scheduler=scheduler)
 
 
 @pytest.mark.parametrize(
