@@ -207,7 +207,8 @@ def _ray(workers: Workers) -> Iterator[None]:
         ray.init(workers.scheduler or None, logging_level="error", log_to_driver=False, **options)
     except (OSError, OverflowError, ValueError) as error:
         raise InvalidValueError(
-            f"no Ray cluster answers at {workers.scheduler!r}; start one ('ray start --head'), or give none."
+            f"no Ray cluster answers at {workers.scheduler!r}; start one ('ray start --head') and give 'auto'"
+            " or its address (and set RAY_AUTH_MODE=token, if it asks for one), or give none."
         ) from error
     try:
         joblib.register_parallel_backend("ray", Backend)
