@@ -53,6 +53,12 @@ def counted(call, counts, name):
     return count
 
 
+def told(pipe):
+    """Return what a process tells, which must be soon."""
+    assert pipe.poll(PATIENCE)
+    return pipe.recv()
+
+
 @pytest.fixture(scope="module")
 def start():
     """Starts a sweep over a store in a process of its own, from one that has imported everything."""
@@ -67,8 +73,7 @@ def start():
         process = context.Process(target=sweep_alone, args=(folder, theirs))
         process.start()
         theirs.close()
-        assert ours.poll(PATIENCE)
-        assert ours.recv() == "begun"
+        assert told(ours) == "begun"
         return process, ours
 
     return started
@@ -84,9 +89,9 @@ def test_after_200_random_kills_the_table_is_that_of_an_undisturbed_run_to_the_b
 ):
     process, pipe = start(tmp_path / "timed")
     begin = time.perf_counter()
-    pipe.recv()
+    told(pipe)
     whole = time.perf_counter() - begin
-    process.join()
+    process.join(PATIENCE)
     draw, kills, finished = random.Random(0), 0, 0
     while kills < KILLS:
         folder = tmp_path / "store"
@@ -107,9 +112,10 @@ def test_after_200_random_kills_the_table_is_that_of_an_undisturbed_run_to_the_b
 
 def test_two_sweeps_at_once_on_one_store_compute_nothing_twice(tmp_path, start, undisturbed):
     both = [start(tmp_path) for _ in range(2)]
-    counts = [pipe.recv() for _, pipe in both]
+    counts = [told(pipe) for _, pipe in both]
     for process, _ in both:
-        process.join()
+        process.join(PATIENCE)
+        assert process.exitcode == 0
     assert sum(x["evaluate"] for x in counts) == len(undisturbed)
     assert sum(x["cluster"] for x in counts) == len(undisturbed) - 1
     pd.testing.assert_frame_equal(swept(tmp_path), undisturbed, check_exact=True)
@@ -181,14 +187,16 @@ def test_a_full_disk_is_one_sentence_and_what_was_finished_is_whole(small_disk, 
 
 
 def test_ctrl_c_keeps_what_was_finished(tmp_path, start, undisturbed):
-    process, pipe = start(tmp_path)
+    process, _ = start(tmp_path)
+    end = time.monotonic() + PATIENCE
     while len(list(tmp_path.glob("evaluation/[!.]*.safetensors"))) < 3:
+        assert time.monotonic() < end
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGINT)
-    process.join()
+    process.join(PATIENCE)
     assert process.exitcode == 1
     again, pipe = start(tmp_path)
-    counts = pipe.recv()
-    again.join()
+    counts = told(pipe)
+    again.join(PATIENCE)
     assert counts["evaluate"] <= len(undisturbed) - 3
     pd.testing.assert_frame_equal(swept(tmp_path), undisturbed, check_exact=True)

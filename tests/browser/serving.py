@@ -32,6 +32,10 @@ def running(command: Sequence[str], ready: str, folder: Path, seconds: float = 6
             yield
         finally:
             process.terminate()
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:  # one that does not end must not stop the tests for good
+                process.kill()
 
 
 def _answers(address: str) -> bool:

@@ -1,11 +1,12 @@
 import base64
+import contextlib
 import io
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import expect
+from playwright.sync_api import TimeoutError, expect
 from torch import nn
 
 from kclib import maps, thumbnails
@@ -20,6 +21,10 @@ PLACE = """([x, y]) => {
 
 BARS = """() => [...Bokeh.documents[0]._all_models.values()]
   .filter((model) => model.type == "ColorBar" && model.visible).map((bar) => bar.title)"""
+
+
+SELECTED = """() => [...Bokeh.documents[0]._all_models.values()]
+  .filter((model) => model.type == "Selection").map((model) => model.indices.join()).join(";")"""
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +82,19 @@ class Report:
         self.page.mouse.move(*self.place(x, y))
 
     def lasso(self, *corners):
-        self.page.mouse.move(*self.place(*corners[0]))
-        self.page.mouse.down()
-        for corner in corners[1:]:
-            self.page.mouse.move(*self.place(*corner), steps=4)
-        self.page.mouse.up()
+        """Draw around kernels; anew where the page was so slow that it took it for a long press."""
+        first, *others = [self.place(*corner) for corner in corners]
+        before = self.frame.evaluate(SELECTED)
+        for _ in range(5):
+            self.page.mouse.move(*first)
+            self.page.mouse.down()
+            for place in others:
+                self.page.mouse.move(*place, steps=4)
+            self.page.mouse.up()
+            with contextlib.suppress(TimeoutError):
+                self.frame.wait_for_function(f"before => ({SELECTED})() != before", arg=before, timeout=5_000)
+                return
+        pytest.fail("the lasso selects nothing")
 
     def colour(self, x, y):
         """Return the colour of a place of the map, 0 to 255."""
