@@ -30,20 +30,18 @@ def sweep(
     from kclib.store import Store
 
     found, workers, store = _profile(profile), Workers(jobs, backend, scheduler), Store()
-    if rerun and not dry_run:
-        grid.forget(grid.plan(found.sweep, store, estimated=False), store)
-    planned = grid.plan(found.sweep, store)
+    planned = grid.plan(found.sweep, store, rerun=rerun)
     if dry_run:
         typer.echo(_text(grid.as_table(planned)))
     typer.echo(grid.summary(planned, workers))
     if dry_run:
         return
     failures = grid.run(planned, workers)
+    for failure in failures:
+        typer.echo(f"{failure.what} failed: {failure.error}", err=True)
     index = grid.report(found, planned, store, failures, out)
     typer.echo(f"report: {index.resolve()}")
     if failures:
-        for failure in failures:
-            typer.echo(f"{failure.what} failed: {failure.error}", err=True)
         raise SweepError(
             f"{len(failures)} of {len(planned)} cells failed; {index} has their tracebacks, all others are "
             "stored, and the same command tries again."

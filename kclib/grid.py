@@ -54,11 +54,13 @@ class Task:
     key : dict
         Of its entry in the store.
     stored : bool
-        Whether the store has it.
+        Whether the store has it, whole, and it is not to be computed again.
     seconds : float
         What it will take, about; 0 if it is stored.
     memory : int
         Bytes that a process will take for it, about; 0 if it is stored.
+    again : bool
+        Whether it is computed even if the store has it.
     """
 
     source: Source
@@ -67,6 +69,7 @@ class Task:
     stored: bool
     seconds: float = 0.0
     memory: int = 0
+    again: bool = False
 
     def __str__(self) -> str:
         cell = self.cell
@@ -74,7 +77,7 @@ class Task:
         return f"{self.source.model.name} on {self.source.data}: {'dense' if cell == Cell() else what}"
 
 
-def plan(grid: Grid, store: Store, *, estimated: bool = True) -> list[Task]:
+def plan(grid: Grid, store: Store, *, estimated: bool = True, rerun: bool = False) -> list[Task]:
     """Return the cells of a sweep, the longest first.
 
     Times are those of cells like it in the store, where there are some: seconds an image of this model, and
@@ -87,6 +90,8 @@ def plan(grid: Grid, store: Store, *, estimated: bool = True) -> list[Task]:
     store : Store
     estimated : bool
         Whether time and memory of what is missing are wanted; else both are 0, and nothing is evaluated.
+    rerun : bool
+        Whether what is stored is to be computed again; each entry is kept until its cell is begun.
 
     Raises
     ------
@@ -100,7 +105,10 @@ def plan(grid: Grid, store: Store, *, estimated: bool = True) -> list[Task]:
             subject = source.load()
             cells = subject.cells(grid.clusters, grid.scopes, grid.methods, grid.seeds)
             keys = [subject.key_of(cell) for cell in cells]
-            tasks = [Task(source, cell, key, store.has(key)) for cell, key in zip(cells, keys, strict=True)]
+            tasks = [
+                Task(source, cell, key, stored=not rerun and store.get(key) is not None, again=rerun)
+                for cell, key in zip(cells, keys, strict=True)
+            ]
             found += _estimated(subject, tasks) if estimated else tasks
     return sorted(found, key=lambda task: -task.seconds)
 
@@ -177,14 +185,6 @@ def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> li
     return failed
 
 
-def forget(tasks: Sequence[Task], store: Store) -> None:
-    """Remove what the store has of these cells, their clusterings included."""
-    for task in tasks:
-        store.path(task.key).unlink(missing_ok=True)
-        if task.cell != Cell():
-            store.path(_clustering_key(task.source.load(), task.cell)).unlink(missing_ok=True)
-
-
 def table(tasks: Sequence[Task], store: Store) -> pd.DataFrame:
     """Return what is stored of a sweep's cells: `Subject.table` of each model and data set in turn.
 
@@ -237,9 +237,18 @@ def _table(source: Source, tasks: Sequence[Task], store: Store) -> pd.DataFrame:
     return subject.table(cells, [found[cell] for cell in cells])
 
 
+def _forget(task: Task, subject: Subject) -> None:
+    """Remove what the store has of a cell, its clustering included."""
+    subject.store.path(task.key).unlink(missing_ok=True)
+    if task.cell != Cell():
+        subject.store.path(_clustering_key(subject, task.cell)).unlink(missing_ok=True)
+
+
 def _compute(task: Task, wait: bool, n_threads: int, *, progress: bool) -> bool:
     """Compute a cell, unless another process is at it; runs wherever joblib sends it."""
     subject = task.source.load()
+    if task.again:
+        _forget(task, subject)
     return subject.entry(task.cell, wait=wait, n_threads=n_threads, progress=progress) is not None
 
 

@@ -186,17 +186,24 @@ def rebuild(folder: Path, name: str) -> Path:
     return write(folder, replace(report, chapters=tuple(chapters)))
 
 
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git here
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
 def provenance() -> dict[str, str]:
     """Return what a reader needs to make a report again: time, versions, commit, machine."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES)
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
     return {
         "made": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": f"Python {platform.python_version()}, {versions}",
-        "commit": found.stdout.strip() or "unknown",
+        "commit": _commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 

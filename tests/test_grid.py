@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,15 +106,36 @@ def test_a_sweep_that_is_stored_evaluates_nothing_to_plan(store, monkeypatch):
     assert all(x.stored for x in grid.plan(levels(), store))
 
 
-def test_forgotten_cells_are_computed_again_with_their_clusterings(store):
+def test_a_damaged_entry_is_a_cell_to_compute_and_is_in_the_table_again(store):
+    planned = grid.plan(levels(), store)
+    grid.run(planned, Workers(), progress=False)
+    whole = grid.table(planned, store)
+    victim = store.path(next(x for x in planned if x.cell != sweep.Cell()).key)
+    os.truncate(victim, victim.stat().st_size // 2)
+    again = grid.plan(levels(), store)
+    assert [x.stored for x in again].count(False) == 1
+    grid.run(again, Workers(), progress=False)
+    seconds = ["cluster_seconds", "evaluate_seconds"]
+    pd.testing.assert_frame_equal(
+        grid.table(again, store).drop(columns=seconds), whole.drop(columns=seconds), check_exact=True
+    )
+
+
+def test_a_rerun_keeps_each_entry_until_its_cell_is_begun(store):
     levels_ = levels(seeds=(0,), methods=("plain",))
     grid.run(grid.plan(levels_, store), Workers(), progress=False)
     assert (
         grid.summary(grid.plan(levels_, store), Workers())
         == "5 cells, 5 of them stored; nothing is left to compute."
     )
-    grid.forget(grid.plan(levels_, store), store)
-    assert not list(store.root.glob("*/*.safetensors"))
+    made = {path: path.stat().st_mtime_ns for path in store.root.glob("*/*.safetensors")}
+    again = grid.plan(levels_, store, rerun=True)
+    assert not any(x.stored for x in again)
+    assert {path: path.stat().st_mtime_ns for path in store.root.glob("*/*.safetensors")} == made
+    grid.run(again, Workers(), progress=False)
+    now = {path: path.stat().st_mtime_ns for path in store.root.glob("*/*.safetensors")}
+    assert now.keys() == made.keys()
+    assert all(now[path] > made[path] for path in made)
 
 
 def test_estimates_come_from_what_was_measured_of_like_cells(store):

@@ -128,7 +128,8 @@ def smoke(tmp_path_factory, small):
         }
         own = {stem: {"model": "smallnet:model"} | changed for stem, changed in own.items()}
         parameters = {stem: given | own.get(stem, {}) for stem, given in profile.parameters.items()}
-        batch.run(replace(profile, parameters=parameters), folder)
+        timeouts = dict.fromkeys(parameters, 900)  # a cell that hangs fails
+        batch.run(replace(profile, parameters=parameters, timeouts=timeouts), folder)
     return folder / "smoke"
 
 

@@ -203,3 +203,8 @@ def test_a_report_opens_with_the_main_headlines_or_with_the_last(tmp_path):
     for chapters, opened in ((found, ["best", "also"]), ((found[0], found[3]), ["last"])):
         index = reports.write(tmp_path, Report("x", chapters=tuple(chapters))).read_text()
         assert re.findall('class="answer">(.*?)</p>', index) == opened
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert reports.provenance()["commit"] == "unknown"

@@ -268,12 +268,17 @@ def test_gc_removes_what_is_damaged_old_or_left_over_and_nothing_else(store):
     old = store.put(entry(1.0, k=2))
     scrap, flat = good.with_name(".x.tmp.safetensors"), store.root / "0123.safetensors"
     young = good.with_name(".y.tmp.safetensors")
-    for path in (scrap, flat, young):
+    strangers = [
+        store.root / name for name in (".git/config", "poetry.lock", "found.csv", "tiny.safetensors")
+    ]
+    (store.root / ".git").mkdir()
+    for path in (scrap, flat, young, *strangers):
         path.write_text("scrap")
-    for path in (old, scrap):
+    for path in (old, scrap, *strangers):
         os.utime(path, (time.time() - 3 * 86400,) * 2)
     store.table("evaluation")
     removed = store.gc(days=2)
+    assert all(path.exists() for path in strangers)
     assert dict(zip(removed.why, removed.file, strict=True)) == {
         "damaged": f"evaluation/{damaged.name}",
         "made more than 2 days ago": f"evaluation/{old.name}",
@@ -281,7 +286,7 @@ def test_gc_removes_what_is_damaged_old_or_left_over_and_nothing_else(store):
         "of an earlier version": flat.name,
     }
     assert {path.name for path in store.root.rglob("*") if path.is_file()} == {
-        good.name, young.name, "evaluation.parquet"
+        good.name, young.name, "evaluation.parquet", *(path.name for path in strangers)
     }  # fmt: skip
 
 
