@@ -134,7 +134,8 @@ def summary(tasks: Sequence[Task], workers: Workers) -> str:
     seconds = max(sum(x.seconds for x in missing) / side, max(x.seconds for x in missing))
     most = sum(sorted((x.memory for x in missing), reverse=True)[:side])
     time = tqdm.format_interval(round(seconds))
-    text += f"; the rest takes about {time} (minutes:seconds) with {side} at a time"
+    unit = "minutes:seconds" if seconds < 3600 else "hours:minutes:seconds"
+    text += f"; the rest takes about {time} ({unit}) with {side} at a time"
     return f"{text}, in {most / 2**30:.1f} GiB."
 
 

@@ -124,7 +124,7 @@ def _rounds(call: Callable[..., bool], tasks: Sequence, workers: Workers) -> Ite
         places = left[:1] if alone else [i for i in left if i not in suspects]
         n_ran, n_ended, died = 0, 0, False
         try:
-            for outcome in _round(call, [(i, tasks[i]) for i in places], wait, workers.n_threads):
+            for outcome in _round(call, [(i, tasks[i]) for i in places], wait, workers):
                 n_ran += 1
                 if outcome is not None:
                     n_ended += 1
@@ -140,11 +140,12 @@ def _rounds(call: Callable[..., bool], tasks: Sequence, workers: Workers) -> Ite
             wait = True  # all that is left is computed elsewhere
 
 
-def _round(call: Callable[..., bool], tasks: list[tuple], wait: bool, n_threads: int) -> Iterator:
+def _round(call: Callable[..., bool], tasks: list[tuple], wait: bool, workers: Workers) -> Iterator:
     """Yield the outcomes of one pass over tasks; None for what another process is at."""
     # One task a worker at a time, so that no small one waits behind a large one, and it is known which ran.
-    parallel_ = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-    yield from parallel_(joblib.delayed(_called)(call, i, task, wait, n_threads) for i, task in tasks)
+    # A Dask cluster counts its own processors as joblib's n_jobs: our number is given.
+    parallel_ = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch=workers.n_jobs)
+    yield from parallel_(joblib.delayed(_called)(call, i, task, wait, workers.n_threads) for i, task in tasks)
 
 
 def _called(

@@ -1,6 +1,8 @@
 """The report's experiment as cells: cluster, compress, evaluate at each scope and K, and keep each result."""
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -227,9 +229,16 @@ def run(
 
 
 def input_fingerprint(model: models.Model, data: datasets.ImageSet) -> str:
-    """Return the SHA-256 of the first image as the network sees it: other preprocessing is another key."""
+    """Return the SHA-256 of what answers depend on beside weights and images.
+
+    That is the first image as the network sees it, the network as it prints itself, and its classes. Other
+    code of a ``forward`` is not seen.
+    """
     first, _ = next(datasets.batches(datasets.select(data, torch.tensor([0])), model.preprocess, 1))
-    return hashlib.sha256(first.contiguous().numpy()).hexdigest()
+    digest = hashlib.sha256(first.contiguous().numpy())
+    printed = re.sub("0x[0-9a-f]+", "", repr(model.network))  # addresses differ from run to run
+    digest.update(json.dumps([printed, model.classes]).encode())
+    return digest.hexdigest()
 
 
 def _fits(bank: kernels.KernelBank, scope: str, k: int) -> bool:

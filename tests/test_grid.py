@@ -158,6 +158,8 @@ def test_the_sentence_of_a_plan_shares_its_time_among_the_workers():
         "the rest takes about 01:00 (minutes:seconds) with 2 at a time, in 2.0 GiB."
     )
     assert "about 02:00" in grid.summary(planned, Workers())
+    long = [replace(x, seconds=60 * x.seconds) for x in planned]
+    assert "about 1:00:00 (hours:minutes:seconds)" in grid.summary(long, Workers(2))
 
 
 @pytest.mark.parametrize(

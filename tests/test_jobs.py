@@ -2,8 +2,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributed import LocalCluster
 from joblib.externals.loky.process_executor import BrokenProcessPool
-from work import calls, do
+from work import calls, count, do
 
 from kclib import jobs
 from kclib.errors import InvalidValueError, MissingPackageError, UnknownNameError
@@ -54,7 +55,7 @@ def test_a_task_that_always_kills_its_worker_has_failed_and_all_others_are_done(
 def test_what_was_under_way_when_a_worker_died_comes_last_each_alone(monkeypatch):
     rounds = []
 
-    def round_(call, tasks, wait, n_threads):
+    def round_(call, tasks, wait, workers):
         rounds.append([i for i, _ in tasks])
         if rounds[-1][0] == 0:
             raise BrokenProcessPool
@@ -88,6 +89,15 @@ def test_a_dask_cluster_of_this_machine_ends_as_loky_does(tmp_path):
     loky, dask = (ended(tmp_path / x, NAMES, n_jobs=2, backend=x) for x in jobs.BACKENDS[:2])
     assert {x: y.error for x, y in loky.items()} == {x: y.error for x, y in dask.items()}
     assert calls(tmp_path / "dask").keys() == calls(tmp_path / "loky").keys()
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_no_more_tasks_than_jobs_are_under_way_on_a_larger_cluster(n_jobs):
+    options = {"n_workers": 1, "threads_per_worker": 4, "processes": False, "dashboard_address": None}
+    with LocalCluster(**options) as cluster:
+        workers = Workers(n_jobs, "dask", cluster.scheduler_address)
+        most = [int(x.error.split()[-1]) for x in jobs.run(count, range(8), workers)]
+    assert max(most) == n_jobs
 
 
 def test_a_ray_cluster_of_this_machine_survives_a_worker_that_is_killed(tmp_path, monkeypatch):

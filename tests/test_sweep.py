@@ -1,9 +1,11 @@
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_data, tiny_model
+from torch import nn
 
 from kclib import evaluation, kernels, sweep
 from kclib.errors import InvalidValueError, UnknownNameError
@@ -127,3 +129,14 @@ def test_a_sweep_that_cannot_run_is_refused_before_it_evaluates(
     with pytest.raises(error, match=message):
         sweep.run(tiny_model(), tiny_data(), ks, scopes=scopes, store=Store(tmp_path))
     assert evaluated["n"] == 0
+
+
+def test_another_order_of_classes_or_another_architecture_is_another_key(tmp_path):
+    model, data = tiny_model(), tiny_data()
+    padded = copy.deepcopy(model.network)
+    next(x for x in padded.modules() if isinstance(x, nn.Conv2d)).padding = (1, 1)
+    others = [replace(model, classes=tuple("fedcba")), replace(model, network=padded), tiny_model()]
+    keys = [sweep.Subject(x, data, Store(tmp_path)).key for x in (model, *others)]
+    assert keys[0] == keys[3]
+    assert keys[0]["weights"] == keys[2]["weights"]
+    assert len({key["input"] for key in keys}) == 3

@@ -3,9 +3,12 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from threadpoolctl import threadpool_info
+
+_under_way = []
 
 
 def do(task, wait, n_threads):
@@ -23,6 +26,15 @@ def do(task, wait, n_threads):
     if action == "dies" or (action == "dies_once" and not again):
         os.kill(os.getpid(), signal.SIGKILL)
     return wait or action != "elsewhere"
+
+
+def count(task, wait, n_threads):
+    """Fail by telling how many are counted at once, in threads of one process."""
+    _under_way.append(task)
+    n = len(_under_way)
+    time.sleep(0.2)
+    _under_way.remove(task)
+    raise ValueError(n)
 
 
 def calls(folder) -> dict[str, list[str]]:
