@@ -79,7 +79,7 @@ def main() -> None:
             options = {"scopes": CELLS.scopes, "store": store["one"]}
             times["stored"].append(seconds(lambda o=options: sweep.run(model, data, CELLS.clusters, **o)))
         planned = {name: grid.plan(CELLS, store[name], estimated=False) for name in store}
-        timed = ["cluster_seconds", "evaluate_seconds"]
+        timed = ["cluster_seconds", "evaluate_seconds", "made"]
         tables = {name: grid.table(planned[name], store[name]).drop(columns=timed) for name in store}
         n = len(tables["one"])
         path = notebook(Path(folder))

@@ -30,6 +30,24 @@ def of_shares(what: str, shown: bool) -> tqdm:
 
 
 @contextmanager
+def ticking(bar: tqdm) -> Iterator[None]:
+    """Draw a bar anew each second in this block: what it waits for may end but once in minutes."""
+    ended = threading.Event()
+
+    def tick():
+        while not ended.wait(1):
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
 def readable() -> Iterator[None]:
     """Let all bars of this process print whole lines, one in 30 s, where ``sys.stderr`` is no terminal.
 

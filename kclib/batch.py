@@ -12,7 +12,7 @@ from nbclient.exceptions import CellTimeoutError
 from tqdm.auto import tqdm
 from traitlets.config import Config
 
-from kclib import files, profiles, reports
+from kclib import files, profiles, provenance, reports
 from kclib.errors import NotebookError, reason
 from kclib.profiles import Profile
 from kclib.reports import Chapter
@@ -36,10 +36,8 @@ def run(profile: Profile, out: Path) -> Path:
     """
     folder = Path(out) / profile.name
     chapters = [Chapter(stem, "not run", parameters=given) for stem, given in profile.parameters.items()]
-    report = reports.read(folder, profile.name)
-    about = report.provenance | reports.provenance() | _hashes(profile)
-    report = replace(report, note=profile.note, provenance=about)
-    index = reports.write(folder, replace(report, chapters=tuple(chapters)))
+    about = provenance.stamp() | _hashes(profile)
+    index = _write(folder, profile, chapters, about)
     with tqdm(
         total=sum(profile.seconds.values()),
         desc=f"batch {profile.name}",
@@ -53,10 +51,19 @@ def run(profile: Profile, out: Path) -> Path:
                 chapters[i] = replace(chapters[i], status="interrupted")
                 raise
             finally:
-                reports.write(folder, replace(report, chapters=tuple(chapters)))
+                _write(folder, profile, chapters, about)
             bar.update(profile.seconds[stem])
     _check(chapters, folder, index)
     return index
+
+
+def _write(folder: Path, profile: Profile, chapters: list[Chapter], about: dict[str, str]) -> Path:
+    """Write the report with these chapters; what a sweep has written there meanwhile is kept."""
+    report = reports.read(folder, profile.name)
+    about = report.provenance | about
+    return reports.write(
+        folder, replace(report, note=profile.note, chapters=tuple(chapters), provenance=about)
+    )
 
 
 def _check(chapters: list[Chapter], folder: Path, index: Path) -> None:
@@ -98,7 +105,7 @@ def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
         traceback = _COLOURS.sub("", "\n".join(failure.traceback))
     except CellTimeoutError:
         error = f"a cell ran longer than the {timeout} s that the profile gives it"
-    except RuntimeError as failure:  # nbclient: the kernel died, or never started
+    except (RuntimeError, OSError) as failure:  # the kernel died, or never started; or a full disk
         error = reason(failure)
     seconds = time.perf_counter() - start
     ended = replace(chapter, seconds=seconds, error=error, traceback=traceback, parameters=parameters)

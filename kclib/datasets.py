@@ -124,6 +124,8 @@ def select(data: ImageSet, indices: torch.Tensor) -> ImageSet:
     """
     whole = torch.is_tensor(indices) and indices.dtype == torch.int64 and indices.ndim == 1
     if not whole or (len(indices) and not 0 <= indices.min() <= indices.max() < len(data)):
+        if not len(data):
+            raise InvalidValueError(f"{data.name} has no images to choose from; it must have at least one.")
         raise InvalidValueError(
             f"indices must be int64 (m,), 0 to {len(data) - 1}, the images of {data.name}."
         )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kclib import clusterings, datasets, estimates, jobs, models, reports
+from kclib import bars, clusterings, datasets, estimates, jobs, models, provenance, reports
+from kclib.errors import InvalidValueError
 from kclib.jobs import Workers
 from kclib.profiles import Grid, ModelSource, Profile
 from kclib.reports import Failure
@@ -24,6 +25,8 @@ class Source:
     ----------
     model : ModelSource
     data : str
+    folder : str
+        What paths are relative to.
     limit : int
         Images; 0 takes all.
     precision, device : str
@@ -33,6 +36,7 @@ class Source:
 
     model: ModelSource
     data: str
+    folder: str
     limit: int
     precision: str
     device: str
@@ -40,7 +44,7 @@ class Source:
 
     def load(self) -> Subject:
         """Return the subject, from memory if this process had it lately."""
-        return _loaded(self)
+        return _subject(self)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Task:
     def __str__(self) -> str:
         cell = self.cell
         what = f"scope {cell.scope}, K = {cell.k:,}, {cell.method}, seed {cell.seed}"
-        return f"{self.source.model.name} on {self.source.data}: {'dense' if cell == Cell() else what}"
+        return f"{self.source.model} on {self.source.data}: {'dense' if cell == Cell() else what}"
 
 
 def plan(grid: Grid, store: Store, *, estimated: bool = True, rerun: bool = False) -> list[Task]:
@@ -98,10 +102,11 @@ def plan(grid: Grid, store: Store, *, estimated: bool = True, rerun: bool = Fals
     KclibError
         Any model or data set that cannot be had, or a level that none of them can have.
     """
-    found = []
+    found, options = [], (grid.folder, grid.limit, grid.precision, grid.device, str(store.root))
+    _forget_loaded()  # files may be others than at the last plan
     for model in grid.models:
         for data in grid.data:
-            source = Source(model, data, grid.limit, grid.precision, grid.device, str(store.root))
+            source = Source(model, data, *options)
             subject = source.load()
             cells = subject.cells(grid.clusters, grid.scopes, grid.methods, grid.seeds)
             keys = [subject.key_of(cell) for cell in cells]
@@ -116,7 +121,7 @@ def plan(grid: Grid, store: Store, *, estimated: bool = True, rerun: bool = Fals
 def as_table(tasks: Sequence[Task]) -> pd.DataFrame:
     """Return a plan for readers: a row a cell, with ``stored``, ``seconds`` and ``GiB``, as estimated."""
     rows = [
-        {"model": x.source.model.name, "data": x.source.data}
+        {"model": str(x.source.model), "data": x.source.data}
         | asdict(x.cell)
         | {"stored": x.stored, "seconds": round(x.seconds, 1), "GiB": round(x.memory / 2**30, 2)}
         for x in tasks
@@ -144,16 +149,20 @@ def report(
 ) -> Path:
     """Write what is stored of a sweep into the profile's report and return the path of its index page.
 
-    What a batch wrote there is kept.
+    What a batch wrote there is kept, and failures of cells that are stored by now are not.
     """
     folder, results = Path(out) / profile.name, table(tasks, store)
-    old = reports.read(folder, profile.name)
-    about = old.provenance | reports.provenance() | _levels(profile)
-    found = replace(old, note=old.note or profile.note, failures=tuple(failures), results=None, picture="")
-    if len(results):
-        found = replace(found, results=results, picture=reports.picture(results))
-        about |= _hashes(results)
-    return reports.write(folder, replace(found, provenance=about))
+    old, missing = reports.read(folder, profile.name), [str(x) for x in tasks if not store.has(x.key)]
+    found = replace(
+        old,
+        note=old.note or profile.note,
+        failures=tuple(x for x in failures if x.what in missing),
+        missing=f"{len(missing):,} of {len(tasks):,} cells" if missing else "",
+        results=results if len(results) else None,
+        picture=reports.picture(results) if len(results) else "",
+        provenance=old.provenance | _levels(profile) | _origin(results),
+    )
+    return reports.write(folder, found)
 
 
 def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> list[Failure]:
@@ -174,7 +183,7 @@ def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> li
         total=sum(x.seconds for x in missing), desc=f"sweep, {there} of {len(tasks)} cells",
         bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed} elapsed, about {remaining} left{postfix}",
         disable=not progress,
-    ) as bar:  # fmt: skip
+    ) as bar, bars.ticking(bar):  # fmt: skip
         compute = partial(_compute, progress=progress and not workers.apart)
         for done, outcome in enumerate(jobs.run(compute, missing, workers), there + 1):
             task = missing[outcome.place]
@@ -213,16 +222,21 @@ def _estimated(subject: Subject, tasks: Sequence[Task]) -> list[Task]:
 def _levels(profile: Profile) -> dict[str, str]:
     """Return what the sweep of a profile goes over, for readers."""
     levels = asdict(profile.sweep)
-    levels["models"] = [x.name + (f" ({x.weights})" if x.weights else "") for x in profile.sweep.models]
+    levels |= {"models": profile.sweep.models}
+    del levels["folder"]  # of this machine
     text = "; ".join(
         f"{k} {', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k, v in levels.items()
     )
     return {"sweep": text}
 
 
-def _hashes(results: pd.DataFrame) -> dict[str, str]:
-    """Return which weights and images results are of."""
-    found = {}
+def _origin(results: pd.DataFrame) -> dict[str, str]:
+    """Return where results come from: when, by which versions and where each was computed, and of what."""
+    if not len(results):
+        return {f"sweep, {name}": value for name, value in provenance.stamp().items()}
+    found = {"sweep, made": " to ".join(sorted({results.made.min(), results.made.max()}))}
+    for name in ("versions", "commit", "machine"):
+        found[f"sweep, {name}"] = "; ".join(results[name].unique())
     for what, name, digest in (("weights", "model", "weights"), ("images", "data", "images_hash")):
         pairs = results[[name, digest]].drop_duplicates().itertuples(index=False)
         found[f"{what}, SHA-256"] = ", ".join(" ".join(pair) for pair in pairs)
@@ -248,16 +262,43 @@ def _forget(task: Task, subject: Subject) -> None:
 def _compute(task: Task, wait: bool, n_threads: int, *, progress: bool) -> bool:
     """Compute a cell, unless another process is at it; runs wherever joblib sends it."""
     subject = task.source.load()
+    if subject.key_of(task.cell) != task.key:  # a worker that outlives a sweep remembers files of before
+        _forget_loaded()
+        subject = task.source.load()
+    if subject.key_of(task.cell) != task.key:
+        raise InvalidValueError(
+            f"{task.source.model} on {task.source.data} is not the same on the machine of this worker; "
+            "weights, images and packages must be."
+        )
     if task.again:
         _forget(task, subject)
     return subject.entry(task.cell, wait=wait, n_threads=n_threads, progress=progress) is not None
 
 
+# Models take much memory and seconds to load, data sets little and, to hash a folder, minutes.
 @lru_cache(maxsize=2)
-def _loaded(source: Source) -> Subject:
-    model = models.load(source.model.name, weights=source.model.weights or None)
-    data = datasets.load(source.data, limit=source.limit or None)
+def _subject(source: Source) -> Subject:
+    model, data = _model(source.model, source.folder), _data(source.data, source.folder, source.limit)
     return Subject(model, data, Store(source.root), source.precision, source.device)
+
+
+@lru_cache(maxsize=2)
+def _model(source: ModelSource, folder: str) -> models.Model:
+    weights = Path(folder, source.weights).absolute() if source.weights else None
+    return replace(models.load(source.name, weights=weights), name=str(source))
+
+
+@lru_cache(maxsize=16)
+def _data(name: str, folder: str, limit: int) -> datasets.ImageSet:
+    kind, _, path = name.partition(":")
+    where = f"folder:{Path(folder, path).absolute()}" if kind == "folder" and path else name
+    found = datasets.load(where, limit=limit or None)
+    return replace(found, name=found.name.replace(where, name, 1))
+
+
+def _forget_loaded() -> None:
+    for remembered in (_subject, _model, _data):
+        remembered.cache_clear()
 
 
 def _clustering_key(subject: Subject, cell: Cell) -> dict:

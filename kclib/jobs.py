@@ -153,6 +153,7 @@ def _called(
 ) -> Outcome | None:
     """Call one task; its failure is a value."""
     try:
+        n_threads = min(n_threads, parallel.threads())  # a cluster's machines may be smaller than ours
         with threadpool_limits(n_threads):
             return Outcome(place) if call(task, wait, n_threads) else None
     except (Exception, SystemExit) as error:

@@ -182,7 +182,7 @@ def measure(
     result = Moments(*(value / count for value in sums))
     if not torch.isfinite(result.small).all() or not torch.isfinite(result.cross).all():
         raise InvalidValueError(
-            f"the inputs of layer {step.name} are not finite; neither is what it learns of."
+            f"the inputs of layer {step.name} are not finite; images and weights before it must be."
         )
     return result
 

@@ -24,11 +24,14 @@ class ModelSource:
     name : str
         One `models.load` knows, or ``package.module:factory``.
     weights : str or None
-        Absolute path of a weights file in place of the model's own.
+        Path of a weights file in place of the model's own, as the profile has it.
     """
 
     name: str
     weights: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.weights})" if self.weights else self.name
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Grid:
     ----------
     models : tuple of ModelSource
     data : tuple of str
-        Names `datasets.load` knows; the path in ``folder:PATH`` is absolute.
+        Names `datasets.load` knows, as the profile has them.
     limit : int
         Images, drawn once at random; 0 takes all.
     scopes : tuple of {"layer", "global"}
@@ -50,6 +53,9 @@ class Grid:
     seeds : tuple of int
     precision : {"fp32", "bf16", "fp16"}
     device : str
+    folder : str
+        What paths in `models` and `data` are relative to: results are told apart by what the profile says,
+        which is the same on every machine.
     """
 
     models: tuple[ModelSource, ...]
@@ -61,6 +67,7 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
     precision: str = "fp32"
     device: str = "cpu"
+    folder: str = "."
 
 
 @dataclass(frozen=True)
@@ -196,15 +203,11 @@ def _check_known(kind: str, name: str, known: Sequence[str]) -> None:
 def _grid(content: Mapping, folder: Path) -> Grid:
     """Return a sweep as its checked part of a profile describes it."""
     sources = [{"name": x} if isinstance(x, str) else x for x in content["models"]]
-    models = [
-        ModelSource(x["name"], _path(folder, x["weights"]) if "weights" in x else None) for x in sources
-    ]
+    models = tuple(dict.fromkeys(ModelSource(**x) for x in sources))
     options = {name: content[name] for name in ("precision", "device") if name in content}
     wholes = {name: tuple(map(int, content[name])) for name in ("clusters", "seeds") if name in content}
-    names = {name: tuple(content[name]) for name in ("scopes", "methods") if name in content}
-    data = tuple(f"folder:{_path(folder, x[7:])}" if x.startswith("folder:") else x for x in content["data"])
-    return Grid(models=tuple(models), data=data, limit=int(content["limit"]), **names, **wholes, **options)
-
-
-def _path(folder: Path, text: str) -> str:
-    return str((folder / text).absolute())
+    names = {
+        name: tuple(dict.fromkeys(content[name])) for name in ("data", "scopes", "methods") if name in content
+    }
+    options |= {"limit": int(content["limit"]), "folder": str(folder.absolute())}
+    return Grid(models=models, **names, **wholes, **options)

@@ -4,13 +4,8 @@ import base64
 import io
 import json
 import logging
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 
 import jinja2
@@ -25,7 +20,6 @@ from kclib import figures, files, pages, tables
 from kclib.errors import DamagedFileError, MissingFileError, reason
 
 _HEADLINE = "application/vnd.kclib.headline+json"
-_PACKAGES = ("kclib", "torch", "torchvision", "faiss-cpu", "scikit-learn", "umap-learn", "numpy")
 _LOG = logging.getLogger(__name__)
 
 
@@ -89,6 +83,8 @@ class Report:
     name, note : str
     chapters : tuple of Chapter
     failures : tuple of Failure
+    missing : str
+        How many cells of the sweep have no result, if some have none.
     provenance : mapping of str to str
     results : pandas.DataFrame or None
         As `sweep.Subject.table`.
@@ -100,6 +96,7 @@ class Report:
     note: str = ""
     chapters: tuple[Chapter, ...] = ()
     failures: tuple[Failure, ...] = ()
+    missing: str = ""
     provenance: Mapping[str, str] = field(default_factory=dict)
     results: pd.DataFrame | None = None
     picture: str = ""
@@ -184,28 +181,6 @@ def rebuild(folder: Path, name: str) -> Path:
         path = folder / f"{chapter.stem}.ipynb"
         chapters.append(render(_read_notebook(path), folder, chapter) if path.is_file() else chapter)
     return write(folder, replace(report, chapters=tuple(chapters)))
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except OSError:  # no git here
-        return "unknown"
-    return found.stdout.strip() or "unknown"
-
-
-def provenance() -> dict[str, str]:
-    """Return what a reader needs to make a report again: time, versions, commit, machine."""
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES)
-    return {
-        "made": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": f"Python {platform.python_version()}, {versions}",
-        "commit": _commit(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
 
 
 def picture(results: pd.DataFrame) -> str:

@@ -1,5 +1,6 @@
 """Results on disk under a content key: one safetensors file an entry, written whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -7,7 +8,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from kclib import files
 from kclib.errors import StorageError, UnknownNameError
 
 # Part of every key, by what is kept: raise a number when the same inputs would give other results.
-VERSIONS = {"clustering": 1, "evaluation": 4, "combination": 2, "curve": 2, "neighbours": 3, "layout": 3}
+VERSIONS = {"clustering": 1, "evaluation": 5, "combination": 2, "curve": 2, "neighbours": 3, "layout": 3}
 _LOG = logging.getLogger(__name__)
 _OURS = re.compile(r"[0-9a-f]+\.(safetensors|lock)|\..+\.tmp\.(safetensors|parquet)")  # others' files stay
 _HOUR = 3600  # seconds: what is older and temporary belongs to a run that was killed
@@ -112,7 +112,7 @@ class Store:
                 self.put(entry)
             return entry
 
-    @contextmanager
+    @contextlib.contextmanager
     def claim(self, key: dict, *, wait: bool) -> Iterator[bool]:
         """Yield whether `key` is ours alone to compute in this block, on this file system.
 
@@ -160,8 +160,11 @@ class Store:
         found = [_as_row(x, kept) for x in sorted((self.root / kind).glob("[!.]*.safetensors"))]
         rows = pd.DataFrame([row for row in found if row]).convert_dtypes()
         if self.root.is_dir():
-            with files.replacing(path) as temporary:
-                rows.to_parquet(temporary)
+            try:
+                with files.replacing(path) as temporary:
+                    rows.to_parquet(temporary)
+            except StorageError as error:  # it only saves time
+                _LOG.info("%s", error)
         return rows
 
     def gc(self, *, days: float | None = None, dry_run: bool = False) -> pd.DataFrame:
@@ -178,12 +181,12 @@ class Store:
         """
         found = []
         for path in tqdm(sorted(self.root.rglob("*")), desc="store", unit="file", delay=2, leave=False):
-            if _OURS.fullmatch(path.name) and path.is_file() and (why := self._why_not(path, days)):
-                found.append(
-                    {"file": str(path.relative_to(self.root)), "why": why, "bytes": path.stat().st_size}
-                )
-                if not dry_run:
-                    path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                if _OURS.fullmatch(path.name) and path.is_file() and (why := self._why_not(path, days)):
+                    size = path.stat().st_size
+                    if not dry_run:
+                        path.unlink()
+                    found.append({"file": str(path.relative_to(self.root)), "why": why, "bytes": size})
         return pd.DataFrame(found, columns=["file", "why", "bytes"])
 
     def path(self, key: dict) -> Path:
@@ -247,7 +250,10 @@ def _read_rows(path: Path) -> list[dict]:
 
 def _as_row(path: Path, kept: dict[str, dict]) -> dict:
     """Return what the head of an entry's file says, as kept if unchanged; nothing if it is damaged."""
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except FileNotFoundError:  # another process has just removed it
+        return {}
     made = pd.Timestamp(stat.st_mtime_ns, tz="UTC")
     same = kept.get(path.stem)
     if same and (same["made"], same["file_bytes"]) == (made, stat.st_size):
@@ -256,7 +262,7 @@ def _as_row(path: Path, kept: dict[str, dict]) -> dict:
         with safetensors.safe_open(path, framework="numpy") as file:
             texts = file.metadata()
         found = json.loads(texts["key"]) | json.loads(texts["row"])
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError):
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError):
         return {}
     plain = {name: json.dumps(x) if isinstance(x, (list, dict)) else x for name, x in found.items()}
     return plain | {"entry": path.stem, "file_bytes": stat.st_size, "made": made}

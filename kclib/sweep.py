@@ -22,6 +22,7 @@ from kclib import (
     footprint,
     kernels,
     models,
+    provenance,
     scopes,
 )
 from kclib.errors import InvalidValueError
@@ -82,13 +83,11 @@ class Subject:
 
     @cached_property
     def key(self) -> dict:
-        """What the answers of all cells depend on."""
+        """What the answers of all cells depend on; what model and data are called is none of it."""
         return {
             "kind": "evaluation",
-            "model": self.model.name,
             "weights": models.fingerprint(self.model.network),
             "input": input_fingerprint(self.model, self.data),
-            "data": self.data.name,
             "images_hash": self.data.fingerprint,
             "precision": self.precision,
         }
@@ -148,16 +147,20 @@ class Subject:
             ``drop_high`` in points; ``p_value``; ``cluster_seconds``, ``evaluate_seconds``; and what a row
             can be told and compared by in other tables: ``model``, ``weights``, ``data``, ``images_hash``,
             ``precision``, ``images`` (how many) and ``right`` (which are answered rightly, a bit each:
-            `numpy.packbits`).
+            `numpy.packbits`); ``made``, ``versions``, ``commit``, ``machine`` (`provenance.stamp`).
         """
         answers = [_answers(entry) for entry in entries]
-        about = {name: value for name, value in self.key.items() if name not in ("kind", "input")}
+        about = self._names | {name: self.key[name] for name in ("weights", "images_hash", "precision")}
         rows = []
         for cell, entry, found in zip(cells, entries, answers, strict=True):
             numbers = {name: value for name, value in entry.row.items() if name != "classes"}
             right = {"right": np.packbits(found.correct).tobytes()}
             rows.append(asdict(cell) | DENSE | numbers | accuracy(found, answers[0]) | about | right)
         return pd.DataFrame(rows)
+
+    @property
+    def _names(self) -> dict[str, str]:
+        return {"model": self.model.name, "data": self.data.name}
 
     def _computed(self, key: dict, cell: Cell, progress: bool, n_threads: int | None) -> Entry:
         model, row = self.model, {"bytes": footprint.convolution_bytes(self.model.network)}
@@ -171,6 +174,7 @@ class Subject:
         answers = evaluation.evaluate(
             model, self.data, precision=self.precision, device=self.device, progress=progress
         )
+        row |= self._names | provenance.stamp()
         row |= {
             "images": len(self.data),
             "top1": answers.top1.estimate,

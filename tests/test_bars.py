@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import termios
+import threading
+import time
 
 import pytest
 from tqdm.auto import tqdm
@@ -85,6 +87,19 @@ def test_a_long_bar_is_a_line_in_thirty_seconds_with_the_share_and_the_time_left
     lines = log.getvalue().splitlines()
     assert [line[:9] for line in lines] == ["long:  30", "long:  60", "long:  90", "long: 100"]
     assert all(re.search(r"% *\|.*\| \d+/100 \[\S+<\S+, ", line) for line in lines)
+
+
+def test_a_bar_that_waits_for_its_first_step_is_seen_all_the_same(log, clock):
+    with bars.readable(), tqdm(total=100, desc="waits", mininterval=0) as bar, bars.ticking(bar):
+        clock.now += 31
+        deadline = time.perf_counter() + 30
+        while "waits:   0%" not in log.getvalue() and time.perf_counter() < deadline:
+            time.sleep(0.1)
+    assert re.match(r"waits:   0%\|.*\| 0/100 \[", log.getvalue())
+    n_threads = threading.active_count()
+    with tqdm(total=1, disable=True) as bar, bars.ticking(bar):
+        assert threading.active_count() == n_threads + 1
+    assert threading.active_count() == n_threads
 
 
 def test_nested_bars_are_whole_lines_without_moves_of_the_cursor(log, clock):

@@ -1,14 +1,18 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
+import tiny
 import yaml
 from disks import full_disk
 from nbformat import v4
 
-from kclib import batch, errors, profiles, reports
+from kclib import batch, errors, profiles, reports, sweep
+from kclib.store import Store
 
 PARAMETERS = 'greeting: str = "hello"  # what to say\ncount: int = 1  # how many\nreport_dir: str = ""'
 PICTURE = 'import sys, PIL.Image\nprint("halfway", file=sys.stderr)\ndisplay(PIL.Image.new("L", (900, 90)))'
@@ -150,6 +154,38 @@ def test_a_disk_that_is_full_is_named_and_no_half_page_is_left(folder, tmp_path)
         batch.run(profile, tmp_path)
     assert not [x for x in (tmp_path / "tiny").iterdir() if x.suffix == ".html" and x.stem == "other"]
     assert not [x for x in (tmp_path / "tiny").iterdir() if x.name.startswith(".")]
+
+
+def test_a_table_that_a_sweep_writes_meanwhile_is_kept(folder, tmp_path, monkeypatch):
+    results = sweep.run(tiny.tiny_model(), tiny.tiny_data(), [5], store=Store(tmp_path / "store"))
+
+    def execute(source, *_, **__):
+        written = reports.read(tmp_path / "tiny", "tiny")
+        reports.write(tmp_path / "tiny", replace(written, results=results, provenance={"sweep": "K 5"}))
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    with pytest.raises(errors.NotebookError):  # nothing was executed
+        batch.run(profiles.load(profile_file(folder, {"good": None})), tmp_path)
+    left = reports.read(tmp_path / "tiny", "tiny")
+    pd.testing.assert_frame_equal(left.results, results)
+    assert left.provenance["sweep"] == "K 5"
+    assert "notebooks, SHA-256" in left.provenance
+
+
+def test_a_notebook_that_cannot_be_written_stops_no_other(folder, tmp_path, monkeypatch):
+    execute = papermill.execute_notebook
+
+    def refuse(source, *arguments, **options):
+        if source.stem == "good":
+            raise OSError(28, "No space left on device")
+        execute(source, *arguments, **options)
+
+    monkeypatch.setattr(papermill, "execute_notebook", refuse)
+    profile = profiles.load(profile_file(folder, dict.fromkeys(["good", "other"])))
+    with pytest.raises(errors.NotebookError, match=r"good failed \(.*No space left on device"):
+        batch.run(profile, tmp_path)
+    chapters = reports.read(tmp_path / "tiny", "tiny").chapters
+    assert [x.status for x in chapters] == ["failed", "done"]
 
 
 def test_a_rebuilt_report_is_the_same_but_for_what_its_pages_are_made_from(finished):

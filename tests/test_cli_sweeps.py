@@ -37,7 +37,7 @@ def swept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.write_pictures(tmp_path / "pictures")
     (tmp_path / "small.yaml").write_text(SWEEP.format(seeds="0"))
-    grid._loaded.cache_clear()
+    grid._forget_loaded()
     return tmp_path / "small.yaml"
 
 

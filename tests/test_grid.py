@@ -1,18 +1,22 @@
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import tiny
+import torch
+from safetensors.torch import save_file
 
-from kclib import changes, evaluation, grid, reports, sweep
+from kclib import changes, evaluation, grid, provenance, reports, sweep, tables
 from kclib.errors import KclibError
 from kclib.jobs import Workers
 from kclib.profiles import Grid, ModelSource, Profile
 from kclib.store import Store
 
-SECONDS = ["cluster_seconds", "evaluate_seconds"]
+TIMES = ["cluster_seconds", "evaluate_seconds", "made"]
+ORIGIN = ("versions", "commit", "machine")
 LEVELS = {"limit": 0, "scopes": ("layer", "global"), "clusters": (2, 5), "methods": ("plain", "turned")}
 
 
@@ -26,9 +30,9 @@ def levels(**changed) -> Grid:
 def images(monkeypatch, one_thread):
     """The tiny images under the name tiny, also where their number is limited."""
     monkeypatch.setattr(grid.datasets, "load", lambda name, limit: tiny.tiny_data())
-    grid._loaded.cache_clear()
+    grid._forget_loaded()
     yield
-    grid._loaded.cache_clear()
+    grid._forget_loaded()
 
 
 @pytest.fixture
@@ -54,11 +58,10 @@ def test_a_sweep_by_cells_is_that_of_the_library_to_the_bit(store, tmp_path):
     assert grid.run(grid.plan(levels(), store), Workers(), progress=False) == []
     found = grid.table(grid.plan(levels(), store, estimated=False), store)
     options = {k: v for k, v in LEVELS.items() if k in ("scopes", "methods")}
-    plain = sweep.run(
-        tiny.tiny_model(), tiny.tiny_data(), (2, 5), seeds=(0, 1), store=Store(tmp_path / "b"), **options
-    )
+    model = replace(tiny.tiny_model(), name="tiny:tiny_model")
+    plain = sweep.run(model, tiny.tiny_data(), (2, 5), seeds=(0, 1), store=Store(tmp_path / "b"), **options)
     order = ["method", "seed", "scope", "k"]
-    found, plain = (x.drop(columns=SECONDS).sort_values(order, ignore_index=True) for x in (found, plain))
+    found, plain = (x.drop(columns=TIMES).sort_values(order, ignore_index=True) for x in (found, plain))
     pd.testing.assert_frame_equal(found, plain, check_exact=True)
 
 
@@ -115,9 +118,8 @@ def test_a_damaged_entry_is_a_cell_to_compute_and_is_in_the_table_again(store):
     again = grid.plan(levels(), store)
     assert [x.stored for x in again].count(False) == 1
     grid.run(again, Workers(), progress=False)
-    seconds = ["cluster_seconds", "evaluate_seconds"]
     pd.testing.assert_frame_equal(
-        grid.table(again, store).drop(columns=seconds), whole.drop(columns=seconds), check_exact=True
+        grid.table(again, store).drop(columns=TIMES), whole.drop(columns=TIMES), check_exact=True
     )
 
 
@@ -151,7 +153,7 @@ def test_estimates_come_from_what_was_measured_of_like_cells(store):
 
 
 def test_the_sentence_of_a_plan_shares_its_time_among_the_workers():
-    source = grid.Source(ModelSource("m"), "d", 0, "fp32", "cpu", "")
+    source = grid.Source(ModelSource("m"), "d", ".", 0, "fp32", "cpu", "")
     planned = [grid.Task(source, sweep.Cell(), {}, i == 3, s, 1 << 30) for i, s in enumerate((60, 40, 20, 0))]
     assert grid.summary(planned, Workers(2)) == (
         "4 cells, 1 of them stored; "
@@ -184,24 +186,99 @@ def profile(**changed) -> Profile:
 def test_a_report_of_a_sweep_shows_failures_first_then_its_table_with_hashes(store, tmp_path):
     planned = grid.plan(levels(), store)
     grid.run(planned, Workers(), progress=False)
-    failures = [reports.Failure("K = <9>", "ZeroDivisionError: 1 / 0", "Traceback")]
+    victim = next(x for x in planned if x.cell.k == 5)
+    store.path(victim.key).unlink()
+    failures = [reports.Failure(str(victim), "ZeroDivisionError: <1> / 0", "Traceback")]
     index = grid.report(profile(), planned, store, failures, tmp_path).read_text()
-    assert index.index("K = &lt;9&gt; failed") < index.index("<h2>The sweep")
-    assert index.count("<tr") == 1 + 17
+    assert index.index(f"{victim} failed:") < index.index("<h2>The sweep")
+    assert "ZeroDivisionError: &lt;1&gt; / 0" in index
+    assert index.count("<tr") == 1 + 16
     assert sweep.models.fingerprint(tiny.tiny_model().network) in index
     assert "seeds 0, 1" in index
+    assert "The sweep is not whole:</b> 1 of 17 cells have no result yet." in index
     assert "A few &lt;cells&gt;." in index
     assert 'src="data:image/png;base64,' in index
     csv = pd.read_csv(tmp_path / "tiny" / "results.csv")
-    assert len(csv) == 17
+    assert len(csv) == 16
     assert changes.read(tmp_path / "tiny").top1.tolist() == csv.top1.tolist()
 
 
 def test_a_second_report_forgets_failures_that_are_mended(store, tmp_path):
     planned = grid.plan(levels(), store)
     grid.run(planned, Workers(), progress=False)
-    grid.report(profile(), planned, store, [reports.Failure("x", "y", "z")], tmp_path)
-    assert "x failed" not in grid.report(profile(), planned, store, [], tmp_path).read_text()
+    victim = next(x for x in planned if x.cell.k == 5)
+    store.path(victim.key).unlink()
+    failures = [reports.Failure(str(victim), "MemoryError: y", "z")]
+    page = grid.report(profile(), planned, store, failures, tmp_path).read_text()
+    assert f"{victim} failed:" in page
+    assert "1 of 17 cells have no result yet" in page
+    grid.run(grid.plan(levels(), store), Workers(), progress=False)
+    page = grid.report(profile(), planned, store, failures, tmp_path).read_text()
+    assert not re.search("failed:|no result", page)
+
+
+def test_a_report_made_anew_by_others_says_who_computed_its_cells(store, tmp_path, monkeypatch):
+    planned = grid.plan(levels(), store)
+    monkeypatch.setattr(provenance, "_of_this_process", lambda: dict.fromkeys(ORIGIN, "first"))
+    grid.run(planned[:5], Workers(), progress=False)
+    monkeypatch.setattr(provenance, "_of_this_process", lambda: dict.fromkeys(ORIGIN, "second"))
+    grid.run(planned[5:], Workers(), progress=False)
+    monkeypatch.setattr(provenance, "stamp", lambda: pytest.fail("stamped"))
+    for _ in range(2):
+        about = reports.read(grid.report(profile(), planned, store, [], tmp_path).parent, "tiny").provenance
+        for name in ORIGIN:
+            assert sorted(about[f"sweep, {name}"].split("; ")) == ["first", "second"]
+        assert about["sweep, made"].count("T") in (1, 2)  # a moment, or from one to another
+
+
+def test_cells_are_called_as_the_profile_calls_them_on_every_machine(store, tmp_path, monkeypatch):
+    """Two weights of one network, and images in another folder than on the first machine."""
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(Path(tiny.__file__).parent)
+    found = []
+    for machine in ("a", "b"):
+        folder = tmp_path / machine
+        tiny.write_pictures(folder / "pictures")
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            state = {k: torch.randn_like(v) for k, v in tiny.photo_model().network.state_dict().items()}
+            save_file(state, folder / f"{seed}.safetensors")
+        given = tuple(ModelSource("tiny:photo_model", f"{seed}.safetensors") for seed in (0, 1))
+        levels_ = levels(models=given, data=("folder:pictures",), seeds=(0,), folder=str(folder))
+        planned = grid.plan(levels_, store)
+        assert {x.stored for x in planned} == {machine == "b"}  # the content is the same
+        assert grid.run(planned, Workers(), progress=False) == []
+        found.append(grid.table(planned, store))
+    assert set(found[0].model) == {"tiny:photo_model (0.safetensors)", "tiny:photo_model (1.safetensors)"}
+    assert set(found[0].data) == {"folder:pictures/test"}
+    assert set(tables.readable(found[0]).model) == set(found[0].model)
+    moved = changes.compare(*found)
+    assert len(moved) == len(found[0]) == 2 * 9
+    assert changes.broken(moved, 0) == []
+
+
+def test_each_model_and_each_data_set_is_loaded_once_for_many_pairs(store, monkeypatch):
+    asked = []
+    monkeypatch.setattr(grid.datasets, "load", lambda name, limit: (asked.append(name), tiny.tiny_data())[1])
+    many = levels(data=("a", "b", "c", "d"), seeds=(0,), methods=("plain",))
+    planned = grid.plan(many, store)
+    grid.run(planned, Workers(), progress=False)
+    grid.table(planned, store)
+    assert sorted(asked) == ["a", "b", "c", "d"]
+
+
+def test_a_worker_that_outlives_a_sweep_does_not_answer_for_images_of_before(store, monkeypatch):
+    planned = grid.plan(levels(), store)
+    grid._forget_loaded()
+    others = replace(tiny.tiny_data(), fingerprint="others")
+    loads = [others, tiny.tiny_data(), others, others]
+    monkeypatch.setattr(grid.datasets, "load", lambda name, limit: loads.pop(0))
+    planned[0].source.load()  # as another sweep left it
+    assert grid.run(planned[:1], Workers(), progress=False) == []
+    assert store.has(planned[0].key)
+    grid._forget_loaded()
+    (failure,) = grid.run(planned[1:2], Workers(), progress=False)
+    assert "is not the same on the machine of this worker" in failure.error
 
 
 @pytest.mark.parametrize("backend", ["loky", "dask"])
@@ -215,6 +292,6 @@ def test_workers_side_by_side_leave_the_same_store(store, tmp_path, monkeypatch,
     alone = Store(tmp_path / "alone")
     assert grid.run(grid.plan(levels_, alone), Workers(), progress=False) == []
     tables = [
-        grid.table(grid.plan(levels_, x, estimated=False), x).drop(columns=SECONDS) for x in (store, alone)
+        grid.table(grid.plan(levels_, x, estimated=False), x).drop(columns=TIMES) for x in (store, alone)
     ]
     pd.testing.assert_frame_equal(*tables, check_exact=True)

@@ -83,6 +83,13 @@ def test_threads_are_shared_out_among_the_jobs(tmp_path, monkeypatch):
     assert {line.split(maxsplit=1)[1] for (line,) in calls(tmp_path).values()} == {"1 1"}
 
 
+def test_a_worker_of_a_smaller_machine_uses_no_more_threads_than_that_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.parallel, "threads", lambda: 1)
+    monkeypatch.setattr(Workers, "n_threads", 64)
+    ended(tmp_path, "a")
+    assert [line.split(maxsplit=1)[1] for line in calls(tmp_path)["a"]] == ["1 1"]
+
+
 def test_a_dask_cluster_of_this_machine_ends_as_loky_does(tmp_path):
     for backend in jobs.BACKENDS[:2]:
         (tmp_path / backend).mkdir()

@@ -58,13 +58,14 @@ def test_a_notebook_has_its_expected_seconds_and_its_timeout(folder):
     assert dict(loaded.timeouts) == {"good": 7, "other": None}
 
 
-def test_a_sweep_is_every_level_with_paths_beside_the_file(tmp_path):
+def test_a_sweep_is_every_level_as_written_and_knows_what_paths_are_relative_to(tmp_path):
     assert load(tmp_path, SWEEP).sweep == Grid(
-        (ModelSource("vgg16-fashion"), ModelSource("nets:small", str(tmp_path / "small.safetensors"))),
-        ("fashion-mnist", f"folder:{tmp_path / 'images'}"),
+        (ModelSource("vgg16-fashion"), ModelSource("nets:small", "small.safetensors")),
+        ("fashion-mnist", "folder:images"),
         limit=10,
         scopes=("layer",),
         clusters=(2, 16),
+        folder=str(tmp_path),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from nbformat import v4
 from PIL import Image
 
-from kclib import pages, reports
+from kclib import pages, provenance, reports
 from kclib.errors import MissingFileError
 from kclib.reports import Chapter, Failure, Report
 
@@ -150,7 +150,7 @@ def index(tmp_path):
     ]
     report = Report(
         "tiny", "Only <some> of it.", tuple(chapters), (Failure("K = 4", "<odd>", "Trace\nback"),),
-        reports.provenance(),
+        provenance.stamp(),
     )  # fmt: skip
     path = reports.write(tmp_path / "new", report)
     assert reports.read(tmp_path / "new", "tiny") == report
@@ -207,4 +207,5 @@ def test_a_report_opens_with_the_main_headlines_or_with_the_last(tmp_path):
 
 def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert reports.provenance()["commit"] == "unknown"
+    provenance._of_this_process.cache_clear()
+    assert provenance.stamp()["commit"] == "unknown"

@@ -242,6 +242,25 @@ def test_a_store_without_entries_has_an_empty_table_and_is_not_made(store):
     assert not store.root.exists()
 
 
+def test_a_table_is_read_where_it_cannot_be_kept(store):
+    row = {"top1": 1.0, "text": os.urandom(40_000).hex()}
+    store.put(Entry(KEY, row, {}))
+    with full_disk():
+        assert store.table("evaluation")[[*row]].to_dict("records") == [row]
+    assert [x.name for x in store.root.iterdir() if x.is_file()] == []
+
+
+def test_an_entry_that_another_process_removes_meanwhile_is_no_row_and_no_garbage(store, monkeypatch):
+    going = store.put(entry(2.0, k=17))
+    going.unlink()
+    going.symlink_to("gone")  # listed, and then not there
+    store.put(entry(1.0))
+    assert store.table("evaluation").top1.tolist() == [1.0]
+    going.unlink()
+    monkeypatch.setattr(store_module, "_read", lambda path: path.unlink())
+    assert len(store.gc()) == 0
+
+
 def test_an_unknown_kind_is_named(store):
     for ask in (lambda: store.table("evaluations"), lambda: store.get({"kind": "evaluations"})):
         with pytest.raises(UnknownNameError, match="mean 'evaluation'"):

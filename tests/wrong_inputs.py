@@ -24,10 +24,13 @@ from kclib import (
     calibration,
     changes,
     checkpoint,
+    cluster_explorer,
+    clusterer,
     clustering,
     clusterings,
     coding,
     combination,
+    combined,
     compression,
     container,
     damage,
@@ -58,6 +61,7 @@ from kclib import (
     profiles,
     pruning,
     quantization,
+    questions,
     rate,
     recipe,
     recovery,
@@ -84,13 +88,14 @@ from kclib.errors import (
     DamagedFileError,
     InvalidValueError,
     MissingFileError,
+    StoppedError,
     StorageError,
     UnknownNameError,
 )  # fmt: skip
 
 NAN, INFINITE = float("nan"), float("inf")
-WRONG, UNKNOWN, MISSING, DAMAGED, STORAGE = (
-    InvalidValueError, UnknownNameError, MissingFileError, DamagedFileError, StorageError,
+WRONG, UNKNOWN, MISSING, DAMAGED, STORAGE, STOPPED = (
+    InvalidValueError, UnknownNameError, MissingFileError, DamagedFileError, StorageError, StoppedError,
 )  # fmt: skip
 
 
@@ -137,6 +142,15 @@ class Given:
     @property
     def store(self) -> store.Store:
         return store.Store(self.folder / "store")
+
+    @cached_property
+    def explorer(self) -> cluster_explorer.ClusterExplorer:
+        return cluster_explorer.ClusterExplorer(self.model, self.data, n_clusters=4)
+
+    @property
+    def twisted(self) -> nn.Module:
+        """A network whose kernels are no squares."""
+        return nn.Sequential(nn.Conv2d(3, 4, (1, 3)))
 
     @property
     def other(self) -> nn.Module:
@@ -273,6 +287,7 @@ WRONG_INPUTS = [
     (kmeans.kmeans, lambda g: kmeans.kmeans(g.points, 2, seed=-1), WRONG, "seed is -1"),
     (kmeans.kmeans, lambda g: kmeans.kmeans(g.points, 2, init=np.ones((3, 9))), WRONG, "init"),
     (kmeans.ladder, lambda g: kmeans.ladder(g.points, []), WRONG, "no numbers of clusters"),
+    (kmeans.Ladder.at, lambda g: kmeans.ladder(g.points, [2, 4]).at(37), WRONG, "n_clusters is 37; with 36 kernels it must be 1 to 36"),
     (fitting.Options, lambda g: fitting.Options(25, NAN, 1.6, 0, 1), WRONG, "tol is nan"),
     (streaming.Parts, lambda g: streaming.Parts(7), WRONG, "the points are 7"),
     (symmetry.kmeans, lambda g: symmetry.kmeans(np.ones((4, 6)), 2, turned=True), WRONG, "square"),
@@ -284,7 +299,12 @@ WRONG_INPUTS = [
     (scopes.grouping, lambda g: scopes.grouping(g.bank, {"0": "a"}), WRONG, "every layer"),
     (scopes.wanted, lambda g: clustering.cluster(g.bank, {"9": 2}), WRONG, "name every group"),
     (representatives.cluster, lambda g: representatives.cluster(g.bank, 2, "mediod"), UNKNOWN, "did you mean 'medoid'"),
+    (representatives.Represented.n_bytes, lambda g: representatives.cluster(g.bank, 2, "mean").n_bytes("fp8"), UNKNOWN, "'fp8'"),
     (zeros.cluster, lambda g: zeros.cluster(g.bank, 2, price=NAN), WRONG, "price is nan"),
+    (clusterer.Clusterer.clustering, lambda g: clusterer.Clusterer(g.bank, 0).clustering(clusterer.ClusterQuestion(("0",), n_clusters=2), questions.Progress(lambda: True)), STOPPED, "a newer question came"),
+    (cluster_explorer.ClusterExplorer.evaluate, lambda g: g.explorer.evaluate(41), WRONG, "is 41"),
+    (cluster_explorer.ClusterExplorer.curve, lambda g: g.explorer.curve(), WRONG, "no accuracy to draw yet"),
+    (questions.Explorer.choose, lambda g: g.explorer.choose(n_clusters=37), WRONG, "37"),
     (sequential.cluster, lambda g: sequential.cluster(g.model, g.none, 2), WRONG, "no images"),
     (sequential.cluster, lambda g: sequential.cluster(g.model, g.data, 2, dense=g.other), WRONG, "use the architecture"),
     (sensitivity.weights, lambda g: sensitivity.weights(g.model, g.data, g.bank, kind="fischer"), UNKNOWN, "'fisher'"),
@@ -300,16 +320,22 @@ WRONG_INPUTS = [
     (compression.replaced, lambda g: compression.replaced(g.other, g.clustering), WRONG, "use the architecture"),
     (footprint.ledger, lambda g: footprint.ledger(g.other, g.clustering), WRONG, "use the architecture"),
     (coding.decode, lambda g: coding.decode(np.zeros(1, np.uint32), np.array([1, 1], np.uint32), 9), DAMAGED, "the entropy-coded indices are damaged"),
+    (coding.unpacked_counts, lambda g: coding.unpacked_counts(np.zeros(5, np.uint8), 2), DAMAGED, "a table of frequencies is damaged"),
     (packing.pack, lambda g: packing.pack(np.array([8]), 3), WRONG, "8"),
     (packing.pack, lambda g: packing.pack(np.array([1]), 25), WRONG, "bits of an index is 25"),
     (quantization.float_type, lambda g: quantization.float_type("fp8"), UNKNOWN, "'fp8'"),
     (quantization.store, lambda g: quantization.store(torch.tensor([[1e9]]), "fp16"), WRONG, "fp16"),
     (quantization.quantize, lambda g: quantization.quantize(g.network, linear="int9"), UNKNOWN, "'int9'"),
+    (quantization.unpack, lambda g: quantization.unpack({"values": torch.zeros(2, dtype=torch.uint8)}, "int4", (9,)), DAMAGED, "are not stored in 5 bytes"),
+    (quantization.checked, lambda g: quantization.checked(torch.tensor([INFINITE]), "fp16"), WRONG, "no finite fp16"),
     (activations.quantize, lambda g: activations.quantize(g.model, g.data, bits=1), WRONG, "bits is 1"),
     (calibration.calibrate, lambda g: calibration.calibrate(g.model, g.network, g.data), WRONG, "clustered"),
     (calibration.calibrate, lambda g: calibration.calibrate(replace(g.model, network=g.small), g.network, g.data, damping=0), WRONG, "damping is 0"),
     (moments.batches, lambda g: moments.batches(g.none, g.model.preprocess, 4, "cpu"), WRONG, "no images"),
+    (moments.steps, lambda g: moments.steps(nn.ModuleDict({"a": nn.Conv2d(3, 3, 3)}), torch.ones(1, 3, 8, 8), {"a"}), WRONG, "does not run"),
+    (moments.measure, lambda g: moments.measure(g.network, g.network, moments.Step("0", 1, None), lambda: iter([torch.full((2, 3, 8, 8), NAN)]), n_images=2), WRONG, "the inputs of layer 0 are not finite"),
     (latency.convolve_then_gather, lambda g: latency.convolve_then_gather(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 8, 8)), WRONG, "is computed so"),
+    (latency.add_then_convolve, lambda g: latency.add_then_convolve(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 8, 8)), WRONG, "is computed so"),
     (restoration.restore_worst, lambda g: restoration.restore_worst(g.model, g.clustering, -1), WRONG, "budget is -1"),
     (damage.by_cluster, lambda g: damage.by_cluster(kernels.extract(g.other), g.clustering), WRONG, "layer"),
     (damage.restored, lambda g: damage.restored(g.model, g.clustering, pd.DataFrame()), WRONG, "no column 'group'"),
@@ -322,10 +348,16 @@ WRONG_INPUTS = [
     (peers.quantized, lambda g: peers.quantized(g.network, 99), WRONG, "bits is 99"),
     (peers.pruned, lambda g: peers.pruned(g.network, 0), WRONG, "keep is 0"),
     (peers.at_bytes, lambda g: peers.at_bytes(g.network, 0), WRONG, "budget is 0"),
+    (peers.son, lambda g: peers.son(g.network, 37, turned=False), WRONG, "37"),
+    (peers.son, lambda g: peers.son(g.twisted, 2, turned=True), WRONG, "square"),
     (stages.thinned, lambda g: stages.thinned(g.clustering, 1, None), WRONG, "are to go"),
     (combination.Pipeline, lambda g: combination.Pipeline(("prune",)), WRONG, "'prune' is no step"),
     (combination.Prune, lambda g: combination.Prune(-0.1), WRONG, "sparsity is -0.1"),
+    (combination.Pipeline.run, lambda g: combination.Pipeline((combination.Train(),)).run(g.model), WRONG, "train"),
+    (combined.Combined.save, lambda g: combination.Pipeline((combination.Prune(0.5),)).run(g.model).save(g.folder / "x"), WRONG, "nothing is clustered"),
     (factorial.cells, lambda g: factorial.cells(sparsities=[7]), WRONG, "sparsity is 7"),
+    (factorial.run, lambda g: factorial.run(g.model, g.none, factorial.cells(sparsities=[0]), store=g.store), WRONG, "no images"),
+    (factorial.trained, lambda g: factorial.trained(g.model, g.none, pd.DataFrame(), g.data, g.folder), WRONG, "no images"),
     (additivity.effects, lambda g: additivity.effects(pd.DataFrame()), WRONG, "no column"),
     (additivity.orthogonality, lambda g: additivity.orthogonality(pd.DataFrame()), WRONG, "no column"),
     (recipe.Recipe, lambda g: recipe.Recipe(epochs=0), WRONG, "epochs is 0"),
@@ -355,12 +387,15 @@ WRONG_INPUTS = [
     (evaluation.drop, lambda g: evaluation.drop(g.answers, replace(g.answers, labels=g.answers.labels[1:])), WRONG, "different images"),
     (attribution.by_layer, lambda g: attribution.by_layer(g.model, g.clustering, g.data, ways=["lone"]), UNKNOWN, "'alone'"),
     (attribution.by_class, lambda g: attribution.by_class(g.answers, replace(g.answers, labels=g.answers.labels[1:])), WRONG, "different images"),
+    (attribution.flipped, lambda g: attribution.flipped(g.answers, replace(g.answers, labels=g.answers.labels[1:])), WRONG, "different images"),
     (sweep.run, lambda g: sweep.run(g.model, g.data, [99], store=g.store), WRONG, "no K of [99]"),
     (sweep.run, lambda g: sweep.run(g.model, g.data, [0], store=g.store), WRONG, "n_clusters is 0"),
     (sweep.run, lambda g: sweep.run(g.model, g.data, [2], scopes=["layr"], store=g.store), UNKNOWN, "'layer'"),
+    (sweep.Subject.cells, lambda g: sweep.Subject(g.model, g.data, g.store, "fp32", "cpu").cells([2], methods=["plane"]), UNKNOWN, "did you mean 'plain'"),
     (recovery.shrink, lambda g: recovery.shrink(g.model, g.data, g.data, -1), WRONG, "bytes"),
     (recovery.finetune, lambda g: recovery.finetune(g.model, g.data, g.folder / "c.pt"), WRONG, "give at least 129"),
     (training.split, lambda g: training.split(g.data, recipe.Recipe(held_back=40, batch_size=8)), WRONG, "it must be 1 to 32"),
+    (training.train, lambda g: training.train(g.network, g.data, g.model.preprocess, recipe.Recipe(held_back=8, batch_size=8), g.bomb()), DAMAGED, "bomb.pt"),
     # Files
     (checkpoint.load, lambda g: checkpoint.load(g.folder / "absent"), MISSING, "absent"),
     (checkpoint.load, lambda g: checkpoint.load(g.folder), MISSING, "folder"),
@@ -375,6 +410,8 @@ WRONG_INPUTS = [
     (checkpoint.encoded, lambda g: checkpoint.encoded(g.small, indices="huffman"), UNKNOWN, "'huffman'"),
     (container.inspect, lambda g: container.inspect(g.path("x", b"\xff" * 64)), DAMAGED, "truncated"),
     (container.read, lambda g: container.read(g.path("x", b"\0" * 8)), DAMAGED, "x"),
+    (container.write, lambda g: container.write(g.path("file") / "below", {}, {}), STORAGE, "could not be written"),
+    (skeleton.fill, lambda g: skeleton.fill(g.folder, g.network, {}, {}), WRONG, "does not fit this architecture"),
     (skeleton.of, lambda g: checkpoint.load(g.compressed(), architecture="vgg16_fashion"), UNKNOWN, "'vgg16-fashion'"),
     (residence.measure, lambda g: residence.measure(g.folder / "absent"), MISSING, "absent"),
     (exporting.to_onnx, lambda g: exporting.to_onnx(g.small, g.folder / "x.onnx", (3, 8)), WRONG, "(3, 8)"),
@@ -384,6 +421,7 @@ WRONG_INPUTS = [
     (store.Store.table, lambda g: g.store.table("evaluations"), UNKNOWN, "did you mean 'evaluation'"),
     (store.Store.put, lambda g: store.Store(g.path("file")).put(store.Entry({"kind": "curve"}, {}, {})), STORAGE, "could not be written"),
     (store.Store.claim, lambda g: opened(store.Store(g.path("file")).claim({"kind": "curve"}, wait=True)), STORAGE, "could not be locked"),
+    (store.Store.once, lambda g: store.Store(g.path("file")).once({"kind": "curve"}, lambda: None), STORAGE, "could not be locked"),
     # Profiles, sweeps and reports
     (profiles.load, lambda g: profiles.load("smok"), UNKNOWN, "did you mean 'smoke'"),
     (profiles.load, lambda g: profiles.load(str(g.folder / "absent.yaml")), MISSING, "absent.yaml"),
@@ -393,10 +431,12 @@ WRONG_INPUTS = [
     (profiles.load, lambda g: profiles.load("smoke", changes={"seeed": 1}), UNKNOWN, "did you mean 'seed'"),
     (profiles.declared, lambda g: profiles.declared(g.path("n.ipynb", "[]")), DAMAGED, "n.ipynb"),
     (documents.Document.check, lambda g: profiles.load(str(g.path("p.yaml", "note: 3\nsweep: {}"))), WRONG, "note is 3"),
+    (documents.Document.read, lambda g: documents.Document.read(g.path("p.yaml", "a: 1\na: 2")), DAMAGED, "line 2"),
     (grid.plan, lambda g: grid.plan(g.grid(data=("fashion",)), g.store), UNKNOWN, "did you mean 'fashion-mnist'"),
     (grid.plan, lambda g: grid.plan(g.grid(data=(f"folder:{g.folder}",)), g.store), MISSING, "not found whole"),
     (jobs.Workers, lambda g: jobs.Workers(0), WRONG, "jobs is 0"),
     (jobs.Workers, lambda g: jobs.Workers(backend="slurm"), UNKNOWN, "known: loky, dask, ray"),
+    (jobs.Workers.joined, lambda g: opened(jobs.Workers(2, "dask", "tcp://localhost:1").joined()), WRONG, "no Dask scheduler answers at 'tcp://localhost:1'"),
     (changes.read, lambda g: changes.read(g.folder), MISSING, "results.parquet"),
     (changes.read, lambda g: changes.read(g.path("r.parquet", "PAR1")), DAMAGED, "r.parquet"),
     (changes.compare, lambda g: changes.compare(g.table(), pd.DataFrame()), WRONG, "no column 'model'"),
