@@ -11,6 +11,10 @@ _LISTED = 240  # characters of known names; readers of more look them up
 class KclibError(Exception):
     """Base of every error this library raises on purpose."""
 
+    def __str__(self) -> str:
+        """Return the sentence, in one line also where a stranger's name in it would break or move lines."""
+        return "".join(x if x.isprintable() else repr(x)[1:-1] for x in super().__str__())
+
 
 class InvalidValueError(KclibError, ValueError):
     """An argument has a value that cannot work (K of 0, NaN weights, a wrong shape)."""

@@ -207,5 +207,5 @@ def test_a_report_opens_with_the_main_headlines_or_with_the_last(tmp_path):
 
 def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    provenance._of_this_process.cache_clear()
+    monkeypatch.setattr(provenance, "_of_this_process", provenance._of_this_process.__wrapped__)
     assert provenance.stamp()["commit"] == "unknown"

@@ -399,6 +399,7 @@ WRONG_INPUTS = [
     # Files
     (checkpoint.load, lambda g: checkpoint.load(g.folder / "absent"), MISSING, "absent"),
     (checkpoint.load, lambda g: checkpoint.load(g.folder), MISSING, "folder"),
+    (checkpoint.load, lambda g: checkpoint.load(g.folder / "a\r\n\x1b[2Jb"), MISSING, r"a\r\n\x1b[2Jb does not exist"),
     (checkpoint.load, lambda g: checkpoint.load(g.bomb()), DAMAGED, "bomb.pt"),
     (checkpoint.load, lambda g: checkpoint.load(g.cut()), DAMAGED, "truncated"),
     (checkpoint.load, lambda g: checkpoint.load(g.compressed(), resident="pakced"), UNKNOWN, "did you mean 'packed'"),
@@ -428,6 +429,7 @@ WRONG_INPUTS = [
     (profiles.load, lambda g: profiles.load(str(g.path("p.yaml", "a: !!python/object/apply:os.system [x]"))), DAMAGED, "line 1"),
     (profiles.load, lambda g: profiles.load(str(g.path("p.yaml", "sweep: {}"))), WRONG, "sweep has no models"),
     (profiles.load, lambda g: profiles.load(str(g.path("p.yaml", b"\xff\xfe\0"))), DAMAGED, "p.yaml"),
+    (profiles.load, lambda g: profiles.load(str(g.path("p.yaml", 'notebooks: {"a\\nb": null}'))), MISSING, r"a\nb.ipynb does not exist"),
     (profiles.load, lambda g: profiles.load("smoke", changes={"seeed": 1}), UNKNOWN, "did you mean 'seed'"),
     (profiles.declared, lambda g: profiles.declared(g.path("n.ipynb", "[]")), DAMAGED, "n.ipynb"),
     (documents.Document.check, lambda g: profiles.load(str(g.path("p.yaml", "note: 3\nsweep: {}"))), WRONG, "note is 3"),
