@@ -72,11 +72,9 @@ def _check(chapters: list[Chapter], folder: Path, index: Path) -> None:
     if failed:
         several = "notebooks" if len(failed) > 1 else "notebook"
         names = "; ".join(f"{chapter.stem} failed ({chapter.error})" for chapter in failed)
-        raise NotebookError(
-            f"{several} {names}: executed copies with the errors are in {folder} "
-            f"({', '.join(f'{chapter.stem}.ipynb' for chapter in failed)}), and {index} says what else "
-            "was finished."
-        )
+        copies = ", ".join(f"{chapter.stem}.ipynb" for chapter in failed if chapter.seconds)
+        where = f"executed copies with the errors are in {folder} ({copies}), and " if copies else ""
+        raise NotebookError(f"{several} {names}: {where}{index} says what else was finished.")
 
 
 def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
@@ -105,12 +103,15 @@ def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
         traceback = _COLOURS.sub("", "\n".join(failure.traceback))
     except CellTimeoutError:
         error = f"a cell ran longer than the {timeout} s that the profile gives it"
-    except (RuntimeError, OSError) as failure:  # the kernel died, or never started; or a full disk
+    except RuntimeError as failure:  # the kernel died, or never started
         error = reason(failure)
-    seconds = time.perf_counter() - start
-    ended = replace(chapter, seconds=seconds, error=error, traceback=traceback, parameters=parameters)
+    except OSError as failure:  # papermill could not write all of it, such as on a full disk
+        error = reason(failure)
+        target.unlink(missing_ok=True)
+    ended = replace(chapter, error=error, traceback=traceback, parameters=parameters)
     if not target.is_file():
         return replace(ended, status="failed")
+    ended = replace(ended, seconds=time.perf_counter() - start)
     notebook = nbformat.read(target, as_version=4)
     if not error and reports.read_headline(notebook) is None:
         ended = replace(ended, error="it ended without its headline, so its last cell did not run")

@@ -57,8 +57,9 @@ def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
     if found.sweep is not None:
         tasks = grid.plan(found.sweep, store, estimated=False)
         if any(task.stored for task in tasks):
-            old = reports.read(out / found.name, found.name)
-            grid.report(found, tasks, store, old.failures, out)
+            missing = {str(task) for task in tasks if not task.stored}
+            failures = reports.read(out / found.name, found.name).failures
+            grid.report(found, tasks, store, [x for x in failures if x.what in missing], out)
     index = reports.rebuild(out / found.name, found.name)
     typer.echo(f"report: {index.resolve()}")
 

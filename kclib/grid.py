@@ -8,13 +8,15 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kclib import bars, clusterings, datasets, estimates, jobs, models, provenance, reports
+from kclib import bars, clusterings, datasets, estimates, jobs, models, reports
 from kclib.errors import InvalidValueError
 from kclib.jobs import Workers
 from kclib.profiles import Grid, ModelSource, Profile
 from kclib.reports import Failure
 from kclib.store import Entry, Store
 from kclib.sweep import Cell, Subject
+
+_ORIGIN = ["made", "versions", "commit", "machine", "model", "weights", "data", "images_hash"]
 
 
 @dataclass(frozen=True)
@@ -149,18 +151,20 @@ def report(
 ) -> Path:
     """Write what is stored of a sweep into the profile's report and return the path of its index page.
 
-    What a batch wrote there is kept, and failures of cells that are stored by now are not.
+    What a batch wrote there is kept.
     """
     folder, results = Path(out) / profile.name, table(tasks, store)
-    old, missing = reports.read(folder, profile.name), [str(x) for x in tasks if not store.has(x.key)]
+    missing, about = len(tasks) - len(results), _levels(profile) | _origin(results)
+    picture = reports.picture(results) if len(results) else ""
+    old = reports.read(folder, profile.name)  # so late because a batch may be at it
     found = replace(
         old,
         note=old.note or profile.note,
-        failures=tuple(x for x in failures if x.what in missing),
-        missing=f"{len(missing):,} of {len(tasks):,} cells" if missing else "",
+        failures=tuple(failures),
+        missing=f"{missing:,} of {len(tasks):,} cells" if missing else "",
         results=results if len(results) else None,
-        picture=reports.picture(results) if len(results) else "",
-        provenance=old.provenance | _levels(profile) | _origin(results),
+        picture=picture,
+        provenance={name: text for name, text in (old.provenance | about).items() if text},
     )
     return reports.write(folder, found)
 
@@ -232,13 +236,13 @@ def _levels(profile: Profile) -> dict[str, str]:
 
 def _origin(results: pd.DataFrame) -> dict[str, str]:
     """Return where results come from: when, by which versions and where each was computed, and of what."""
-    if not len(results):
-        return {f"sweep, {name}": value for name, value in provenance.stamp().items()}
-    found = {"sweep, made": " to ".join(sorted({results.made.min(), results.made.max()}))}
+    rows = results.reindex(columns=_ORIGIN)  # which no results do not have
+    made = sorted(rows.made)
+    found = {"sweep, made": " to ".join(dict.fromkeys([*made[:1], *made[-1:]]))}
     for name in ("versions", "commit", "machine"):
-        found[f"sweep, {name}"] = "; ".join(results[name].unique())
+        found[f"sweep, {name}"] = "; ".join(rows[name].unique())
     for what, name, digest in (("weights", "model", "weights"), ("images", "data", "images_hash")):
-        pairs = results[[name, digest]].drop_duplicates().itertuples(index=False)
+        pairs = rows[[name, digest]].drop_duplicates().itertuples(index=False)
         found[f"{what}, SHA-256"] = ", ".join(" ".join(pair) for pair in pairs)
     return found
 
@@ -249,7 +253,8 @@ def _table(source: Source, tasks: Sequence[Task], store: Store) -> pd.DataFrame:
     if Cell() not in found:
         return pd.DataFrame()
     cells = sorted(found, key=lambda x: (x != Cell(), x.method, x.seed, x.scope != "layer", x.scope, x.k))
-    return subject.table(cells, [found[cell] for cell in cells])
+    shown = subject.table(cells, [found[cell] for cell in cells])
+    return shown.assign(model=str(source.model))  # two weights of one model are two
 
 
 def _forget(task: Task, subject: Subject) -> None:
@@ -285,7 +290,7 @@ def _subject(source: Source) -> Subject:
 @lru_cache(maxsize=2)
 def _model(source: ModelSource, folder: str) -> models.Model:
     weights = Path(folder, source.weights).absolute() if source.weights else None
-    return replace(models.load(source.name, weights=weights), name=str(source))
+    return models.load(source.name, weights=weights)
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ import textwrap
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -303,7 +303,7 @@ def _from_factory(name: str) -> Model:
             f"{name!r} could not be called without arguments ({reason(error)}); it must be a factory."
         ) from error
     if isinstance(made, Model):
-        return made
+        return replace(made, name=name)  # one factory may be asked for under two names
     if not isinstance(made, nn.Module):
         raise InvalidValueError(f"{name!r} returned {type(made).__name__}, not a torch.nn.Module.")
     return plain(name, made)

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +13,7 @@ _PACKAGES = ("kclib", "torch", "torchvision", "faiss-cpu", "scikit-learn", "umap
 
 def stamp() -> dict[str, str]:
     """Return what a reader needs to make a result again: ``made``, ``versions``, ``commit``, ``machine``."""
-    return {"made": datetime.now().astimezone().isoformat(timespec="seconds")} | _of_this_process()
+    return {"made": datetime.now(UTC).isoformat(timespec="seconds")} | _of_this_process()
 
 
 @cache

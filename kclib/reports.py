@@ -38,7 +38,7 @@ class Chapter:
     thumbnail : str
         A ``data:`` URL of a PNG, or empty.
     seconds : float
-        Wall time; 0 if it did not run.
+        Wall time; 0 if it left no executed notebook.
     traceback : str
         Of the error, if there is one.
     parameters : mapping of str to object
@@ -84,7 +84,7 @@ class Report:
     chapters : tuple of Chapter
     failures : tuple of Failure
     missing : str
-        How many cells of the sweep have no result, if some have none.
+        How many cells of the sweep the results lack, if they lack some.
     provenance : mapping of str to str
     results : pandas.DataFrame or None
         As `sweep.Subject.table`.

@@ -142,7 +142,7 @@ class Store:
             lock.release()
 
     def table(self, kind: str) -> pd.DataFrame:
-        """Return all entries of a kind: their keys, their rows, and ``entry``, ``file_bytes`` and ``made``.
+        """Return all entries of a kind: their keys and rows, ``entry``, ``file_bytes`` and ``written``.
 
         The table is kept beside the entries as ``KIND.parquet``, from which only what is new or changed
         is read again. Lists and mappings in it are JSON text.
@@ -254,9 +254,9 @@ def _as_row(path: Path, kept: dict[str, dict]) -> dict:
         stat = path.stat()
     except FileNotFoundError:  # another process has just removed it
         return {}
-    made = pd.Timestamp(stat.st_mtime_ns, tz="UTC")
+    written = pd.Timestamp(stat.st_mtime_ns, tz="UTC")
     same = kept.get(path.stem)
-    if same and (same["made"], same["file_bytes"]) == (made, stat.st_size):
+    if same and (same.get("written"), same["file_bytes"]) == (written, stat.st_size):
         return same
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -265,4 +265,4 @@ def _as_row(path: Path, kept: dict[str, dict]) -> dict:
     except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError):
         return {}
     plain = {name: json.dumps(x) if isinstance(x, (list, dict)) else x for name, x in found.items()}
-    return plain | {"entry": path.stem, "file_bytes": stat.st_size, "made": made}
+    return plain | {"entry": path.stem, "file_bytes": stat.st_size, "written": written}

@@ -83,9 +83,10 @@ class Subject:
 
     @cached_property
     def key(self) -> dict:
-        """What the answers of all cells depend on; what model and data are called is none of it."""
+        """What the answers of all cells depend on; the model's name stands for the code that is not seen."""
         return {
             "kind": "evaluation",
+            "model": self.model.name,
             "weights": models.fingerprint(self.model.network),
             "input": input_fingerprint(self.model, self.data),
             "images_hash": self.data.fingerprint,
@@ -150,12 +151,12 @@ class Subject:
             `numpy.packbits`); ``made``, ``versions``, ``commit``, ``machine`` (`provenance.stamp`).
         """
         answers = [_answers(entry) for entry in entries]
-        about = self._names | {name: self.key[name] for name in ("weights", "images_hash", "precision")}
         rows = []
         for cell, entry, found in zip(cells, entries, answers, strict=True):
             numbers = {name: value for name, value in entry.row.items() if name != "classes"}
-            right = {"right": np.packbits(found.correct).tobytes()}
-            rows.append(asdict(cell) | DENSE | numbers | accuracy(found, answers[0]) | about | right)
+            about = {name: entry.key[name] for name in ("weights", "images_hash", "precision")}
+            about |= self._names | {"right": np.packbits(found.correct).tobytes()}
+            rows.append(asdict(cell) | DENSE | numbers | accuracy(found, answers[0]) | about)
         return pd.DataFrame(rows)
 
     @property
@@ -236,7 +237,7 @@ def input_fingerprint(model: models.Model, data: datasets.ImageSet) -> str:
     """Return the SHA-256 of what answers depend on beside weights and images.
 
     That is the first image as the network sees it, the network as it prints itself, and its classes. Other
-    code of a ``forward`` is not seen.
+    code of a ``forward`` is not seen, nor are arguments that are not printed.
     """
     first, _ = next(datasets.batches(datasets.select(data, torch.tensor([0])), model.preprocess, 1))
     digest = hashlib.sha256(first.contiguous().numpy())

@@ -175,15 +175,19 @@ def test_a_table_that_a_sweep_writes_meanwhile_is_kept(folder, tmp_path, monkeyp
 def test_a_notebook_that_cannot_be_written_stops_no_other(folder, tmp_path, monkeypatch):
     execute = papermill.execute_notebook
 
-    def refuse(source, *arguments, **options):
+    def refuse(source, target, *arguments, **options):
         if source.stem == "good":
+            target.write_text('{"cells": [{"cell')
             raise OSError(28, "No space left on device")
-        execute(source, *arguments, **options)
+        execute(source, target, *arguments, **options)
 
     monkeypatch.setattr(papermill, "execute_notebook", refuse)
     profile = profiles.load(profile_file(folder, dict.fromkeys(["good", "other"])))
-    with pytest.raises(errors.NotebookError, match=r"good failed \(.*No space left on device"):
+    with pytest.raises(
+        errors.NotebookError, match=r"good failed \(.*No space left on device\): \S*index.html"
+    ):
         batch.run(profile, tmp_path)
+    assert 'href="good' not in (tmp_path / "tiny" / "index.html").read_text()
     chapters = reports.read(tmp_path / "tiny", "tiny").chapters
     assert [x.status for x in chapters] == ["failed", "done"]
 

@@ -123,6 +123,22 @@ def test_a_cell_that_fails_is_exit_code_1_and_its_traceback_is_in_the_report(kcl
     assert 'raise ZeroDivisionError("by zero")' in html.unescape(Path("reports/small/index.html").read_text())
 
 
+def test_a_report_made_anew_forgets_failures_that_are_mended(kclib, swept, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("kclib.evaluation.evaluate", lambda *_, **__: 1 / 0)
+        patch.setattr("kclib.estimates.check", lambda _: None)
+        patch.setattr("kclib.estimates.Rates.seconds", lambda *_: 1.0)
+        assert kclib("sweep", swept)[0] == 1
+    index = tmp_path / "reports" / "small" / "index.html"
+    assert index.read_text().count("failed:") == 3
+    assert kclib("sweep", swept, "--out", "elsewhere")[0] == 0
+    assert kclib("report", swept)[0] == 0
+    page = index.read_text()
+    assert "failed:" not in page
+    assert "not whole" not in page
+    assert page.count("<tr") == 1 + 3
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_sweep_side_by_side_that_is_ended_goes_on_where_it_was(kclib, swept, tmp_path, end):
     swept.write_text(SWEEP.format(seeds=", ".join(map(str, range(25)))))

@@ -103,6 +103,13 @@ def test_other_preprocessing_of_the_same_weights_shares_no_cell(table, store, ev
     assert len(sweep.run(other, tiny_data(), (1,), store=store)) == evaluated["n"] == 3
 
 
+def test_a_model_of_another_name_shares_no_evaluation_for_its_forward_may_be_other_code(
+    table, store, evaluated
+):
+    sweep.run(replace(tiny_model(), name="other"), tiny_data(), (1,), store=store)
+    assert evaluated["n"] == 3
+
+
 def test_an_interrupted_sweep_keeps_its_finished_cells(table, tmp_path, evaluated):
     evaluated["limit"] = 3
     with pytest.raises(InterruptedError):
