@@ -25,9 +25,9 @@ lab: setup  ## Open JupyterLab on the notebooks
 dashboard: setup  ## Serve notebook 04's explorer alone, as a page (Voila)
 	$(BIN)/voila notebooks/04-clustering.ipynb --Voila.config_file_paths=notebooks/dashboard
 
-test: setup  ## Run the tests, a file of them to a processor; first those of browsers and notebooks, one by one
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser tests/test_notebooks.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --ignore=tests/browser --ignore=tests/test_notebooks.py
+test: setup  ## Run the tests: browsers' alone, then a file of them to a processor, the longest first
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --ignore=tests/browser
 
 fuzz: setup  ## Damage files at random for an hour and read them
 	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz

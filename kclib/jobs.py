@@ -181,7 +181,7 @@ def _dead_workers() -> tuple[type[Exception], ...]:
 def _dask(workers: Workers) -> Iterator[None]:
     with _installed("dask", "dask[distributed]"):
         from distributed import Client
-    options = {"n_workers": workers.n_jobs, "threads_per_worker": 1, "dashboard_address": None}
+    options = {"n_workers": workers.n_jobs, "threads_per_worker": 1, "dashboard_address": "localhost:0"}
     try:
         client = Client(workers.scheduler, timeout=10) if workers.scheduler else Client(**options)
     except (OSError, ValueError) as error:

@@ -11,6 +11,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's back
 settings.register_profile("fuzz", max_examples=30_000, deadline=None, print_blob=True)  # make fuzz
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with notebooks, which take minutes: begun last, all would wait for one processor."""
+    items.sort(key=lambda item: not item.path.stem.startswith("test_notebooks"))
+
+
 @pytest.fixture(autouse=True)
 def _close_figures():
     yield

@@ -100,7 +100,12 @@ def test_a_dask_cluster_of_this_machine_ends_as_loky_does(tmp_path):
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_no_more_tasks_than_jobs_are_under_way_on_a_larger_cluster(n_jobs):
-    options = {"n_workers": 1, "threads_per_worker": 4, "processes": False, "dashboard_address": None}
+    options = {
+        "n_workers": 1,
+        "threads_per_worker": 4,
+        "processes": False,
+        "dashboard_address": "localhost:0",
+    }
     with LocalCluster(**options) as cluster:
         workers = Workers(n_jobs, "dask", cluster.scheduler_address)
         most = [int(x.error.split()[-1]) for x in jobs.run(count, range(8), workers)]
