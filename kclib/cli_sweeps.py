@@ -143,7 +143,8 @@ def _profile(name: str):
 
 def _text(table) -> str:
     """Return a table for a terminal; long values are cut."""
-    return table.astype("string").fillna("").to_string(index=False, max_colwidth=40)
+    short = table.map(lambda x: f"{x:g}" if isinstance(x, float) and x == x else x)
+    return short.astype("string").fillna("").to_string(index=False, max_colwidth=40)
 
 
 def _filtered(table, where: str, columns: list[str]):

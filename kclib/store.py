@@ -71,7 +71,7 @@ class Store:
             return None
         entry = _read(path)
         if entry is None:
-            _LOG.warning("store entry %s is damaged and is computed again.", path)
+            _LOG.warning("store entry %s is damaged and will be computed again.", path)
         return entry
 
     def put(self, entry: Entry) -> Path:

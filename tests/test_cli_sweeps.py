@@ -14,6 +14,7 @@ from gates import PATIENCE
 from sentences import is_one_sentence
 
 from kclib import grid
+from kclib.store import Entry, Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SWEEP = """
@@ -88,6 +89,16 @@ def test_results_are_filtered_by_accuracy(kclib, swept):
     found = pd.read_csv("found.csv").set_index("k")
     assert (code, len(found)) == (0, 2)
     assert found.top1.tolist() == pytest.approx(report.top1[found.index].tolist())
+
+
+def test_results_are_listed_with_the_digits_one_reads(kclib, monkeypatch, tmp_path):
+    monkeypatch.setenv("KCLIB_STORE", str(tmp_path / "store"))
+    for k, top1 in ((1, 94.19999999999999), (2, None)):
+        Store().put(Entry({"kind": "evaluation", "k": k}, {"top1": top1, "bytes": 58_842_048}, {}))
+    _, out, _ = kclib("results", "--columns", "k,top1,bytes")
+    assert sorted(line.split() for line in out.splitlines()) == [
+        ["1", "94.2", "58842048"], ["2", "58842048"], ["k", "top1", "bytes"]
+    ]  # fmt: skip
 
 
 def test_a_rerun_computes_all_again(kclib, swept, tmp_path):

@@ -144,7 +144,7 @@ def test_an_entry_with_one_bit_flipped_is_computed_again_and_said(store, caplog,
     flip_a_bit(path, place)
     assert store.once(KEY, lambda: entry(2.0)).row == {"top1": 2.0}
     assert [record.getMessage() for record in caplog.records] == [
-        f"store entry {path} is damaged and is computed again."
+        f"store entry {path} is damaged and will be computed again."
     ]
     assert store.get(KEY).row == {"top1": 2.0}
 
