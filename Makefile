@@ -29,7 +29,7 @@ test: setup  ## Run the tests: browsers' alone, then a file of them to a process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --ignore=tests/browser
 
-fuzz: setup  ## Damage files at random for an hour and read them
+fuzz: setup  ## Damage files at random and read them, 30,000 times a test
 	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
 lint: setup  ## Check style, import order, and that notebooks carry no outputs

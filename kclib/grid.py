@@ -2,51 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kclib import bars, clusterings, datasets, estimates, jobs, models, reports
+from kclib import bars, clusterings, estimates, jobs, reports, sources
 from kclib.errors import InvalidValueError
 from kclib.jobs import Workers
-from kclib.profiles import Grid, ModelSource, Profile
+from kclib.profiles import Grid, Profile
 from kclib.reports import Failure
+from kclib.sources import Source
 from kclib.store import Entry, Store
 from kclib.sweep import Cell, Subject
 
 _ORIGIN = ["made", "versions", "commit", "machine", "model", "weights", "data", "images_hash"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the workers take a `Subject` from, each for itself.
-
-    Attributes
-    ----------
-    model : ModelSource
-    data : str
-    folder : str
-        What paths are relative to.
-    limit : int
-        Images; 0 takes all.
-    precision, device : str
-    root : str
-        Folder of the store.
-    """
-
-    model: ModelSource
-    data: str
-    folder: str
-    limit: int
-    precision: str
-    device: str
-    root: str
-
-    def load(self) -> Subject:
-        """Return the subject, from memory if this process had it lately."""
-        return _subject(self)
 
 
 @dataclass(frozen=True)
@@ -105,7 +76,7 @@ def plan(grid: Grid, store: Store, *, estimated: bool = True, rerun: bool = Fals
         Any model or data set that cannot be had, or a level that none of them can have.
     """
     found, options = [], (grid.folder, grid.limit, grid.precision, grid.device, str(store.root))
-    _forget_loaded()  # files may be others than at the last plan
+    sources.forget()  # files may be others than at the last plan
     for model in grid.models:
         for data in grid.data:
             source = Source(model, data, *options)
@@ -268,7 +239,7 @@ def _compute(task: Task, wait: bool, n_threads: int, *, progress: bool) -> bool:
     """Compute a cell, unless another process is at it; runs wherever joblib sends it."""
     subject = task.source.load()
     if subject.key_of(task.cell) != task.key:  # a worker that outlives a sweep remembers files of before
-        _forget_loaded()
+        sources.forget()
         subject = task.source.load()
     if subject.key_of(task.cell) != task.key:
         raise InvalidValueError(
@@ -278,32 +249,6 @@ def _compute(task: Task, wait: bool, n_threads: int, *, progress: bool) -> bool:
     if task.again:
         _forget(task, subject)
     return subject.entry(task.cell, wait=wait, n_threads=n_threads, progress=progress) is not None
-
-
-# Models take much memory and seconds to load, data sets little and, to hash a folder, minutes.
-@lru_cache(maxsize=2)
-def _subject(source: Source) -> Subject:
-    model, data = _model(source.model, source.folder), _data(source.data, source.folder, source.limit)
-    return Subject(model, data, Store(source.root), source.precision, source.device)
-
-
-@lru_cache(maxsize=2)
-def _model(source: ModelSource, folder: str) -> models.Model:
-    weights = Path(folder, source.weights).absolute() if source.weights else None
-    return models.load(source.name, weights=weights)
-
-
-@lru_cache(maxsize=16)
-def _data(name: str, folder: str, limit: int) -> datasets.ImageSet:
-    kind, _, path = name.partition(":")
-    where = f"folder:{Path(folder, path).absolute()}" if kind == "folder" and path else name
-    found = datasets.load(where, limit=limit or None)
-    return replace(found, name=found.name.replace(where, name, 1))
-
-
-def _forget_loaded() -> None:
-    for remembered in (_subject, _model, _data):
-        remembered.cache_clear()
 
 
 def _clustering_key(subject: Subject, cell: Cell) -> dict:

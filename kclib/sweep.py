@@ -154,14 +154,10 @@ class Subject:
         rows = []
         for cell, entry, found in zip(cells, entries, answers, strict=True):
             numbers = {name: value for name, value in entry.row.items() if name != "classes"}
-            about = {name: entry.key[name] for name in ("weights", "images_hash", "precision")}
-            about |= self._names | {"right": np.packbits(found.correct).tobytes()}
+            about = {name: entry.key[name] for name in ("model", "weights", "images_hash", "precision")}
+            about |= {"data": self.data.name, "right": np.packbits(found.correct).tobytes()}
             rows.append(asdict(cell) | DENSE | numbers | accuracy(found, answers[0]) | about)
         return pd.DataFrame(rows)
-
-    @property
-    def _names(self) -> dict[str, str]:
-        return {"model": self.model.name, "data": self.data.name}
 
     def _computed(self, key: dict, cell: Cell, progress: bool, n_threads: int | None) -> Entry:
         model, row = self.model, {"bytes": footprint.convolution_bytes(self.model.network)}
@@ -175,8 +171,8 @@ class Subject:
         answers = evaluation.evaluate(
             model, self.data, precision=self.precision, device=self.device, progress=progress
         )
-        row |= self._names | provenance.stamp()
-        row |= {
+        row |= provenance.stamp() | {
+            "data": self.data.name,
             "images": len(self.data),
             "top1": answers.top1.estimate,
             "top5": answers.top5.estimate,

@@ -13,7 +13,7 @@ import tiny
 from gates import PATIENCE
 from sentences import is_one_sentence
 
-from kclib import grid
+from kclib import sources
 from kclib.store import Entry, Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +38,7 @@ def swept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.write_pictures(tmp_path / "pictures")
     (tmp_path / "small.yaml").write_text(SWEEP.format(seeds="0"))
-    grid._forget_loaded()
+    sources.forget()
     return tmp_path / "small.yaml"
 
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from kclib import changes, evaluation, grid, provenance, reports, sweep, tables
+from kclib import changes, datasets, evaluation, grid, provenance, reports, sources, sweep, tables
 from kclib.errors import KclibError
 from kclib.jobs import Workers
 from kclib.profiles import Grid, ModelSource, Profile
@@ -29,10 +29,10 @@ def levels(**changed) -> Grid:
 @pytest.fixture(autouse=True)
 def images(monkeypatch, one_thread):
     """The tiny images under the name tiny, also where their number is limited."""
-    monkeypatch.setattr(grid.datasets, "load", lambda name, limit: tiny.tiny_data())
-    grid._forget_loaded()
+    monkeypatch.setattr(datasets, "load", lambda name, limit: tiny.tiny_data())
+    sources.forget()
     yield
-    grid._forget_loaded()
+    sources.forget()
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_estimates_come_from_what_was_measured_of_like_cells(store):
 
 
 def test_the_sentence_of_a_plan_shares_its_time_among_the_workers():
-    source = grid.Source(ModelSource("m"), "d", ".", 0, "fp32", "cpu", "")
+    source = sources.Source(ModelSource("m"), "d", ".", 0, "fp32", "cpu", "")
     planned = [grid.Task(source, sweep.Cell(), {}, i == 3, s, 1 << 30) for i, s in enumerate((60, 40, 20, 0))]
     assert grid.summary(planned, Workers(2)) == (
         "4 cells, 1 of them stored; "
@@ -243,9 +243,7 @@ def test_a_chapter_that_a_batch_ends_meanwhile_is_kept(store, tmp_path, monkeypa
 def test_a_table_says_of_which_images_it_is_also_where_others_lie_there_now(store, monkeypatch):
     planned = grid.plan(levels(), store)
     grid.run(planned, Workers(), progress=False)
-    monkeypatch.setattr(
-        grid.datasets, "load", lambda name, limit: replace(tiny.tiny_data(), fingerprint="others")
-    )
+    monkeypatch.setattr(datasets, "load", lambda name, limit: replace(tiny.tiny_data(), fingerprint="others"))
     after = grid.plan(levels(), store)
     grid.run(after, Workers(), progress=False)
     assert [set(grid.table(x, store).images_hash) for x in (planned, after)] == [{"0"}, {"others"}]
@@ -295,7 +293,7 @@ def test_cells_are_called_as_the_profile_calls_them_on_every_machine(store, tmp_
 
 def test_each_model_and_each_data_set_is_loaded_once_for_many_pairs(store, monkeypatch):
     asked = []
-    monkeypatch.setattr(grid.datasets, "load", lambda name, limit: (asked.append(name), tiny.tiny_data())[1])
+    monkeypatch.setattr(datasets, "load", lambda name, limit: (asked.append(name), tiny.tiny_data())[1])
     many = levels(data=("a", "b", "c", "d"), seeds=(0,), methods=("plain",))
     planned = grid.plan(many, store)
     grid.run(planned, Workers(), progress=False)
@@ -305,14 +303,14 @@ def test_each_model_and_each_data_set_is_loaded_once_for_many_pairs(store, monke
 
 def test_a_worker_that_outlives_a_sweep_does_not_answer_for_images_of_before(store, monkeypatch):
     planned = grid.plan(levels(), store)
-    grid._forget_loaded()
+    sources.forget()
     others = replace(tiny.tiny_data(), fingerprint="others")
     loads = [others, tiny.tiny_data(), others, others]
-    monkeypatch.setattr(grid.datasets, "load", lambda name, limit: loads.pop(0))
+    monkeypatch.setattr(datasets, "load", lambda name, limit: loads.pop(0))
     planned[0].source.load()  # as another sweep left it
     assert grid.run(planned[:1], Workers(), progress=False) == []
     assert store.has(planned[0].key)
-    grid._forget_loaded()
+    sources.forget()
     (failure,) = grid.run(planned[1:2], Workers(), progress=False)
     assert "is not the same on the machine of this worker" in failure.error
 
