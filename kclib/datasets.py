@@ -47,6 +47,9 @@ class ImageSet:
         Class names in label order.
     fingerprint : str
         SHA-256 over images and labels, or over the checksums of their files.
+    notes : tuple of str
+        Sentences that a reader of results must know: which split was taken, how classes were matched, which
+        files were left out.
 
     Raises
     ------
@@ -59,6 +62,7 @@ class ImageSet:
     labels: torch.Tensor
     classes: tuple[str, ...]
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         labels, n_classes = self.labels, len(self.classes)
@@ -110,6 +114,26 @@ def load(name: str = "fashion-mnist", split: str = "test", *, limit: int | None 
     return loaded if limit is None else limited(loaded, limit)
 
 
+def as_image_set(data) -> ImageSet:
+    """Return labelled images, however they are given.
+
+    Parameters
+    ----------
+    data : ImageSet or str
+        An image set, or a name that `load` knows.
+
+    Raises
+    ------
+    InvalidValueError
+        It is nothing of these.
+    """
+    if isinstance(data, ImageSet):
+        return data
+    if isinstance(data, str):
+        return load(data)
+    raise InvalidValueError(f"the data are a {type(data).__name__}; they must be an ImageSet or its name.")
+
+
 def names() -> tuple[str, ...]:
     """Return the data set names that `load` knows."""
     return (*_LOADERS, "folder:PATH")
@@ -135,24 +159,36 @@ def select(data: ImageSet, indices: torch.Tensor) -> ImageSet:
     return replace(data, images=chosen, labels=data.labels[indices], fingerprint=digest)
 
 
-def aligned(data: ImageSet, classes: Sequence[str]) -> ImageSet:
-    """Return `data` with its labels in a model's class order.
+def aligned(
+    data: ImageSet,
+    names: Sequence[str],
+    n_outputs: int,
+    *,
+    classes: str | Sequence[str] | None = None,
+) -> ImageSet:
+    """Return `data` with its labels as places among a network's outputs.
 
-    A data set whose class names are all among the model's (Imagenette for an ImageNet model, a folder
-    in alphabetical order) is relabelled by name; otherwise an equal count is taken in order.
+    Parameters
+    ----------
+    names : sequence of str
+        The names of the network's outputs; empty if unknown.
+    n_outputs : int
+        How many they are.
+    classes : "by position" or sequence of str, optional
+        ``"by position"`` takes the data set's classes as the outputs in their order; names stand for `names`.
 
     Raises
     ------
     InvalidValueError
         If the model answers other classes than the data set has.
     """
-    position = {label: i for i, label in enumerate(classes)}
-    if tuple(classes) != data.classes and all(label in position for label in data.classes):
+    position = {label: i for i, label in enumerate(names)}
+    if names and tuple(names) != data.classes and all(label in position for label in data.classes):
         order = torch.tensor([position[label] for label in data.classes])
-        return replace(data, labels=order[data.labels], classes=tuple(classes))
-    if len(classes) != len(data.classes):
+        return replace(data, labels=order[data.labels], classes=tuple(names))
+    if names and len(names) != len(data.classes):
         raise InvalidValueError(
-            f"the model answers {len(classes)} classes, but {data.name} has {len(data.classes)}; "
+            f"the model answers {len(names)} classes, but {data.name} has {len(data.classes)}; "
             "choose a data set with the classes the model was trained on."
         )
     return data

@@ -134,7 +134,7 @@ def evaluate(
     if not len(data):
         raise InvalidValueError(f"{data.name} has no images; an evaluation takes at least one.")
     if model.classes:
-        data = datasets.aligned(data, model.classes)
+        data = datasets.aligned(data, model.classes, len(model.classes))
     checks.check_values(device)
     network = models.moved(kernels.copied(model.network).eval(), device)
     network = network.to(memory_format=torch.channels_last)

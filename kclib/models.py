@@ -101,6 +101,27 @@ def load(
     return model
 
 
+def network_of(given: Model | nn.Module) -> nn.Module:
+    """Return the network of a `Model`, or a network as it is.
+
+    Raises
+    ------
+    InvalidValueError
+        It is neither.
+    """
+    network = given.network if isinstance(given, Model) else given
+    if not isinstance(network, nn.Module):
+        raise InvalidValueError(
+            f"the network is a {type(network).__name__}; it must be a Model or a torch.nn.Module."
+        )
+    return network
+
+
+def like(given: Model | nn.Module, network: nn.Module) -> Model | nn.Module:
+    """Return `network` as what was given: in a `Model` with its name, preprocessing and classes, or alone."""
+    return replace(given, network=network) if isinstance(given, Model) else network
+
+
 def moved(network: nn.Module, device: str | torch.device) -> nn.Module:
     """Move a network, in place, and return it.
 

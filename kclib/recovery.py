@@ -153,7 +153,7 @@ def finetune(
     if isinstance(reassigned, bool) or not isinstance(reassigned, int) or reassigned < 0:
         raise InvalidValueError(f"reassigned is {reassigned!r}; it must be a whole number, at least 0.")
     if model.classes and teacher is None:
-        data = datasets.aligned(data, model.classes)
+        data = datasets.aligned(data, model.classes, len(model.classes))
     options, checkpoint = {"teacher": teacher, "device": device}, Path(checkpoint)
     first = training.train(
         model.network, data, model.preprocess, recipe, checkpoint, after_epoch=_rounded, **options

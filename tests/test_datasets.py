@@ -184,19 +184,19 @@ def test_select_takes_images_and_labels_together(folder):
 
 @pytest.mark.parametrize("classes", [("z", "c", "b", "y", "a"), ("c", "a", "b")])
 def test_aligned_relabels_by_name_into_the_models_order(classes):
-    data = datasets.aligned(small(6), classes)
+    data = datasets.aligned(small(6), classes, len(classes))
     assert [classes[i] for i in data.labels] == ["a", "b", "c"] * 2
     assert data.classes == classes
 
 
 def test_aligned_takes_other_names_of_an_equal_count_in_order():
-    assert datasets.aligned(small(6), ("x", "y", "z")).labels.tolist() == [0, 1, 2] * 2
+    assert datasets.aligned(small(6), ("x", "y", "z"), 3).labels.tolist() == [0, 1, 2] * 2
 
 
 @pytest.mark.parametrize("classes", [("a", "b"), ("a", "b", "x", "y")])
 def test_aligned_refuses_other_classes(classes):
     with pytest.raises(InvalidValueError, match=f"answers {len(classes)} classes, but small/test has 3"):
-        datasets.aligned(small(), classes)
+        datasets.aligned(small(), classes, len(classes))
 
 
 def test_every_imagenette_class_is_one_an_imagenet_model_answers():
@@ -217,7 +217,7 @@ def test_batches_from_memory_are_each_image_preprocessed_in_order(n, batch_size)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_from_a_folder_are_each_picture_preprocessed_in_order(folder, workers):
     data, preprocess = datasets.load(f"folder:{folder}"), fashion_preprocess()
-    data = datasets.aligned(data, ("bee", "cat", "dog", "ant"))
+    data = datasets.aligned(data, ("bee", "cat", "dog", "ant"), 4)
     inputs, labels = zip(*datasets.batches(data, preprocess, 4, workers=workers), strict=True)
     assert [len(part) for part in inputs] == [4, 2]
     one_by_one = [preprocess(Image.fromarray(np.asarray(data.images[i][0]))) for i in range(6)]

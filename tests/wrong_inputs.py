@@ -375,7 +375,7 @@ WRONG_INPUTS = [
     (datasets.ImageSet, lambda g: replace(g.data, images=g.data.images.float()), WRONG, "torch.uint8"),
     (datasets.ImageSet, lambda g: replace(g.data, labels=g.data.labels[:3]), WRONG, "an image for each"),
     (datasets.select, lambda g: datasets.select(g.data, torch.tensor([40])), WRONG, "0 to 39"),
-    (datasets.aligned, lambda g: datasets.aligned(g.data, ("a",)), WRONG, "classes"),
+    (datasets.aligned, lambda g: datasets.aligned(g.data, ("a",), 1), WRONG, "classes"),
     (datasets.limited, lambda g: datasets.limited(g.data, 41), WRONG, "is 41"),
     (evaluation.evaluate, lambda g: evaluation.evaluate(g.model, g.none), WRONG, "no images"),
     (evaluation.evaluate, lambda g: evaluation.evaluate(g.model, g.data, precision="fp12"), UNKNOWN, "'fp12'"),
