@@ -122,6 +122,17 @@ def like(given: Model | nn.Module, network: nn.Module) -> Model | nn.Module:
     return replace(given, network=network) if isinstance(given, Model) else network
 
 
+def as_model(given: Model | nn.Module) -> Model:
+    """Return a `Model` as it is, or a network with the preprocessing of `plain`.
+
+    Raises
+    ------
+    InvalidValueError
+        It is neither.
+    """
+    return given if isinstance(given, Model) else plain(type(given).__name__, network_of(given))
+
+
 def moved(network: nn.Module, device: str | torch.device) -> nn.Module:
     """Move a network, in place, and return it.
 
