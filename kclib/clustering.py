@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import nn
 
-from kclib import bars, fitting, kmeans, parallel, rate, scopes, symmetry
+from kclib import bars, fitting, kernels, kmeans, parallel, rate, scopes, symmetry
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer
+from kclib.models import Model
 
 Fit = kmeans.KMeans | symmetry.SymmetricKMeans | rate.Priced
 
@@ -105,7 +107,7 @@ class Clustering:
 
 
 def cluster(
-    bank: KernelBank,
+    bank: KernelBank | Model | nn.Module,
     n_clusters: int | Mapping[str, int],
     *,
     scope: str | Mapping[str, str] = "layer",
@@ -124,7 +126,8 @@ def cluster(
 
     Parameters
     ----------
-    bank : KernelBank
+    bank : KernelBank, Model or torch.nn.Module
+        Of a network, the kernels that `kernels.extract` takes by default.
     n_clusters : int or mapping of str to int
         Clusters a group. One number serves every group, and groups with fewer kernels keep all of
         theirs (said in `Clustering.notes`); a mapping names each group.
@@ -153,6 +156,7 @@ def cluster(
         turned that are not square; weights or a price out of range.
     NotEnoughMemoryError
     """
+    bank = kernels.bank_of(bank)
     members = scopes.grouping(bank, scope)
     asked = scopes.wanted(members, n_clusters)
     method = _method(bank, scaled, turned, rate.checked_price(price))

@@ -1,26 +1,27 @@
 """The 2D kernels of a network as one array, and back: `extract` and `insert` are inverse to the bit."""
 
-import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from kclib import checks
+from kclib import checks, convolutions
+from kclib.convolutions import ALONE, form, set_weight
+from kclib.copying import copied
 from kclib.errors import InvalidValueError
+from kclib.models import Model, like, network_of
 
-_ALONE = "(the network itself)"  # in place of a name, which only modules inside of others have
-_EXACT_IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CONVOLUTIONS += (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+__all__ = [
+    "KernelBank", "Layer", "bank_of", "copied", "extract", "form", "insert", "matched", "sample",
+    "set_weight",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,15 @@ class KernelBank:
         )
 
 
-def extract(network: nn.Module, *, size: int | tuple[int, int] | None = None) -> KernelBank:
+def extract(network: Model | nn.Module, *, size: int | tuple[int, int] | None = None) -> KernelBank:
     """Take the 2D kernels of one spatial size out of a network.
 
     Parameters
     ----------
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
         Unchanged. Grouped, depthwise, dilated, strided and transposed convolutions count as stored;
-        a weight that several modules share counts once.
+        a weight that several modules share counts once. Weights in float64 are rounded to float32; those
+        behind weight norm, or a parametrization that can be written to, are what these compute.
     size : int or (int, int), optional
         Height and width of the kernels wanted; the size larger than 1×1 with the most kernels by
         default.
@@ -168,89 +170,98 @@ def extract(network: nn.Module, *, size: int | tuple[int, int] | None = None) ->
     Raises
     ------
     InvalidValueError
-        If there are no such kernels, or weights are NaN, infinite, or not materialised.
+        If there are no such kernels, or weights are NaN, infinite, too large for float32, or not
+        materialised.
     """
-    found, left_out = _convolutions(network)
-    chosen = _wanted_size(found, size)
+    network = network_of(network)
+    found, left_out = convolutions.usable(network)
+    chosen = _wanted_size(network, found, left_out, size)
     layers, parts, start = [], [], 0
     for name, module in found.items():
-        weight = module.weight
-        if tuple(weight.shape[2:]) != chosen:
-            left_out[name] = f"{_times(weight.shape[2:])} kernels, not {_times(chosen)}"
-            continue
-        values = weight.detach().to("cpu", torch.float32).contiguous().numpy()
-        if not np.isfinite(values).all():
-            raise InvalidValueError(
-                f"layer {name or _ALONE} has NaN or infinite weights; they must be finite."
-            )
         shape, transposed = form(module)
-        layers.append(Layer(name, shape, start, transposed, weight.element_size()))
-        parts.append(values.reshape(-1, *chosen))
+        if shape[2:] != chosen:
+            left_out[name] = f"{_times(shape[2:])} kernels, not {_times(chosen)}"
+            continue
+        parts.append(_rows(name, module))
+        layers.append(Layer(name, shape, start, transposed, convolutions.weight(module).element_size()))
         start += len(parts[-1])
     weights = np.concatenate(parts)
     weights.flags.writeable = False
     return KernelBank(weights, tuple(layers), left_out)
 
 
-def insert(network: nn.Module, bank: KernelBank) -> nn.Module:
+def insert(network: Model | nn.Module, bank: KernelBank) -> Model | nn.Module:
     """Return a copy of `network` whose kernels are those of `bank`, in the network's own precision.
+
+    Kernels that the bank has as `extract` gives them stay as they are to the bit, also in float64.
 
     Raises
     ------
     InvalidValueError
-        If the bank does not come from a network of this architecture.
+        If the bank does not come from a network of this architecture, or holds values that the network's
+        precision does not.
     """
+    if not isinstance(bank, KernelBank):
+        raise InvalidValueError(f"the bank is a {type(bank).__name__}; it must be a KernelBank.")
     n_kernels = sum(layer.n_kernels for layer in bank.layers)
     if len(bank) != n_kernels:
         raise InvalidValueError(f"the bank has {len(bank)} kernels; its layers have {n_kernels}.")
-    result = copied(network)
+    result = copied(network_of(network))
     for name, module in matched(result, bank.layers).items():
-        layer = bank.layer(name)
-        values = torch.from_numpy(bank.weights[layer.rows].reshape(layer.shape).copy())
-        with torch.no_grad():
-            module.weight.copy_(values)
-    return result
+        rows, own = bank.weights[bank.layer(name).rows], _rows(name, module)
+        changed = (rows.view(np.uint32) != own.view(np.uint32)).any(axis=(1, 2))
+        if changed.any():
+            set_weight(module, _changed(convolutions.weight(module), rows, changed), name=name)
+    return like(network, result)
 
 
-def matched(network: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:
+def matched(network: Model | nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:
     """Return the network's own convolutions that `layers` describe, by name.
+
+    Their weights may be float64 or computed (by weight norm): `set_weight` writes all of them alike.
 
     Raises
     ------
     InvalidValueError
         If the layers do not come from a network of this architecture.
     """
-    found, left_out = _convolutions(network)
+    network = network_of(network)
+    found, left_out = convolutions.usable(network)
     for layer in layers:
         module = found.get(layer.name)
-        if module is None or form(module) != (layer.shape, layer.transposed):
-            has = left_out.get(layer.name, "no such layer") if module is None else _described(*form(module))
-            raise InvalidValueError(
-                f"layer {layer.name} was a convolution of {_described(layer.shape, layer.transposed)}, "
-                f"the network has {has}; use the architecture that the kernels were extracted from."
-            )
+        if module is not None and form(module) == (layer.shape, layer.transposed):
+            continue
+        was = f"layer {layer.name or ALONE} was a convolution of {_described(layer.shape, layer.transposed)}"
+        if layer.name in left_out:
+            raise InvalidValueError(f"{was}; in this network it is not taken ({left_out[layer.name]}).")
+        has = "no such layer" if module is None else _described(*form(module))
+        raise InvalidValueError(
+            f"{was}, the network has {has}; use the architecture that the kernels were extracted from."
+        )
     return {layer.name: found[layer.name] for layer in layers}
 
 
-def copied(network: nn.Module, replaced: Mapping[int, object] = MappingProxyType({})) -> nn.Module:
-    """Return a deep copy of a network, also where layers hold computed weights (torch's pruning).
+def bank_of(given: KernelBank | Model | nn.Module) -> KernelBank:
+    """Return a bank as it is, or the kernels of a network as `extract` takes them.
 
-    Parameters
-    ----------
-    replaced : mapping of int to object
-        What takes the place of modules and parameters, by their ``id``; it is not copied.
+    Raises
+    ------
+    InvalidValueError
+        It is neither, or `extract` refuses it.
     """
-    computed = {
-        id(value): value.detach().clone()
-        for module in network.modules()
-        if id(module) not in replaced
-        for value in vars(module).values()
-        if torch.is_tensor(value) and not value.is_leaf
-    }
-    return copy.deepcopy(network, computed | dict(replaced))
+    if isinstance(given, KernelBank):
+        return given
+    if isinstance(given, (Model, nn.Module)):
+        return extract(given)
+    arrays = (np.ndarray, torch.Tensor, pd.DataFrame, list, tuple)
+    advice = "; kmeans.kmeans clusters points (n, d) of any kind" if isinstance(given, arrays) else ""
+    raise InvalidValueError(
+        f"the kernels are a {type(given).__name__}; they must be a KernelBank (of kernels.extract), "
+        f"a Model or a torch.nn.Module{advice}."
+    )
 
 
-def sample(bank: KernelBank, per_layer: int, *, seed: int = 0) -> np.ndarray:
+def sample(bank: KernelBank | Model | nn.Module, per_layer: int, *, seed: int = 0) -> np.ndarray:
     """Return a stratified sample of rows: up to `per_layer` of each layer, without replacement, sorted.
 
     Raises
@@ -258,6 +269,7 @@ def sample(bank: KernelBank, per_layer: int, *, seed: int = 0) -> np.ndarray:
     InvalidValueError
         `per_layer` is below 1; a seed that is none.
     """
+    bank = bank_of(bank)
     checks.check_whole("per_layer", per_layer, 1)
     checks.check_seed(seed)
     draw = np.random.default_rng(seed)
@@ -270,61 +282,50 @@ def sample(bank: KernelBank, per_layer: int, *, seed: int = 0) -> np.ndarray:
     )
 
 
-def _convolutions(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Sort all convolutions into usable ones and those left out with a reason, by name."""
-    if not isinstance(network, nn.Module):
+def _rows(name: str, module: nn.Module) -> np.ndarray:
+    """Return a convolution's kernels, float32 ``(n, kh, kw)``."""
+    weight = convolutions.weight(module).detach()
+    values = weight.to("cpu", torch.float32).contiguous().numpy()
+    if np.isfinite(values).all():
+        return values.reshape(-1, *values.shape[2:])
+    if torch.isfinite(weight).all():
         raise InvalidValueError(
-            f"the network is a {type(network).__name__}; it must be a torch.nn.Module, such as Model.network."
+            f"layer {name or ALONE} has weights up to {weight.abs().max().item():g}; "
+            f"they must be within float32's, up to {np.finfo(np.float32).max:g}."
         )
-    found, left_out, owner = {}, {}, {}
-    for name, module in network.named_modules(remove_duplicate=False):
-        if not isinstance(module, _CONVOLUTIONS):
-            continue
-        weight = module.weight
-        if isinstance(weight, nn.parameter.UninitializedParameter) or weight.is_meta:
-            raise InvalidValueError(
-                f"layer {name or _ALONE} has no values yet (lazy or on the meta device); load weights first."
-            )
-        if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            left_out[name] = f"{type(module).__name__}: its kernels are not 2D"
-        elif nn.utils.parametrize.is_parametrized(module, "weight") or not isinstance(weight, nn.Parameter):
-            left_out[name] = "its weight is computed (parametrized or pruned); make it permanent first"
-        elif weight.dtype not in _EXACT_IN_FLOAT32:
-            left_out[name] = f"{weight.dtype} weights are not exact in float32"
-        elif id(weight) in owner:
-            left_out[name] = f"shares its weight with {owner[id(weight)]}"
-        else:
-            owner[id(weight)] = name
-            found[name] = module
-    return found, left_out
+    raise InvalidValueError(f"layer {name or ALONE} has NaN or infinite weights; they must be finite.")
 
 
-def form(module: nn.Module) -> tuple[tuple[int, ...], bool]:
-    """Return a convolution's weight shape and whether it is transposed."""
-    return tuple(module.weight.shape), isinstance(module, nn.ConvTranspose2d)
+def _changed(weight: torch.Tensor, rows: np.ndarray, changed: np.ndarray) -> torch.Tensor:
+    """Return a weight with other kernels where they are `changed`, in float64: no value is lost here."""
+    new = weight.detach().to("cpu", torch.float64).reshape(rows.shape).clone()
+    new[changed] = torch.from_numpy(rows[changed]).double()
+    return new
 
 
 def _described(shape: tuple[int, ...], transposed: bool) -> str:
     return f"shape {shape}" + " (transposed)" * transposed
 
 
-def _wanted_size(found: Mapping[str, nn.Module], size) -> tuple[int, int]:
+def _wanted_size(network: nn.Module, found: Mapping[str, nn.Module], left_out, size) -> tuple[int, int]:
     counts = Counter()
     for module in found.values():
-        counts[tuple(module.weight.shape[2:])] += module.weight.shape[0] * module.weight.shape[1]
-    listing = ", ".join(f"{n} of {_times(s)}" for s, n in counts.most_common()) or "none"
-    if size is None:
-        larger = [s for s, _ in counts.most_common() if s != (1, 1)]
-        if not larger:
-            raise InvalidValueError(
-                f"the model has no 2D kernels larger than 1×1 (found: {listing}); "
-                "give size=1 to cluster 1×1 kernels."
-            )
+        shape, _ = form(module)
+        counts[shape[2:]] += shape[0] * shape[1]
+    larger = [s for s, _ in counts.most_common() if s != (1, 1)]
+    if size is None and larger:
         return larger[0]
     wanted = (size, size) if isinstance(size, Integral) else size
-    if not isinstance(wanted, (tuple, list)) or tuple(wanted) not in counts:
-        raise InvalidValueError(f"the model has no {_times(wanted)} kernels (found: {listing}).")
-    return tuple(wanted)
+    if size is not None and isinstance(wanted, (tuple, list)) and tuple(wanted) in counts:
+        return tuple(wanted)
+    kind = "2D kernels larger than 1×1" if size is None else f"{_times(wanted)} kernels"
+    listing = ", ".join(f"{n} of {_times(s)}" for s, n in counts.most_common()) or "none"
+    if left_out:
+        listing += f"; left out: {convolutions.described(left_out)}"
+    elif not counts:
+        listing += f"; {convolutions.instead(network)}"
+    advice = "; give size=1 to cluster 1×1 kernels" if size is None and counts else ""
+    raise InvalidValueError(f"the model has no {kind} (found: {listing}){advice}.")
 
 
 def _times(size) -> str:

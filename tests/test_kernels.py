@@ -7,11 +7,14 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torchvision.ops import DeformConv2d
 
-from kclib import kernels
+from kclib import clustering, compression, kernels, models
 from kclib.errors import InvalidValueError
 
-DTYPES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+DTYPES = {
+    torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float64: None
+}  # fmt: skip
 
 
 def bits(network):
@@ -26,10 +29,13 @@ def convolutions(draw, size=None):
     module = kind(4, draw(st.sampled_from([4, 8])), size, groups=groups, dilation=dilation)
     dtype = draw(st.sampled_from(list(DTYPES)))
     seeded = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    info = torch.iinfo(DTYPES[dtype])
-    values = torch.randint(
-        info.min, info.max, module.weight.shape, generator=seeded, dtype=DTYPES[dtype]
-    ).view(dtype)
+    if dtype == torch.float64:
+        values = torch.randn(module.weight.shape, generator=seeded, dtype=dtype)
+    else:
+        info = torch.iinfo(DTYPES[dtype])
+        values = torch.randint(
+            info.min, info.max, module.weight.shape, generator=seeded, dtype=DTYPES[dtype]
+        ).view(dtype)
     module.to(dtype).weight.data = torch.where(values.isfinite(), values, 0)
     if draw(st.booleans()):
         module.to(memory_format=torch.channels_last)
@@ -86,8 +92,6 @@ def test_rows_are_the_slices_of_each_weight_in_module_order():
         (nn.Conv2d(2, 2, (5, 1)), "5×1 kernels, not 3×3"),
         (nn.Conv1d(2, 2, 3), "Conv1d: its kernels are not 2D"),
         (nn.ConvTranspose3d(2, 2, 3), "ConvTranspose3d: its kernels are not 2D"),
-        (nn.Conv2d(2, 2, 3, dtype=torch.float64), "float64 weights are not exact in float32"),
-        (parametrizations.weight_norm(nn.Conv2d(2, 2, 3)), "parametrized"),
         (prune.l1_unstructured(nn.Conv2d(2, 2, 3), "weight", 0.5), "pruned"),
     ],
 )
@@ -188,7 +192,7 @@ def test_sample_of_another_seed_differs_and_every_kernel_can_be_drawn():
 @pytest.mark.parametrize(
     ("make", "size", "sentence"),
     [
-        (lambda: nn.Linear(2, 2), None, r"no 2D kernels larger than 1×1 \(found: none\)"),
+        (lambda: nn.Linear(2, 2), None, r"no 2D kernels larger than 1×1 \(found: none; .*linear layers\)"),
         (lambda: nn.Conv2d(2, 3, 1), None, r"found: 6 of 1×1\); give size=1"),
         (lambda: nn.Conv2d(2, 3, 3), 5, r"no 5×5 kernels \(found: 6 of 3×3\)"),
         (lambda: nn.Conv2d(2, 3, 3, device="meta"), None, "has no values yet"),
@@ -217,7 +221,7 @@ def test_weights_that_are_not_finite_are_refused_by_layer(value):
         ),
         (nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 3)), "layer 0 .* no such layer"),
         (nn.Sequential(nn.ConvTranspose2d(2, 4, 3)), "layer 0"),
-        (nn.Sequential(parametrizations.weight_norm(nn.Conv2d(4, 2, 3))), "layer 0"),
+        (nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(4, 2, 3))), "layer 0 .*SpectralNorm"),
     ],
     ids=["shape", "missing", "transposed", "parametrized"],
 )
@@ -234,3 +238,140 @@ def test_network_with_a_pruned_layer_takes_the_kernels_of_its_other_layers():
     changed = kernels.insert(network, replace(bank, weights=np.ones_like(bank.weights)))
     assert (changed[0].weight == 1).all()
     assert torch.equal(changed[1].weight, network[1].weight)
+
+
+NORMS = {
+    "parametrization": parametrizations.weight_norm,
+    "hook": pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:.*weight_norm")),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weight_normed_convolution_is_taken_and_given_back(norm, kind, dim):
+    network = nn.Sequential(norm(kind(3, 4, 3), dim=dim))
+    with torch.no_grad():
+        dict(network[0].named_parameters())[GAINS[norm.__module__]].mul_(3)
+        dense = network[0](torch.zeros(1, 3, 5, 5)) is not None and network[0].weight.clone()
+    bank, before = kernels.extract(network), bits(network)
+    np.testing.assert_array_equal(bank.weights, dense.reshape(-1, 3, 3))
+    assert bits(kernels.insert(network, bank)) == before
+    other = np.random.default_rng(0).normal(size=bank.weights.shape).astype(np.float32)
+    other[:8] = 0  # filters, or all but a part of some, are zero
+    changed = kernels.insert(network, replace(bank, weights=other))
+    np.testing.assert_allclose(kernels.extract(changed).weights, other, rtol=1e-6)
+    assert set(bits(changed)) == set(before)
+    assert bits(network) == before
+    inputs = torch.rand(1, 3, 7, 7)
+    convolve = nn.functional.conv2d if kind is nn.Conv2d else nn.functional.conv_transpose2d
+    expected = convolve(inputs, torch.from_numpy(other).reshape(network[0].weight.shape), network[0].bias)
+    torch.testing.assert_close(changed(inputs), expected)
+
+
+GAINS = {
+    "torch.nn.utils.parametrizations": "parametrizations.weight.original0",
+    "torch.nn.utils.weight_norm": "weight_g",
+}
+
+
+def test_weights_behind_a_weight_norm_hook_are_those_of_now():
+    with pytest.warns(FutureWarning):
+        network = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(1, 2, 3)))
+    before = kernels.extract(network).weights
+    network[0].weight_g.data *= 2  # as load_state_dict does; torch computes the weight when it runs next
+    np.testing.assert_allclose(kernels.extract(network).weights, 2 * before, rtol=1e-6)
+
+
+def test_extract_leaves_spectral_norm_and_its_estimate_alone():
+    network = nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), nn.Conv2d(4, 4, 3)).train()
+    before = bits(network)
+    bank = kernels.extract(network)
+    assert bits(network) == before
+    assert "SpectralNorm" in bank.left_out["0"]
+    assert "remove_parametrizations" in bank.left_out["0"]
+
+
+def test_float64_kernels_are_clustered_in_float32_and_the_others_kept():
+    network = nn.Sequential(nn.Conv2d(2, 3, 3)).double()
+    bank = kernels.extract(network)
+    assert (bank.weights.dtype, bank.layers[0].itemsize) == (np.float32, 8)
+    other = bank.weights.copy()
+    other[4] = 0.5
+    changed = kernels.insert(network, replace(bank, weights=other))[0].weight.reshape(-1, 3, 3)
+    own = network[0].weight.reshape(-1, 3, 3)
+    assert (changed[4] == 0.5).all()
+    assert [torch.equal(a, b) for a, b in zip(changed, own, strict=True)] == [i != 4 for i in range(6)]
+
+
+def test_kernels_that_float32_cannot_hold_are_refused_by_layer():
+    network = nn.Sequential(nn.Conv2d(1, 1, 3)).double()
+    network[0].weight.data[0, 0, 0, 0] = 1e300
+    with pytest.raises(InvalidValueError, match=r"layer 0 has weights up to 1e\+300"):
+        kernels.extract(network)
+
+
+@pytest.mark.parametrize("value", [1e9, np.nan, -np.inf])
+def test_kernels_that_half_precision_cannot_hold_are_not_inserted(value):
+    network = nn.Sequential(nn.Conv2d(1, 1, 3)).half()
+    bank = kernels.extract(network)
+    with pytest.raises(InvalidValueError, match=r"layer 0 .* finite in torch\.float16, up to 65504"):
+        kernels.insert(network, replace(bank, weights=np.full_like(bank.weights, value)))
+
+
+def test_a_model_is_taken_and_comes_back_as_a_model():
+    model = models.plain("mine", nn.Sequential(nn.Conv2d(3, 2, 3)))
+    bank = kernels.extract(model)
+    changed = kernels.insert(model, replace(bank, weights=np.ones_like(bank.weights)))
+    assert (type(changed), changed.name) == (models.Model, "mine")
+    assert (changed.network[0].weight == 1).all()
+    assert list(kernels.matched(model, bank.layers).values()) == [model.network[0]]
+
+
+def compressed():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3))
+    return compression.compress(network, clustering.cluster(kernels.extract(network), 4, progress=False))
+
+
+def quantized():
+    return nn.Sequential(torch.ao.nn.quantized.Conv2d(3, 4, 3))
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.rand(3, 3, 3, 3))
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.w)
+
+
+def conv(kind=nn.Conv2d, **options):
+    return nn.Sequential(kind(3, 8, 3, **options))
+
+
+@pytest.mark.filterwarnings("ignore:.*(jit|quantiz|TypedStorage)", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (compressed, "0: compressed already; use compression.expand first"),
+        (lambda: conv(nn.Conv1d), "0: Conv1d: its kernels are not 2D"),
+        (lambda: conv(nn.Conv3d), "0: Conv3d: its kernels are not 2D"),
+        (lambda: torch.jit.trace(conv(), torch.rand(1, 3, 8, 8)), "0: traced or scripted"),
+        (lambda: torch.jit.script(conv()), "0: traced or scripted"),
+        (lambda: torch.jit.freeze(torch.jit.script(conv().eval())), "it is traced"),
+        (quantized, "0: Conv2d: quantized already"),
+        (lambda: conv(DeformConv2d), "0: DeformConv2d: no torch.nn.Conv2d"),
+        (lambda: conv(dtype=torch.complex64), "0: its weights are torch.complex64"),
+        (lambda: nn.Sequential(*(nn.Conv1d(3, 3, 3) for _ in range(40))), "0, 1 and 38 more: Conv1d"),
+        (Functional, "parameters of four axes: w"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "no convolution, and 2 linear layers"),
+        (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3))), "computed .SpectralNorm"),
+        (lambda: nn.Sequential(prune.identity(nn.Conv2d(3, 4, 3), "weight")), "0: pruned.*prune.remove"),
+    ],
+)
+def test_no_kernels_says_which_convolutions_there_are_and_why_not(make, says):
+    with pytest.raises(InvalidValueError, match=says) as found:
+        kernels.extract(make())
+    assert len(str(found.value)) < 500
+    assert "size=1" not in str(found.value)

@@ -5,6 +5,7 @@ Each call gets `given`: a folder of its own, and a tiny model with its images, k
 
 import pickle
 import tarfile
+import threading
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,8 @@ from kclib import (
     combined,
     compression,
     container,
+    convolutions,
+    copying,
     damage,
     datasets,
     distances,
@@ -153,6 +156,12 @@ class Given:
         return nn.Sequential(nn.Conv2d(3, 4, (1, 3)))
 
     @property
+    def locked(self) -> nn.Module:
+        """A network that holds what cannot be copied."""
+        self.network.lock = threading.Lock()
+        return self.network
+
+    @property
     def other(self) -> nn.Module:
         """A network of another architecture."""
         return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 2, 3))
@@ -248,13 +257,22 @@ WRONG_INPUTS = [
     (models.fingerprint, lambda g: models.fingerprint(nn.Linear(2, 2, device="meta")), WRONG, "no values yet"),
     (kernels.extract, lambda g: kernels.extract(nn.Linear(3, 3)), WRONG, "no"),
     (kernels.extract, lambda g: kernels.extract(nn.Sequential()), WRONG, "no"),
-    (kernels.extract, lambda g: kernels.extract("vgg16"), WRONG, "it must be a torch.nn.Module"),
+    (kernels.extract, lambda g: kernels.extract("vgg16"), WRONG, "it must be a Model or a torch.nn.Module"),
     (kernels.extract, lambda g: kernels.extract(g.broken(NAN)), WRONG, "NaN"),
     (kernels.extract, lambda g: kernels.extract(g.broken(INFINITE)), WRONG, "infinit"),
     (kernels.extract, lambda g: kernels.extract(nn.Conv2d(1, 1, 3, device="meta")), WRONG, "meta device"),
     (kernels.extract, lambda g: kernels.extract(nn.LazyConv2d(1, 3)), WRONG, "no values yet"),
     (kernels.extract, lambda g: kernels.extract(g.network, size=7), WRONG, "7"),
     (kernels.insert, lambda g: kernels.insert(g.other, g.bank), WRONG, "use the architecture"),
+    (kernels.insert, lambda g: kernels.insert(g.network, g.clustering), WRONG, "the bank is a Clustering"),
+    (kernels.insert, lambda g: kernels.insert(g.network, replace(g.bank, weights=g.bank.weights * NAN)), WRONG, "finite in torch.float32"),
+    (kernels.bank_of, lambda g: clustering.cluster(g.points, 4), WRONG, "kmeans.kmeans clusters points (n, d)"),
+    (kernels.bank_of, lambda g: clustering.cluster(torch.tensor(g.points), 4), WRONG, "the kernels are a Tensor"),
+    (kernels.bank_of, lambda g: clustering.cluster("vgg16-fashion", 4), WRONG, "the kernels are a str"),
+    (kernels.bank_of, lambda g: clustering.cluster(g.small, 4), WRONG, "compressed already"),
+    (convolutions.set_weight, lambda g: kernels.set_weight(g.network[0], torch.ones(3)), WRONG, "3 values"),
+    (convolutions.usable, lambda g: convolutions.usable(nn.Conv2d(1, 1, 3, device="meta")), WRONG, "no values yet"),
+    (copying.copied, lambda g: copying.copied(g.locked), WRONG, "network.lock"),
     (kernels.matched, lambda g: kernels.matched(nn.Linear(1, 1), g.bank.layers), WRONG, "no such layer"),
     (kernels.sample, lambda g: kernels.sample(g.bank, 0), WRONG, "per_layer is 0"),
     (kernels.sample, lambda g: kernels.sample(g.bank, 1, seed=-1), WRONG, "seed is -1"),
