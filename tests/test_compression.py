@@ -556,7 +556,7 @@ def test_clustering_of_another_architecture_is_refused(network, other, sentence)
 
 def test_a_packed_network_has_no_convolutions_left_to_compress(network):
     result = cluster(extract(network), 2)
-    with pytest.raises(InvalidValueError, match=r"layer 0 .*no such layer"):
+    with pytest.raises(InvalidValueError, match=r"layer 0 .*compressed already"):
         compress(compress(network, result), result)
 
 
