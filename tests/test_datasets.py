@@ -189,13 +189,15 @@ def test_aligned_relabels_by_name_into_the_models_order(classes):
     assert data.classes == classes
 
 
-def test_aligned_takes_other_names_of_an_equal_count_in_order():
-    assert datasets.aligned(small(6), ("x", "y", "z"), 3).labels.tolist() == [0, 1, 2] * 2
+def test_aligned_takes_other_names_by_position_where_the_user_says_so():
+    data = datasets.aligned(small(6), ("x", "y", "z", "w"), 4, classes="by position")
+    assert (data.labels.tolist(), data.classes) == ([0, 1, 2] * 2, ("x", "y", "z", "w"))
+    assert any("by position" in note for note in data.notes)
 
 
-@pytest.mark.parametrize("classes", [("a", "b"), ("a", "b", "x", "y")])
-def test_aligned_refuses_other_classes(classes):
-    with pytest.raises(InvalidValueError, match=f"answers {len(classes)} classes, but small/test has 3"):
+@pytest.mark.parametrize("classes", [("a", "b"), ("a", "b", "x", "y"), ("a", "b", "x")])
+def test_aligned_shows_both_lists_of_classes_that_do_not_fit(classes):
+    with pytest.raises(InvalidValueError, match=r"\(a, b, c\).*\(a, b.*no output is c"):
         datasets.aligned(small(), classes, len(classes))
 
 
