@@ -14,6 +14,7 @@ from kclib.errors import DamagedFileError, InvalidValueError, KclibError, reason
 
 _IMAGES = ("image", "img", "pixel_values")  # under these, data sets whose items are mappings keep an image
 _LABELS = ("label", "labels", "target")
+_NOT_ITS_FAULT = (MemoryError, torch.OutOfMemoryError, InterruptedError)
 _MODES = (1, 3, 4)  # channels of a tensor that PIL has a mode for
 
 
@@ -49,7 +50,7 @@ def item(images: Dataset, index: int, name: str) -> tuple:
     """
     try:
         pair = images[index]
-    except (KclibError, MemoryError):
+    except (KclibError, *_NOT_ITS_FAULT):
         raise
     except Exception as error:  # a stranger's code raises anything; so does a damaged picture
         if path := file_of(images, index):
@@ -232,7 +233,7 @@ def _one(preprocess: Callable, image, where: str) -> torch.Tensor:
 def _called(preprocess: Callable, image, where: str):
     try:
         return preprocess(image)
-    except (MemoryError, torch.OutOfMemoryError):
+    except _NOT_ITS_FAULT:
         raise
     except Exception as error:  # the user's code raises what it likes
         raise InvalidValueError(
