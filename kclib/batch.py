@@ -1,11 +1,16 @@
 """Run notebooks in order by papermill, under a profile of parameters, into a folder of reports."""
 
+import contextlib
 import os
 import re
+import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import nbformat
 import papermill
 from nbclient.exceptions import CellTimeoutError
@@ -13,12 +18,12 @@ from tqdm.auto import tqdm
 from traitlets.config import Config
 
 from kclib import files, profiles, provenance, reports
-from kclib.errors import NotebookError, reason
+from kclib.errors import NotebookError, StorageError, reason
 from kclib.profiles import Profile
 from kclib.reports import Chapter
 
-# Sockets in the file system: kernels of batches that run side by side could race for TCP ports.
-_KERNEL = Config({"KernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"}})
+_LONGEST = 70  # bytes of a folder's path, so that a socket's in it stays below what systems allow, 103 or 107
+_START = 600  # seconds that a kernel may take to start, among many
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -27,14 +32,21 @@ def run(profile: Profile, out: Path) -> Path:
 
     Under ``out/<profile>/`` each notebook leaves its executed ``.ipynb`` and an ``.html`` for readers;
     ``index.html`` is written anew after each, so an interrupted batch leaves its finished part readable.
-    What a sweep wrote there is kept.
+    What a sweep wrote there is kept. Any number of batches may run side by side, each into its own folder.
 
     Raises
     ------
     NotebookError
         Notebooks failed; each is kept with its error, the others ran, and the index says so.
+    StorageError
+        Another batch writes this report, or nothing can be written there.
     """
     folder = Path(out) / profile.name
+    with _ours_alone(folder):
+        return _run(profile, folder)
+
+
+def _run(profile: Profile, folder: Path) -> Path:
     chapters = [Chapter(stem, "not run", parameters=given) for stem, given in profile.parameters.items()]
     about = provenance.stamp() | _hashes(profile)
     index = _write(folder, profile, chapters, about)
@@ -55,6 +67,49 @@ def run(profile: Profile, out: Path) -> Path:
             bar.update(profile.seconds[stem])
     _check(chapters, folder, index)
     return index
+
+
+@contextlib.contextmanager
+def _ours_alone(folder: Path) -> Iterator[None]:
+    """Hold a report's folder against other batches in this block."""
+    lock = filelock.FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise StorageError(
+            f"another batch is writing {folder}; wait until it is done, or give this one a folder of its own "
+            "(--out)."
+        ) from error
+    except OSError as error:
+        raise StorageError(f"{folder} could not be written: {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _private() -> Iterator[Config]:
+    """Yield a kernel's configuration: it is reached by sockets in a folder of its own.
+
+    TCP ports, and sockets in the notebooks' folder, are what kernels that start side by side would race for.
+    The folder goes with this process, also if that is killed: the shell waits for the end of its input.
+    """
+    if os.name != "posix":
+        yield Config()
+        return
+    try:
+        parents = (tempfile.gettempdir(), "/tmp")
+        short = next((x for x in parents if len(os.fsencode(x)) <= _LONGEST), parents[0])
+        folder = tempfile.mkdtemp(prefix="kclib-", dir=short)
+    except OSError as error:
+        raise StorageError(
+            f"no temporary folder could be made for a kernel's sockets: {error.strerror}."
+        ) from error
+    command = ["sh", "-c", 'read _; rm -rf "$1"', "sh", folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+        yield Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}})
 
 
 def _write(folder: Path, profile: Profile, chapters: list[Chapter], about: dict[str, str]) -> Path:
@@ -86,18 +141,19 @@ def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
         parameters.setdefault("report_dir", str(folder.resolve()))
     start, error, traceback = time.perf_counter(), "", ""
     try:
-        papermill.execute_notebook(
-            source,
-            target,
-            parameters,
-            cwd=profile.folder,
-            start_timeout=120,
-            execution_timeout=timeout,
-            progress_bar={"desc": chapter.stem, "position": 1, "leave": False},
-            config=_KERNEL,
-            kernel_name="python3",  # this environment's, whatever the file was last saved with
-            language="python",
-        )
+        with _private() as config:
+            papermill.execute_notebook(
+                source,
+                target,
+                parameters,
+                cwd=profile.folder,
+                start_timeout=_START,
+                execution_timeout=timeout,
+                progress_bar={"desc": chapter.stem, "position": 1, "leave": False},
+                config=config,
+                kernel_name="python3",  # this environment's, whatever the file was last saved with
+                language="python",
+            )
     except papermill.PapermillExecutionError as failure:
         error = f"{failure.ename}: {reason(failure.evalue)}"
         traceback = _COLOURS.sub("", "\n".join(failure.traceback))

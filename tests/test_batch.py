@@ -1,9 +1,15 @@
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+import psutil
 import papermill
 import pytest
 import tiny
@@ -29,6 +35,16 @@ NOTEBOOKS = {
         "x = 0",
         'print("\\n".join(f"line {i}" for i in range(1_000_000)))',
         "import kclib.reports as r\nr.headline(str(x))",
+    ],
+    "looks": [
+        'said: str = ""',
+        "import os, time\nimport kclib.reports as r\ntime.sleep(1)\nr.headline(f'{said} {sorted(os.listdir())}')",
+    ],
+    "waits": [
+        'said: str = ""',
+        "import os, time\nfrom pathlib import Path\nfrom ipykernel import get_connection_file",
+        "Path(f'{said}.part').write_text(f'{get_connection_file()} {os.getpid()}')\n"
+        "os.replace(f'{said}.part', said)\ntime.sleep(600)",
     ],
     "no_headline": ["x = 0", "y = 1"],
     "foreign_kernel": ["x = 0", "y = 1"],
@@ -128,6 +144,60 @@ def test_a_notebook_that_fails_is_kept_with_its_error_and_the_others_run(folder,
     assert "\x1b[" not in index
     kept = [output.ename for output in outputs(tmp_path / "tiny" / f"{stem}.ipynb") if "ename" in output]
     assert kept == {"broken": ["ZeroDivisionError"], "sleeps": ["KeyboardInterrupt"]}.get(stem, [])
+
+
+def test_batches_side_by_side_on_one_folder_each_end_well_and_leave_nothing_there(folder, tmp_path):
+    path = profile_file(folder, {"looks": None})
+    there = sorted(path.name for path in folder.iterdir())
+    command = [sys.executable, "-m", "kclib", "batch", "--profile", path]
+    options = {who: ["--out", tmp_path / who, "--set", f"said={who}"] for who in "abc"}
+    started = [subprocess.Popen([*command, *x], stderr=subprocess.DEVNULL) for x in options.values()]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    found = [reports.read(tmp_path / who / "tiny", "tiny").chapters[0].headline for who in options]
+    assert found == [f"{who} {there}" for who in options], "no socket lies beside the notebooks"
+
+
+def test_a_batch_that_is_killed_leaves_no_kernel_and_no_socket(folder, tmp_path):
+    told = tmp_path / "told"
+    path = profile_file(folder, {"waits": None}, {"said": str(told)})
+    code = f"from kclib import batch, profiles; batch.run(profiles.load({path!r}), {str(tmp_path)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(told.is_file)
+        connection, pid = told.read_text().split()
+        private = Path(connection).parent
+        assert {path.suffix for path in private.iterdir()} > {".json"}, "sockets lie beside the file"
+        assert private.stat().st_mode & 0o777 == 0o700
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not private.exists())
+    wait_until(lambda: not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == "zombie")
+    again = profiles.load(profile_file(folder, {"other": None}))
+    assert batch.run(again, tmp_path).is_file(), "the report's folder is free again"
+
+
+def wait_until(true) -> None:
+    """Wait for what must come about, also where other processes run."""
+    end = time.monotonic() + 240
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_second_batch_into_one_report_is_refused(folder, tmp_path, monkeypatch):
+    profile = profiles.load(profile_file(folder, {"other": None}))
+
+    def execute(*_, **__):
+        with pytest.raises(errors.StorageError, match=r"another batch is writing .*tiny"):
+            batch.run(profile, tmp_path)
+        assert batch.run(replace(profile, parameters={}), tmp_path / "elsewhere").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    with pytest.raises(KeyboardInterrupt):
+        batch.run(profile, tmp_path)
 
 
 def test_every_notebook_that_failed_is_named_and_a_later_run_forgets_them(folder, tmp_path):
