@@ -17,6 +17,14 @@ def data_dir() -> Path:
     return Path(os.environ.get("KCLIB_DATA") or Path(__file__).parents[1] / "data").absolute()
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """Return a path with ``~`` and ``~user`` as the home folder they mean, where there is one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
     with open(path, "rb") as file:

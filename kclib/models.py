@@ -3,22 +3,18 @@
 import hashlib
 import importlib
 import pickle
-import re
-import textwrap
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms import v2
 
-from kclib import checks, files
+from kclib import checks, files, state_dicts
 from kclib.errors import (
     DamagedFileError,
     InvalidValueError,
@@ -33,14 +29,13 @@ FASHION_CLASSES = (
 )  # fmt: skip
 FASHION_FILE = "vgg16_fashion.fp16.safetensors"
 FASHION_SHA256 = "5e0e2765a902909e06d690168e9fcf03d15c67960481355aa29a78193700029b"
+read_weights = state_dicts.read
 # Builders whose published weights need other arguments than the builder's defaults.
 _BUILDER_ARGUMENTS = {
     "googlenet": {"transform_input": True, "init_weights": False},
     "inception_v3": {"transform_input": True, "init_weights": False},
     "vit_h_14": {"image_size": 518},
 }
-# Published densenets carry names that the modules no longer have.
-_OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class Model:
 def load(
     name: str = "vgg16-fashion",
     *,
-    weights: str | Path | None = None,
+    weights: str | Path | Mapping | None = None,
     device: str | torch.device = "cpu",
 ) -> Model:
     """Load a trained network, in eval mode.
@@ -80,8 +75,9 @@ def load(
         their own transforms), or ``package.module:factory`` for a function without arguments that
         returns a `torch.nn.Module` or a `Model`.
     weights : path, optional
-        A safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` accepts, to load
-        in place of the default weights.
+        A checkpoint to load in place of the default weights, as `state_dicts.found` and `state_dicts.fill`
+        take it: safetensors or what torch.save wrote, told by its content, with the prefixes and containers
+        that trainers put around a state dict; or a compressed file, whose weights become dense.
     device : str or torch.device
 
     Raises
@@ -89,14 +85,17 @@ def load(
     UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
     """
     model = architecture(name)
+    if weights is not None and state_dicts.is_compressed(weights):
+        from kclib import checkpoint  # lies above this module, and is needed for such files only
+
+        return checkpoint.load(files.expanded(weights), architecture=model, resident="dense", device=device)
     if weights is not None:
-        _fill(model.network, read_weights(weights), str(weights))
+        state_dicts.fill(model.network, state_dicts.found(weights), str(weights))
     elif name == "vgg16-fashion":
-        _fill(
-            model.network, read_weights(files.shipped(files.data_dir() / FASHION_FILE, FASHION_SHA256)), name
-        )
+        shipped = files.shipped(files.data_dir() / FASHION_FILE, FASHION_SHA256)
+        state_dicts.fill(model.network, state_dicts.found(shipped), name)
     elif name in torchvision_names():
-        _fill(model.network, _published(name), name)
+        state_dicts.fill(model.network, {"": _published(name)}, name)
     moved(model.network, device).eval()
     return model
 
@@ -247,41 +246,6 @@ def fashion_preprocess() -> Callable:
     )
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a state dict from a safetensors file or a ``weights_only`` torch checkpoint.
-
-    Raises
-    ------
-    MissingFileError, DamagedFileError
-        The file is absent; or truncated, not a state dict, or would need unpickling of code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"weights file {path} does not exist.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():  # torch warns of some pickles before it refuses them
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DamagedFileError(
-            f"{path} is damaged or holds more than tensors, which is never unpickled; "
-            "give a safetensors file or what torch.save(network.state_dict(), path) wrote."
-        ) from error
-    except Exception as error:  # a damaged file can make its reader raise almost anything
-        raise DamagedFileError(
-            f"{path} is not a whole safetensors file or weights-only checkpoint ({reason(error)})."
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()
-    ):
-        raise DamagedFileError(f"{path} holds no state dict (a mapping of names to tensors).")
-    return state
-
-
 def fingerprint(network: nn.Module) -> str:
     """Return the SHA-256 over names, dtypes, shapes and bytes of a network's state."""
     digest = hashlib.sha256()
@@ -293,21 +257,12 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _fill(network: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        lines = "; ".join(line.strip(" .\t") for line in str(error).splitlines()[1:])
-        said = textwrap.shorten(lines, 240, placeholder=" and so on")
-        raise InvalidValueError(f"{source} does not fit the network ({said}).") from error
-
-
 def _published(name: str) -> dict[str, torch.Tensor]:
     """Return the published weights of one of torchvision's networks."""
     published = torchvision.models.get_model_weights(name).DEFAULT
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
     try:  # torchvision's own builders would unpickle; the same files load weights-only
-        state = published.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
+        return published.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
     except OSError as error:
         raise MissingFileError(
             f"the published weights of {name} could not be downloaded; place {target.name} at {target}."
@@ -316,7 +271,6 @@ def _published(name: str) -> dict[str, torch.Tensor]:
         raise DamagedFileError(
             f"{target} is not the published file ({reason(error)}); remove it or place the right one."
         ) from error
-    return {_OLD_DENSENET_NAME.sub(r"\1\2", name): value for name, value in state.items()}
 
 
 def _from_factory(name: str) -> Model:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-import psutil
 import papermill
+import psutil
 import pytest
 import tiny
 import yaml
@@ -38,7 +38,8 @@ NOTEBOOKS = {
     ],
     "looks": [
         'said: str = ""',
-        "import os, time\nimport kclib.reports as r\ntime.sleep(1)\nr.headline(f'{said} {sorted(os.listdir())}')",
+        "import os, time\nimport kclib.reports as r\ntime.sleep(1)",
+        "r.headline(f'{said} {sorted(os.listdir())}')",
     ],
     "waits": [
         'said: str = ""',
