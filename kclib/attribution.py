@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kclib import checks, compression, evaluation, kernels, prefix
+from kclib import checks, compression, datasets, evaluation, inference, kernels, models, prefix
 from kclib.clustering import Clustering
 from kclib.datasets import ImageSet
 from kclib.evaluation import Evaluation, Interval
@@ -37,7 +37,7 @@ def by_layer(
 
     Parameters
     ----------
-    model : Model
+    model : Model or torch.nn.Module
         Dense; unchanged.
     clustering : Clustering
         As `compression.replaced` puts it into the network.
@@ -63,21 +63,20 @@ def by_layer(
     """
     for way in ways:
         checks.check_known("way to cluster a layer", way, WAYS)
+    model, data = models.as_model(model), datasets.as_image_set(data)
     owners = kernels.matched(model.network, clustering.layers)
     users = {name: tuple(compression.users(model.network, name, x.weight)) for name, x in owners.items()}
     keys = [*((layer, way) for layer in users for way in ways), _ALL]
     found: dict[tuple[str, str], list[Tensor]] = {key: [] for key in keys}
 
     def tell(key: tuple[str, str], logits: Tensor) -> None:
-        found[key].append(logits.float().cpu().topk(min(5, logits.shape[1])).indices)
+        found[key].append(logits.cpu().topk(min(5, logits.shape[1])).indices)
 
-    small = compression.replaced(model.network, clustering)
-    many = replace(
-        model, name=f"{model.name} by layer", network=_Variants(model.network, small, users, ways, tell)
-    )
+    dense, small = kernels.copied(model.network).eval(), compression.replaced(model.network, clustering)
+    many = replace(model, name=f"{model.name} by layer", network=_Variants(dense, small, users, ways, tell))
     options = {"batch_size": batch_size, "precision": precision, "device": device, "progress": progress}
-    dense = evaluation.evaluate(many, data, **options)
-    rows = [(*key, *_compared(dense, torch.cat(top))) for key, top in found.items()]
+    answers = evaluation.evaluate(many, data, **options)
+    rows = [(*key, *_compared(answers, torch.cat(top))) for key, top in found.items()]
     return pd.DataFrame(rows, columns=["layer", "way", "top1", "drop", "drop_low", "drop_high", "agreement"])
 
 
@@ -103,7 +102,7 @@ def by_class(before: Evaluation, after: Evaluation) -> pd.DataFrame:
     """
     _check_images(before, after)
     rows = []
-    for i, name in enumerate(before.classes):
+    for i, name in enumerate(evaluation.told_apart(before.classes)):
         mine = before.labels == i
         if mine.any():
             first, second = _part(before, mine), _part(after, mine)
@@ -116,6 +115,8 @@ def by_class(before: Evaluation, after: Evaluation) -> pd.DataFrame:
 
 def flipped(before: Evaluation, after: Evaluation) -> pd.DataFrame:
     """Return the images that are answered otherwise than before: those lost, those won, those wrong twice.
+
+    Images whose class is not known are left out.
 
     Parameters
     ----------
@@ -134,8 +135,9 @@ def flipped(before: Evaluation, after: Evaluation) -> pd.DataFrame:
         The two are of different images.
     """
     _check_images(before, after)
-    way = np.where(before.correct, "lost", np.where(after.correct, "won", "wrong"))
-    images = np.flatnonzero(before.predictions != after.predictions)
+    right, again = (x.predictions == x.labels for x in (before, after))
+    way = np.where(right, "lost", np.where(again, "won", "wrong"))
+    images = np.flatnonzero((before.predictions != after.predictions) & before.known)
     names = np.array(before.classes, dtype=object)
     table = pd.DataFrame(
         {
@@ -158,20 +160,24 @@ class _Variants(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the dense logits."""
-        logits = self._run(self.dense, self.small, inputs, "alone")
-        self.tell(_ALL, self._run(self.small, self.dense, inputs, "all but"))
+        logits, others = self._run(self.dense, self.small, inputs, "alone")
+        whole, rest = self._run(self.small, self.dense, inputs, "all but")
+        for key, answer in (others | rest | {_ALL: whole}).items():  # told once all of them have run
+            self.tell(key, answer)
         return logits
 
-    def _run(self, network: nn.Module, other: nn.Module, inputs: Tensor, way: str) -> Tensor:
-        """Return a network's logits; tell those with each layer taken from the other if asked this way."""
+    def _run(self, network: nn.Module, other: nn.Module, inputs: Tensor, way: str) -> tuple[Tensor, dict]:
+        """Return a network's logits, and those with each layer taken from the other if asked this way."""
         if way not in self.ways:
-            return network(inputs)
+            return inference.answers(network, inputs), {}
         users = [network.get_submodule(name) for names in self.users.values() for name in names]
-        recording = prefix.record(network, inputs, users)
+        recording = inference.run(network, inputs, lambda x: prefix.record(network, x, users))
+        found = {}
         for layer, names in self.users.items():
             with _swapped(network, other, names) as changed:
-                self.tell((layer, way), recording.again(changed))
-        return recording.output
+                answer = inference.run(network, inputs, lambda _, changed=changed: recording.again(changed))
+                found[layer, way] = inference.picked(network, answer, len(inputs))
+        return inference.picked(network, recording.output, len(inputs)), found
 
 
 @contextmanager

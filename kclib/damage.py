@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from kclib import checks, evaluation, fitting, kernels
+from kclib import checks, evaluation, fitting, kernels, models
 from kclib import clustering as clusterings
 from kclib.clustering import Clustering, Group
 from kclib.datasets import ImageSet
@@ -47,12 +47,12 @@ def by_cluster(bank: KernelBank, clustering: Clustering, weights: np.ndarray | N
     return table.sort_values("damage", ascending=False, kind="stable", ignore_index=True)
 
 
-def restored(model: Model, clustering: Clustering, worst: pd.DataFrame) -> Model:
+def restored(model: Model | nn.Module, clustering: Clustering, worst: pd.DataFrame) -> Model:
     """Return a clustered model in which the kernels of some representatives are their own dense ones again.
 
     Parameters
     ----------
-    model : Model
+    model : Model or torch.nn.Module
         Dense; unchanged.
     clustering : Clustering
     worst : pandas.DataFrame
@@ -64,6 +64,7 @@ def restored(model: Model, clustering: Clustering, worst: pd.DataFrame) -> Model
         A clustering of another architecture.
     """
     checks.check_columns(worst, ("group", "cluster"))
+    model = models.as_model(model)
     dense = bank_of(model.network, clustering).weights
     weights = clusterings.quantized(clustering)
     chosen = worst.groupby("group").cluster.agg(list) if len(worst) else {}
@@ -75,7 +76,7 @@ def restored(model: Model, clustering: Clustering, worst: pd.DataFrame) -> Model
 
 
 def won_back(
-    model: Model,
+    model: Model | nn.Module,
     clustering: Clustering,
     table: pd.DataFrame,
     data: ImageSet,
@@ -86,7 +87,7 @@ def won_back(
 
     Parameters
     ----------
-    model : Model
+    model : Model or torch.nn.Module
         Dense; unchanged.
     clustering : Clustering
     table : pandas.DataFrame

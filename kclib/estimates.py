@@ -68,8 +68,8 @@ class Rates:
 
 def check(subject: Subject) -> None:
     """Raise a `KclibError` if every cell of a subject would fail: its model does not run on its images."""
-    if not len(subject.data):
-        raise InvalidValueError(f"{subject.data.name} has no images; it must have at least one.")
+    if not (subject.data.labels >= 0).any():
+        raise InvalidValueError(f"{subject.data.name} has no images of known class; it needs one.")
     evaluation.evaluate(
         subject.model,
         _few(subject.data, 1),
@@ -87,4 +87,5 @@ def _probed(subject: Subject) -> float:
 
 
 def _few(data: datasets.ImageSet, n: int) -> datasets.ImageSet:
-    return datasets.limited(data, min(n, len(data)))
+    known = data if (data.labels >= 0).all() else datasets.select(data, (data.labels >= 0).nonzero()[:, 0])
+    return datasets.limited(known, min(n, len(known)))

@@ -2,7 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from scipy import stats
 from tqdm.auto import tqdm
 
-from kclib import checks, datasets, kernels, models
+from kclib import checks, datasets, inference, intervals, kernels, models
 from kclib.errors import InvalidValueError, StoppedError
 from kclib.models import Model
 
@@ -36,7 +38,7 @@ class Drop:
     Attributes
     ----------
     points : Interval
-        Positive if the second is worse.
+        Positive if the second is worse; within -100 and 100.
     p_value : float
         Exact McNemar test that images are lost as often as won.
     lost, won : int
@@ -53,17 +55,23 @@ class Drop:
 class Evaluation:
     """What a network answered on a data set.
 
+    Images whose class is not known are answered, but counted nowhere: neither as right nor as wrong.
+
     Attributes
     ----------
     predictions : numpy.ndarray
-        int64 ``(n,)``, the class of the largest logit of each image.
+        int64 ``(n,)``, the output with the largest logit for each image.
     labels : numpy.ndarray
-        int64 ``(n,)``, the true class.
+        int64 ``(n,)``, the true class as a place among the outputs; below 0 if it is not known.
     in_top5 : numpy.ndarray
         bool ``(n,)``, whether the true class is among the five largest logits.
     classes : tuple of str
+        Names of the outputs.
     seconds : float
         Wall time.
+    notes : tuple of str
+        Sentences that a reader must know beside the numbers: those of the data set, and how many images have
+        no known class.
     """
 
     predictions: np.ndarray
@@ -71,11 +79,17 @@ class Evaluation:
     in_top5: np.ndarray
     classes: tuple[str, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> np.ndarray:
+        """Bool ``(n,)``: whether each image's true class is known."""
+        return self.labels >= 0
 
     @property
     def correct(self) -> np.ndarray:
-        """Bool ``(n,)``: whether each image's top answer is right."""
-        return self.predictions == self.labels
+        """Bool ``(m,)``: whether the top answer is right, of each image whose class is known."""
+        return (self.predictions == self.labels)[self.known]
 
     @property
     def top1(self) -> Interval:
@@ -85,22 +99,24 @@ class Evaluation:
     @property
     def top5(self) -> Interval:
         """Top-5 accuracy in percent, with the Wilson score interval."""
-        return _proportion(self.in_top5)
+        return _proportion(self.in_top5[self.known])
 
     @property
     def per_class(self) -> dict[str, float]:
-        """Accuracy in percent of each class that has images."""
+        """Accuracy in percent of each class that has images; names that several have carry their number."""
+        right = self.predictions == self.labels
         return {
-            name: 100 * float(self.correct[self.labels == i].mean())
-            for i, name in enumerate(self.classes)
+            name: 100 * float(right[self.labels == i].mean())
+            for i, name in enumerate(told_apart(self.classes))
             if (self.labels == i).any()
         }
 
 
 def evaluate(
-    model: Model,
+    model: Model | torch.nn.Module,
     data: datasets.ImageSet,
     *,
+    classes: str | Sequence[str] | None = None,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
@@ -110,13 +126,18 @@ def evaluate(
 
     Parameters
     ----------
-    model : Model
-        Unchanged; a copy runs, in channels_last layout.
-    data : ImageSet
+    model : Model or torch.nn.Module
+        A network alone gets the preprocessing of `models.plain`. It runs as it is, in eval mode, and is left
+        in the mode it was in; only where it is on another device is a copy made. Inputs are in channels_last
+        layout where the network stands that, and of the network's own precision.
+    data : ImageSet, or what `datasets.as_image_set` takes
+    classes : "by position" or sequence of str, optional
+        How the classes of the data are matched to the outputs of the network (`datasets.aligned`).
     batch_size : int
     device : str or torch.device
     precision : {"fp32", "bf16", "fp16"}
-        Autocast precision of the convolutions.
+        Autocast precision of the convolutions of a float32 network; a network in half or double precision
+        runs in its own.
     progress : bool or callable
         Whether to show a progress bar; or, in place of one, what is called with the share of the images done.
         A true answer ends the evaluation.
@@ -125,52 +146,55 @@ def evaluate(
     ------
     InvalidValueError, UnknownNameError
         A model that answers other classes than the data set has, or NaN, or does not run on the images; no
-        images; a batch, device or precision that is none.
+        images, or none whose class is known; a batch, device or precision that is none.
+    NotEnoughMemoryError
+        A batch does not fit.
     StoppedError
         `progress` ended it.
     """
     checks.check_known("precision", precision, _AUTOCAST)
     checks.check_whole("batch_size", batch_size, 1)
+    checks.check_values(device)
+    model, data = models.as_model(model), datasets.as_image_set(data)
     if not len(data):
         raise InvalidValueError(f"{data.name} has no images; an evaluation takes at least one.")
-    if model.classes:
-        data = datasets.aligned(data, model.classes, len(model.classes))
-    checks.check_values(device)
-    network = models.moved(kernels.copied(model.network).eval(), device)
-    network = network.to(memory_format=torch.channels_last)
-    start = time.perf_counter()
-    predictions, in_top5, done = [], [], 0
+    if not (data.labels >= 0).any():
+        raise InvalidValueError(
+            f"{data.name} has no image whose class is known; accuracy takes at least one."
+        )
+    start, top, done = time.perf_counter(), [], 0
     with (
-        torch.inference_mode(),
-        torch.autocast(torch.device(device).type, _AUTOCAST[precision], enabled=precision != "fp32"),
+        _running(model.network, device, precision) as answers,
         tqdm(total=len(data), desc=model.name, unit="image", delay=2, disable=progress is not True) as bar,
     ):
         for inputs, labels in datasets.batches(
             data, model.preprocess, batch_size, workers=min(4, os.cpu_count() or 1)
         ):
-            inputs = inputs.to(device, memory_format=torch.channels_last)
-            logits = _checked(models.answers(network, inputs), data)
-            top = logits.topk(min(5, logits.shape[1])).indices
-            predictions.append(top[:, 0])
-            in_top5.append((top == labels[:, None]).any(1))
+            logits = _checked(answers(inputs))
+            if not top:
+                data = datasets.aligned(data, model.classes, logits.shape[1], classes=classes)
+            top.append(logits.topk(min(5, logits.shape[1])).indices)
             bar.update(len(labels))
             done += len(labels)
             if callable(progress) and progress(done / len(data)):
                 raise StoppedError(f"the evaluation was stopped after {done:,} of {len(data):,} images.")
-    return Evaluation(
-        torch.cat(predictions).numpy(),
-        data.labels.numpy(),
-        torch.cat(in_top5).numpy(),
-        data.classes,
-        time.perf_counter() - start,
-    )
+    top, labels = torch.cat(top).numpy(), data.labels.numpy()
+    in_top5 = (top == labels[:, None]).any(1)
+    return Evaluation(top[:, 0], labels, in_top5, data.classes, time.perf_counter() - start, _noted(data))
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Return the names of classes, those that several have with their number: ImageNet has two cranes."""
+    times = Counter(names)
+    return [name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(names)]
 
 
 def drop(before: Evaluation, after: Evaluation) -> Drop:
     """Return the accuracy points lost from `before` to `after`.
 
-    The interval is that of the paired t statistic over the per-image differences (-1, 0, 1), which
-    uses that both saw the same images; the p-value is McNemar's (1947) in its exact binomial form.
+    The interval is Tango's (1998) score interval for the difference of paired proportions
+    (`intervals.of_mean`), which uses that both saw the same images; the p-value is McNemar's (1947) in its
+    exact binomial form.
 
     Raises
     ------
@@ -183,15 +207,58 @@ def drop(before: Evaluation, after: Evaluation) -> Drop:
 
 
 def paired(before: np.ndarray, after: np.ndarray) -> Drop:
-    """Return the points lost, as `drop` does, from which of the same images are right: bool ``(n,)`` each."""
-    difference = before.astype(float) - after.astype(float)
-    lost, won = int((difference > 0).sum()), int((difference < 0).sum())
-    mean = float(100 * difference.mean())
-    low = high = mean
-    if difference.std() > 0:
-        low, high = stats.ttest_1samp(100 * difference, 0).confidence_interval(0.95)
+    """Return the points lost, as `drop` does, from which of the same images are right: bool ``(n,)`` each.
+
+    Raises
+    ------
+    InvalidValueError
+        They are no truth values, none, or of different numbers of images.
+    """
+    before, after = np.asarray(before), np.asarray(after)
+    for right in (before, after):
+        if right.dtype != bool or right.ndim != 1 or not right.size or right.shape != before.shape:
+            raise InvalidValueError(
+                f"which images are right is {before.dtype} {before.shape} before and {after.dtype} "
+                f"{after.shape} after; both must be bool (n,), of the same images, and n at least 1."
+            )
+    lost, won, n = int((before & ~after).sum()), int((after & ~before).sum()), len(before)
+    low, high = intervals.of_mean([-1, 0, 1], [won, n - won - lost, lost], -1, 1)
     p_value = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
-    return Drop(Interval(mean, float(low), float(high)), float(p_value), lost, won)
+    points = Interval(100 * (lost - won) / n, 100 * low, 100 * high)
+    return Drop(points, float(p_value), lost, won)
+
+
+@contextmanager
+def _running(network: torch.nn.Module, device, precision: str) -> Iterator[Callable]:
+    """Yield what answers inputs with a network's logits, in eval mode; a copy is for another device alone."""
+    if not inference.on_device(network, device):
+        network = models.moved(kernels.copied(network), device).to(memory_format=torch.channels_last)
+    dtype, kind = inference.precision_of(network), torch.device(device).type
+    layouts = [torch.channels_last, torch.contiguous_format]
+
+    def answers(inputs: torch.Tensor) -> torch.Tensor:
+        inputs = inputs.to(device, dtype)
+        if inputs.ndim == 4 and len(layouts) == 2:
+            try:
+                return models.answers(network, inputs.contiguous(memory_format=layouts[0]))
+            except InvalidValueError:
+                del layouts[0]  # a network that cannot flatten such inputs, or that cannot run on any
+        return models.answers(network, inputs.contiguous())
+
+    # no_grad: what a network keeps for itself must not be an inference tensor, which no training takes
+    with (
+        torch.no_grad(),
+        torch.autocast(kind, _AUTOCAST[precision], enabled=precision != "fp32" and dtype == torch.float32),
+        inference.evaluating(network),
+    ):
+        yield answers
+
+
+def _noted(data: datasets.ImageSet) -> tuple[str, ...]:
+    """Return the notes of a data set, and how many of its images have no known class."""
+    unknown = int((data.labels < 0).sum())
+    note = f"{unknown:,} of {len(data):,} images have no known class and are not counted."
+    return (*data.notes, *((note,) * bool(unknown)))
 
 
 def _proportion(hits: np.ndarray) -> Interval:
@@ -199,14 +266,13 @@ def _proportion(hits: np.ndarray) -> Interval:
     return Interval(100 * float(hits.mean()), 100 * float(ends.low), 100 * float(ends.high))
 
 
-def _checked(logits: torch.Tensor, data: datasets.ImageSet) -> torch.Tensor:
-    """Return logits in float32 on the CPU; raise InvalidValueError if they are none for this data set."""
-    if logits.ndim != 2 or logits.shape[1] < len(data.classes):
+def _checked(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits on the CPU; raise InvalidValueError if no class can be read from them."""
+    if logits.shape[1] < 2:
         raise InvalidValueError(
-            f"the model answers shape {tuple(logits.shape)}; {data.name} needs one logit for each of "
-            f"its {len(data.classes)} classes."
+            "the model answers one logit for each image, which names no class; it must answer one for each."
         )
-    logits = logits.float().cpu()
+    logits = logits.cpu()
     if logits.isnan().any():
         raise InvalidValueError("the model answers NaN; its weights and activations must be finite numbers.")
     return logits

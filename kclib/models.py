@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms import v2
 
-from kclib import checks, files, state_dicts
+from kclib import checks, datasets, files, inference, inputs, state_dicts
 from kclib.errors import (
     DamagedFileError,
     InvalidValueError,
@@ -22,6 +22,8 @@ from kclib.errors import (
     UnknownNameError,
     reason,
 )
+
+answers = inference.answers
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -47,17 +49,20 @@ class Model:
     name : str
         How it was asked for.
     network : torch.nn.Module
-        In eval mode; answers logits ``(b, n_classes)`` for inputs ``(b, 3, h, w)``.
+        Answers logits ``(b, n_classes)``, in any form that `answers` reads, to inputs ``(b, c, h, w)``.
     preprocess : callable
         From a PIL image, or uint8 images ``(..., c, h, w)``, to the network's float input.
     classes : tuple of str
         Class names in the order of the logits; empty if unknown.
+    input_shape : (int, int, int), optional
+        Channels, height and width of an input, where they are known without an image.
     """
 
     name: str
     network: nn.Module
     preprocess: Callable
     classes: tuple[str, ...] = ()
+    input_shape: tuple[int, int, int] | None = None
 
 
 def load(
@@ -65,6 +70,7 @@ def load(
     *,
     weights: str | Path | Mapping | None = None,
     device: str | torch.device = "cpu",
+    input_shape: tuple[int, int, int] | None = None,
 ) -> Model:
     """Load a trained network, in eval mode.
 
@@ -79,12 +85,17 @@ def load(
         take it: safetensors or what torch.save wrote, told by its content, with the prefixes and containers
         that trainers put around a state dict; or a compressed file, whose weights become dense.
     device : str or torch.device
+    input_shape : (int, int, int), optional
+        Channels, height and width of an input, for a network of which they are not known. Of a factory that
+        returns a network alone, the images are then made so (`plain`).
 
     Raises
     ------
     UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
     """
     model = architecture(name)
+    if input_shape is not None:
+        model = _shaped(model, input_shape)
     if weights is not None and state_dicts.is_compressed(weights):
         from kclib import checkpoint  # lies above this module, and is needed for such files only
 
@@ -149,25 +160,6 @@ def moved(network: nn.Module, device: str | torch.device) -> nn.Module:
         ) from error
 
 
-def answers(network: nn.Module, inputs: torch.Tensor):
-    """Return what a network answers to inputs.
-
-    Raises
-    ------
-    InvalidValueError
-        It does not run on such inputs.
-    """
-    try:
-        return network(inputs)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        raise InvalidValueError(
-            f"the network does not run on inputs of shape {tuple(inputs.shape)} ({reason(error)}); "
-            "give images of the kind it was made for."
-        ) from error
-
-
 def architecture(name: str) -> Model:
     """Return a network by name as it is before weights are loaded; a user's own factory may bring them.
 
@@ -178,7 +170,7 @@ def architecture(name: str) -> Model:
     if isinstance(name, str) and ":" in name:
         return _from_factory(name)
     if name == "vgg16-fashion":
-        return Model(name, vgg16_fashion(), fashion_preprocess(), FASHION_CLASSES)
+        return Model(name, vgg16_fashion(), fashion_preprocess(), FASHION_CLASSES, (3, 32, 32))
     if name in torchvision_names():
         published = torchvision.models.get_model_weights(name).DEFAULT
         network = torchvision.models.get_model(name, weights=None, **_BUILDER_ARGUMENTS.get(name, {}))
@@ -187,15 +179,80 @@ def architecture(name: str) -> Model:
     raise UnknownNameError("model", name, names())
 
 
-def plain(name: str, network: nn.Module) -> Model:
-    """Return a network of which nothing is known: its input is RGB from 0 to 1."""
-    scaled = [v2.RGB(), v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
-    return Model(name, network, v2.Compose(scaled))
+def plain(name: str, network: nn.Module, input_shape: tuple[int, int, int] | None = None) -> Model:
+    """Return a network of which nothing is known: its input is RGB, or grey, from 0 to 1.
+
+    Parameters
+    ----------
+    name : str
+    network : torch.nn.Module
+        Where its first convolution, in the order of its modules, reads one channel, images are made grey;
+        where it has none, or one that reads three, RGB.
+    input_shape : (int, int, int), optional
+        Channels, height and width that images are made to have, resized with antialiasing. By default they
+        keep their height and width.
+
+    Raises
+    ------
+    InvalidValueError
+        No such shape can be. A network that reads another number of channels is told when an image is given.
+    """
+    if input_shape is not None:
+        _check_shape(input_shape)
+        n_channels, *size = input_shape
+        return Model(name, network, inputs.Plain(n_channels, tuple(size)), (), tuple(input_shape))
+    return Model(name, network, inputs.Plain(inference.channels(network) or 3))
 
 
-def input_shape(model: Model) -> tuple[int, int, int]:
-    """Return channels, height and width that a model's transform makes of a 28×28 image."""
-    return tuple(model.preprocess(torch.zeros(3, 28, 28, dtype=torch.uint8)).shape)
+def input_shape(model: Model | nn.Module, images=None) -> tuple[int, int, int]:
+    """Return channels, height and width of a model's input.
+
+    They are those that the model was given, or that its preprocessing makes of images of every size; else
+    those of the first image.
+
+    Parameters
+    ----------
+    model : Model or torch.nn.Module
+    images : ImageSet, optional
+        Images of the kind that the model is used on.
+
+    Raises
+    ------
+    InvalidValueError
+        The shape cannot be known.
+    """
+    model = as_model(model)
+    if model.input_shape:
+        return model.input_shape
+    if known := inputs.known_shape(model.preprocess):
+        return known
+    if images is not None:
+        first = datasets.select(datasets.as_image_set(images), torch.tensor([0]))
+        return tuple(next(datasets.batches(first, model.preprocess, 1))[0].shape[1:])
+    raise InvalidValueError(
+        f"the size of the input of {model.name} is not known, as its preprocessing keeps that of an image; "
+        "give input_shape=(channels, height, width) (kclib export --shape), or images."
+    )
+
+
+def _check_shape(shape: tuple[int, int, int]) -> None:
+    if not isinstance(shape, tuple | list) or len(shape) != 3:
+        raise InvalidValueError(f"input_shape is {shape!r}; it must be (channels, height, width).")
+    for name, value in zip(("channels", "height", "width"), shape, strict=True):
+        checks.check_whole(f"{name} of input_shape", value, 1)
+
+
+def _shaped(model: Model, shape: tuple[int, int, int]) -> Model:
+    """Return a model with an input shape that it was given; one that nothing is known of makes it so."""
+    _check_shape(shape)
+    if isinstance(model.preprocess, inputs.Plain):
+        return plain(model.name, model.network, shape)
+    known = model.input_shape or inputs.known_shape(model.preprocess)
+    if known not in (None, tuple(shape)):
+        raise InvalidValueError(
+            f"input_shape is {tuple(shape)}, but the preprocessing of {model.name} makes {known}."
+        )
+    return replace(model, input_shape=tuple(shape))
 
 
 def names() -> tuple[str, ...]:
@@ -246,10 +303,16 @@ def fashion_preprocess() -> Callable:
     )
 
 
-def fingerprint(network: nn.Module) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes of a network's state."""
+def fingerprint(network: Model | nn.Module) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of a network's state.
+
+    Raises
+    ------
+    InvalidValueError
+        It is no network, or one without values.
+    """
     digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
+    for name, value in network_of(network).state_dict().items():
         if value.is_meta:
             raise InvalidValueError(f"{name} has no values yet (meta device); load weights first.")
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kclib import checks, datasets, models
+from kclib import checks, datasets, inference
 from kclib.errors import InvalidValueError
 
 POSITIONS = 1 << 14  # of a layer's output, over all images, that its moments are taken at
@@ -121,7 +121,7 @@ def steps(network: nn.Module, inputs: Tensor, names: set[str]) -> list[Step]:
         if isinstance(module, nn.BatchNorm2d)
     ]
     with torch.no_grad():
-        models.answers(network, inputs)
+        inference.run(network, inputs)
     for handle in handles:
         handle.remove()
     if missing := sorted(names - set(order)):
@@ -212,7 +212,7 @@ def batches(data: datasets.ImageSet, preprocess: Callable, batch_size: int, devi
     return inputs
 
 
-class _Reached(Exception):
+class _Reached(BaseException):  # which no network of other people catches
     """The layer has read what it reads; the rest of the network need not run."""
 
 
@@ -226,7 +226,7 @@ def _inputs(network: nn.Module, step: Step, inputs: Tensor) -> list[Tensor]:
             raise _Reached
 
     with _hooked(network.get_submodule(step.name), hook), suppress(_Reached):
-        network(inputs)
+        inference.run(network, inputs)
     return read
 
 

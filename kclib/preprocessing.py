@@ -233,7 +233,7 @@ def _one(preprocess: Callable, image, where: str) -> torch.Tensor:
 def _called(preprocess: Callable, image, where: str):
     try:
         return preprocess(image)
-    except _NOT_ITS_FAULT:
+    except (KclibError, *_NOT_ITS_FAULT):
         raise
     except Exception as error:  # the user's code raises what it likes
         raise InvalidValueError(

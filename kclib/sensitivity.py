@@ -21,7 +21,7 @@ _PROBES = 4  # random directions a batch, of which each costs a backward pass th
 
 
 def weights(
-    model: models.Model,
+    model: models.Model | nn.Module,
     images: datasets.ImageSet,
     bank: KernelBank,
     *,
@@ -38,7 +38,7 @@ def weights(
 
     Parameters
     ----------
-    model : models.Model
+    model : models.Model or torch.nn.Module
         Unchanged; a float32 copy runs, in eval mode.
     images : datasets.ImageSet
         A few hundred are enough (`datasets.limited`). Their labels are not read.
@@ -75,6 +75,7 @@ def weights(
         finite; a bank of another architecture; a device that is not there.
     """
     checks.check_known("kind of sensitivity", kind, KINDS)
+    model, images = models.as_model(model), datasets.as_image_set(images)
     if not len(images):
         raise InvalidValueError(f"{images.name} has no images; sensitivity takes at least one.")
     checks.check_whole("batch_size", batch_size, 1)
@@ -123,8 +124,6 @@ class _Run:
     def answers(self, inputs: Tensor) -> Tensor:
         """Return the logits ``(b, n_classes)``."""
         logits = models.answers(self.network, inputs)
-        if not torch.is_tensor(logits) or logits.ndim != 2 or len(logits) != len(inputs):
-            raise InvalidValueError(f"model {self.model.name} must answer one row of logits for each image.")
         if not torch.isfinite(logits).all():
             raise InvalidValueError(f"model {self.model.name} answers NaN or infinity; it must be finite.")
         return logits

@@ -173,7 +173,7 @@ class Subject:
         )
         row |= provenance.stamp() | {
             "data": self.data.name,
-            "images": len(self.data),
+            "images": len(answers.correct),
             "top1": answers.top1.estimate,
             "top5": answers.top5.estimate,
             "evaluate_seconds": answers.seconds,

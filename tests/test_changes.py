@@ -3,11 +3,10 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from tiny import tiny_data, tiny_model
 
-from kclib import changes, sweep
+from kclib import changes, intervals, sweep
 from kclib.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,10 +44,9 @@ def test_the_same_images_are_compared_in_pairs():
     found = changes.compare(row(before), row(after)).iloc[0]
     assert found.change == pytest.approx(-8)
     assert found.p_value == pytest.approx(mcnemar([[78, 12], [4, 6]], exact=True).pvalue)
-    spread = np.std(np.subtract(after, before), ddof=1) * 10
-    quantile = stats.t.ppf(0.975, 99)
-    assert found.change_low == pytest.approx(-8 - quantile * spread)
-    assert found.change_high == pytest.approx(-8 + quantile * spread)
+    ends = intervals.of_mean([-1, 0, 1], [12, 84, 4], -1, 1)
+    assert (found.change_low, found.change_high) == pytest.approx((100 * ends[0], 100 * ends[1]))
+    assert found.change_low < -8 < found.change_high < 0
 
 
 def test_other_images_are_compared_as_independent():

@@ -344,7 +344,7 @@ def test_what_cannot_work_is_said():
         measured(network, pictures(0))
     with pytest.raises(InvalidValueError, match="batch_size is 0"):
         measured(network, batch_size=0)
-    with pytest.raises(InvalidValueError, match="one row of logits for each image"):
+    with pytest.raises(InvalidValueError, match="one row for each image"):
         measured(conv(4, 6))
     with pytest.raises(InvalidValueError, match=r"layer convs.0 has an infinite or NaN sensitivity"):
         measured(network, kind="input", preprocess=lambda x: scaled(x) * 1e25)

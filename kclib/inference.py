@@ -1,0 +1,235 @@
+"""Networks of other people run: what they answer made logits, and what they raise made one sentence."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kclib.errors import InvalidValueError, KclibError, NotEnoughMemoryError, reason, where
+
+_NAMES = ("logits", "out")  # of what networks of several answers call the one that counts
+_CONVOLUTION = ("in_channels", "out_channels", "kernel_size")  # what convolutions have, clustered ones too
+
+
+def answers(network: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the logits that a network answers to a batch, whatever it wraps them in.
+
+    Read are a tensor; what has ``logits`` or ``out``, as a key or as an attribute (Hugging Face,
+    torchvision's segmentation networks, named tuples); a mapping of a single tensor; and a tuple or list, of
+    which the first counts (networks with auxiliary heads). A map of one position is one answer.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        As it is: its mode and its device are the caller's.
+    inputs : torch.Tensor
+        ``(b, ...)``.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 or float64 ``(b, n)``, on the network's device.
+
+    Raises
+    ------
+    InvalidValueError
+        The network does not run on such inputs, or answers something else.
+    NotEnoughMemoryError
+    """
+    return picked(network, run(network, inputs), len(inputs))
+
+
+def picked(network: nn.Module, answer, n_images: int) -> Tensor:
+    """Return the logits among what a network answered to so many images, as `answers` does.
+
+    Raises
+    ------
+    InvalidValueError
+        There are none.
+    """
+    logits = _picked(answer)
+    if logits is None or logits.is_complex():
+        raise InvalidValueError(
+            f"{_called(network)} answers {described(answer)}; it must answer logits: a tensor (b, n), or one "
+            "that is first in a tuple or has the name logits or out."
+        )
+    if logits.ndim == 4 and logits.shape[2:] == (1, 1):
+        logits = logits[:, :, 0, 0]
+    if logits.ndim != 2 or len(logits) != n_images or not logits.shape[1]:
+        advice = ", one row for each image"
+        if logits.ndim == 4:
+            advice += "; wrap it in a network that answers their mean over positions"
+        if logits is answer and logits.ndim == 4:
+            advice += ": nn.Sequential(network, nn.AdaptiveAvgPool2d(1))"
+        raise InvalidValueError(
+            f"{_called(network)} answers {described(answer)} to {n_images} images; "
+            f"it must answer logits (b, n){advice}."
+        )
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def run(network: nn.Module, inputs: Tensor, how: Callable | None = None):
+    """Return what a network answers to a batch, of whatever kind it is.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+    inputs : torch.Tensor
+    how : callable, optional
+        What runs the network on the inputs, if not the network itself.
+
+    Raises
+    ------
+    InvalidValueError
+        The network raises: the sentence says where, with what input, and what may help.
+    NotEnoughMemoryError
+    """
+    try:
+        return (how or network)(inputs)
+    except KclibError:
+        raise
+    except Exception as error:  # other people's code can raise anything
+        if _is_memory(error):
+            raise NotEnoughMemoryError(
+                f"a batch of {len(inputs)} images does not fit into memory ({reason(error)}); "
+                "give a smaller batch_size."
+            ) from error
+        kind = str(inputs.dtype).removeprefix("torch.")
+        raise InvalidValueError(
+            f"{_called(network)} does not run on inputs of shape {tuple(inputs.shape)}, {kind}: "
+            f"{type(error).__name__}{where(error)} ({reason(error)}); {_advice(network, inputs, error)}."
+        ) from error
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[nn.Module]:
+    """While it lasts, a network is in eval mode; afterwards each of its modules is in the mode it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    if not any(training for _, training in modes):
+        yield network
+        return
+    _switched(network, False)
+    try:
+        yield network
+    finally:
+        _switched(network, modes[0][1])
+        for module, training in modes:
+            module.training = training
+
+
+def precision_of(network: nn.Module) -> torch.dtype:
+    """Return the dtype of a network's first parameter that has a floating one; float32 if it has none."""
+    return next((x.dtype for x in network.parameters() if x.is_floating_point()), torch.float32)
+
+
+def on_device(network: nn.Module, device: str | torch.device) -> bool:
+    """Tell whether all values of a network are on a device.
+
+    Raises
+    ------
+    InvalidValueError
+        Some values are not there yet: the network is lazy, or on the meta device.
+    """
+    device, places = torch.zeros(0, device=device).device, set()
+    for name, value in (*network.named_parameters(), *network.named_buffers()):
+        if isinstance(value, nn.parameter.UninitializedTensorMixin) or value.is_meta:
+            raise InvalidValueError(
+                f"{name} has no values yet (lazy or on the meta device); load the network's weights first."
+            )
+        places.add(value.device)
+    return places <= {device}
+
+
+def channels(network: nn.Module) -> int | None:
+    """Return how many channels the first convolution of a network reads, in the order of its modules."""
+    found = (x for x in network.modules() if all(hasattr(x, name) for name in _CONVOLUTION))
+    return next((x.in_channels for x in found), None)
+
+
+def described(answer) -> str:
+    """Return in words what a network answered, or a preprocessing made: kinds, names and shapes."""
+    kind = type(answer).__name__
+    if isinstance(answer, Tensor):
+        return f"shape {tuple(answer.shape)}"
+    if isinstance(answer, Mapping):
+        parts = [f"{name}: {_part(value)}" for name, value in list(answer.items())[:4]]
+    elif isinstance(answer, tuple | list):
+        parts = [_part(value) for value in answer[:4]]
+    else:
+        return f"a {kind}"
+    more = ", ..." if len(answer) > 4 else ""
+    return f"a {kind} ({', '.join(parts)}{more})"
+
+
+def _part(value) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _picked(answer) -> Tensor | None:
+    """Return the tensor that counts of what a network answered; None if that would be a guess."""
+    if isinstance(answer, Tensor):
+        return answer
+    for name in _NAMES:
+        inner = answer.get(name) if isinstance(answer, Mapping) else getattr(answer, name, None)
+        if isinstance(inner, Tensor):
+            return inner
+    if isinstance(answer, Mapping):
+        tensors = [value for value in answer.values() if value is not None]
+        return tensors[0] if len(tensors) == 1 and isinstance(tensors[0], Tensor) else None
+    return _picked(answer[0]) if isinstance(answer, tuple | list) and len(answer) else None
+
+
+def _called(network: nn.Module) -> str:
+    return f"the network ({type(network).__name__})"
+
+
+def _switched(network: nn.Module, training: bool) -> None:
+    try:
+        network.train(training)
+    except Exception as error:  # other people's train() can raise anything
+        raise InvalidValueError(
+            f"{_called(network)} cannot be put into {'training' if training else 'eval'} mode "
+            f"({reason(error)}); give it in eval mode."
+        ) from error
+
+
+def _is_memory(error: Exception) -> bool:
+    ours = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no type for it
+    return ours or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _advice(network: nn.Module, inputs: Tensor, error: Exception) -> str:
+    """Return what helps against the cause of an error."""
+    text = str(error)
+    if wanted := _wanted(network):
+        return f"its forward wants {wanted}, so wrap it in a network that takes images alone"
+    if inputs.ndim == 4 and (wanted := channels(network)) not in (None, inputs.shape[1]):
+        return (
+            f"its first convolution reads {_counted(wanted)} and the images have {inputs.shape[1]}: give a "
+            "preprocess that makes such images"
+        )
+    if inputs.dtype != torch.float32 and "not implemented for" in text:
+        return "this device cannot run it in this precision: give network.float()"
+    if "dtype" in text or "scalar type" in text or ("should be the same" in text and "type" in text):
+        return "its values are of several dtypes: give network.float()"
+    if "same device" in text:
+        return "it holds a tensor that does not move with it: register that as a buffer"
+    return "give images of the kind and size it was made for (a Model with its preprocess, or input_shape)"
+
+
+def _wanted(network: nn.Module) -> str | None:
+    """Return in words what a network's forward wants beside one input; None if nothing."""
+    try:
+        signature = inspect.signature(network.forward)
+        signature.bind(None)
+    except TypeError:
+        return f"({', '.join(signature.parameters)})" if signature.parameters else "no images"
+    except ValueError:  # no Python function
+        return None
+    return None
+
+
+def _counted(n: int) -> str:
+    return f"{n} channel{'s' * (n != 1)}"
