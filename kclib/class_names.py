@@ -63,9 +63,8 @@ def places(
             f"the network has {n_outputs} outputs and {len(names)} names ({listed(names)}); "
             "it must have a name for each output."
         )
-    for keys in (list, _loose_keys):  # the whole list, in its order, may repeat a name
-        if keys(classes) == keys(names):
-            return list(range(len(classes))), ""
+    if _are_alike(classes, names):
+        return list(range(len(classes))), ""
     if all(map(_is_number, classes)) and not any(map(_is_number, names)):
         return _numbers(source, classes, n_outputs), _NUMBERS.format(source=source)
     return _by_names(source, classes, needed, names)
@@ -108,7 +107,7 @@ def imagenet() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def listed(names: Sequence[str]) -> str:
     """Return names as a list that is cut where it grows long."""
-    return textwrap.shorten(", ".join(map(str, names)), _LISTED, placeholder=" ...")
+    return textwrap.shorten(", ".join(map(str, names[:_LISTED])), _LISTED, placeholder=" ...")
 
 
 _NUMBERS = "The classes of {source} are numbers; they are the network's outputs, counted from 0."
@@ -164,6 +163,14 @@ def _by_names(
         [],
         ["name"],
     ) else f"The classes of {source} are matched by {' and '.join(used)}."
+
+
+def _are_alike(classes: Sequence[str], names: Sequence[str]) -> bool:
+    """Tell whether two lists are the same in their order; they may repeat a name."""
+    if _loose_keys(classes) != _loose_keys(names):
+        return False
+    exact = set(names)
+    return all(a == b or a not in exact for a, b in zip(classes, names, strict=True))
 
 
 def _ways(classes: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, list, list]]:

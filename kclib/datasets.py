@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch.utils.data import Subset
@@ -41,6 +42,8 @@ def load(name: str = "fashion-mnist", split: str = "test", *, limit: int | None 
         loaded = named_sets.folder(name, split)
     elif name in LOADERS:
         loaded = LOADERS[name](split)
+    elif isinstance(name, str) and Path(name).expanduser().is_dir():
+        raise InvalidValueError(f"{name!r} is a folder; as a data set, its name is {f'folder:{name}'!r}.")
     else:
         raise UnknownNameError("data set", name, names())
     return loaded if limit is None else limited(loaded, limit)
@@ -79,13 +82,13 @@ def as_image_set(data) -> ImageSet:
 
     Parameters
     ----------
-    data : ImageSet, str, Dataset, DataLoader, (images, labels), DataFrame
-        An image set, or a name that `load` knows. A map-style torch data set of ``(image, label)``, or a
-        loader of one, of which each image is taken once, in the order of the data set. Arrays or tensors:
-        images uint8 or floating, ``(n, h, w)``, ``(n, c, h, w)`` or, of 1, 3 or 4 channels,
-        ``(n, h, w, c)``; labels ``(n,)`` of whole numbers or names, or one-hot. A table with a column of
-        paths and one of labels. Images that are floating numbers are taken as preprocessed. Labels -1 and
-        -100 are unknown.
+    data : ImageSet, str, Path, Dataset, DataLoader, (images, labels), DataFrame
+        An image set, a name that `load` knows, or the path of an image folder. A map-style torch data set of
+        ``(image, label)``, or a loader of one, of which each image is taken once, in the order of the data
+        set. Arrays or tensors: images uint8 or floating, ``(n, h, w)``, ``(n, c, h, w)`` or, of 1, 3 or 4
+        channels, ``(n, h, w, c)``; labels ``(n,)`` of whole numbers or names, or one-hot. A table with a
+        column of paths and one of labels. Images that are floating numbers are taken as preprocessed.
+        Labels -1 and -100 are unknown.
 
     Raises
     ------
@@ -98,6 +101,8 @@ def as_image_set(data) -> ImageSet:
         return data
     if isinstance(data, str):
         return load(data)
+    if isinstance(data, Path):
+        return load(f"folder:{data}")
     return labelled.read(data)
 
 

@@ -1,7 +1,6 @@
 """Labelled images as users have them: torch data sets and loaders, arrays, tables of files."""
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -146,7 +145,7 @@ def _of_table(table: pd.DataFrame) -> ImageSet:
 
 
 def _of_arrays(name: str, images, labels) -> ImageSet:
-    images = _image_tensor(images)
+    images = preprocessing.image_tensor(images)
     numbers, classes = _labels(name, labels, None)
     found = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
     for part in images.split(1024):
@@ -161,10 +160,7 @@ def _of_pairs(data, name: str) -> ImageSet:
     found, labels, prepared = hashlib.sha256(), [], False
     for i in tqdm(range(len(data)), desc=f"labels of {name}", unit="image", delay=2):
         image, label = preprocessing.item(data, i, name)
-        label = label if isinstance(label, str) else np.asarray(_on_cpu(label))
-        if np.ndim(label) > 1:
-            raise InvalidValueError(_NO_LABELS.format(name=name, what=f"of shape {label.shape} at image {i}"))
-        labels.append(label)
+        labels.append(_label(label, name, i))
         prepared |= preprocessing.is_prepared(image)
         found.update(_content(image))
     classes = _classes(data, name)
@@ -178,10 +174,21 @@ def _of_pairs(data, name: str) -> ImageSet:
     return ImageSet(name, data, numbers, classes, found.hexdigest(), (_PREPARED,) if prepared else ())
 
 
+def _label(given, name: str, index: int) -> np.ndarray:
+    try:
+        label = np.asarray(_on_cpu(given))
+        if label.ndim > 1 or label.dtype.kind not in "biufU":
+            raise ValueError("more or less than a number or name")
+    except ValueError as error:
+        what = f"{described(given)} at image {index}"
+        raise InvalidValueError(_NO_LABELS.format(name=name, what=what)) from error
+    return label
+
+
 def _content(image) -> bytes:
     if isinstance(image, Image.Image):
         return f"{image.mode} {image.size}".encode() + image.tobytes()
-    values = np.asarray(_on_cpu(image))
+    values = _on_cpu(image).numpy()
     return f"{values.dtype} {values.shape}".encode() + values.tobytes()
 
 
@@ -232,31 +239,6 @@ def _is_one_hot(values: np.ndarray) -> bool:
     if values.ndim != 2 or values.dtype.kind not in "biuf":
         return False
     return bool((((values == 1).sum(1) == 1) & ((values != 0).sum(1) == 1)).all())
-
-
-def _image_tensor(images) -> torch.Tensor:
-    """Return images as ``(n, c, h, w)``, uint8 or float32, without a copy where they are so already."""
-    is_tensor = torch.is_tensor(images)
-    if not is_tensor:
-        with warnings.catch_warnings():  # torch warns that it could write into what is read-only
-            warnings.simplefilter("ignore", UserWarning)
-            taken = images.dtype in (np.uint8, np.float16, np.float32, np.float64)
-            images = torch.from_numpy(np.ascontiguousarray(images)) if taken else images
-    if images.dtype not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise InvalidValueError(f"the images are {images.dtype}; they must be uint8 (0 to 255) or floating.")
-    images = images.detach().cpu()
-    images = images.float() if images.is_floating_point() else images
-    if images.ndim == 3:
-        return images[:, None]
-    first, last = (images.ndim == 4 and images.shape[axis] in (1, 3, 4) for axis in (1, 3))
-    if first != last:
-        return images if first else images.permute(0, 3, 1, 2)
-    if images.ndim == 4 and is_tensor:  # torch's own order
-        return images
-    raise InvalidValueError(
-        f"the images have shape {tuple(images.shape)}, in which the channels are not clear; "
-        "give a tensor (n, c, h, w)."
-    )
 
 
 def _on_cpu(values):

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -81,7 +82,8 @@ def _imagenet(split: str) -> ImageSet:
 def folder(name: str, split: str) -> ImageSet:
     """Return the images of ``folder:PATH``: all that are tested by, or those that are trained by."""
     if split == "train":
-        return folders(name)[0]
+        with suppress(MissingFileError):  # a folder may hold a split to train by alone
+            return folders(name)[0]
     found = image_folders.find(_root(name), split)
     return _from_files(f"{name}/{found.split or split}", found.samples, found.classes, found.notes)
 

@@ -2,14 +2,17 @@
 
 import multiprocessing
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 from torchvision.transforms.functional import to_pil_image
 
+from kclib import pictures
 from kclib.errors import DamagedFileError, InvalidValueError, KclibError, reason
 
 _IMAGES = ("image", "img", "pixel_values")  # under these, data sets whose items are mappings keep an image
@@ -39,7 +42,7 @@ def batches(
 
 
 def item(images: Dataset, index: int, name: str) -> tuple:
-    """Return an image of a map-style data set and its label.
+    """Return an image of a map-style data set, a PIL image or a tensor ``(c, h, w)``, and its label.
 
     Raises
     ------
@@ -53,22 +56,42 @@ def item(images: Dataset, index: int, name: str) -> tuple:
     except (KclibError, *_NOT_ITS_FAULT):
         raise
     except Exception as error:  # a stranger's code raises anything; so does a damaged picture
-        if path := file_of(images, index):
+        path = file_of(images, index)
+        if path and not _is_whole(path):
             raise DamagedFileError(
                 f"image {path} cannot be read ({reason(error)}); remove or restore it."
             ) from error
         raise InvalidValueError(
-            f"the code of the data set {name} raised {said(error)} at image {index}; "
+            f"the code of the data set {name} raised {said(error)} at image {path or index}; "
             "it must give an image and its label for each index."
         ) from error
-    if isinstance(pair, Mapping):
-        image, label = ([pair[key] for key in keys if key in pair] for keys in (_IMAGES, _LABELS))
+    image, label = _pair(pair, index, name)
+    if isinstance(image, np.ndarray):
+        image = image_tensor(image[None])[0]
+    if not isinstance(image, Image.Image | torch.Tensor):
+        raise InvalidValueError(
+            f"image {index} of the data set {name} is {described(image)}; it must be a PIL image or a tensor."
+        )
+    return image, label
+
+
+def _is_whole(path: str) -> bool:
+    try:
+        return bool(pictures.read(path))
+    except DamagedFileError:
+        return False
+
+
+def _pair(given, index: int, name: str) -> tuple:
+    if isinstance(given, Mapping):
+        image, label = ([given[key] for key in keys if key in given] for keys in (_IMAGES, _LABELS))
         if len(image) == len(label) == 1:
             return image[0], label[0]
-    elif isinstance(pair, tuple | list) and len(pair) == 2:
-        return tuple(pair)
+    elif isinstance(given, tuple | list) and len(given) == 2:
+        return tuple(given)
     raise InvalidValueError(
-        f"image {index} of the data set {name} comes as {described(pair)}; it must be a pair, (image, label)."
+        f"image {index} of the data set {name} comes as {described(given)}; "
+        "it must be a pair, (image, label)."
     )
 
 
@@ -110,6 +133,42 @@ def _kind(value) -> str:
     return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
+def image_tensor(images) -> torch.Tensor:
+    """Return images as ``(n, c, h, w)``, uint8 or float32, without a copy where they are so already.
+
+    Parameters
+    ----------
+    images : torch.Tensor or numpy.ndarray
+        uint8 or floating, ``(n, h, w)``, ``(n, c, h, w)``, or ``(n, h, w, c)`` of 1, 3 or 4 channels.
+
+    Raises
+    ------
+    InvalidValueError
+        Other kinds of numbers; a shape in which the channels are not clear.
+    """
+    is_tensor = torch.is_tensor(images)
+    if not is_tensor:
+        with warnings.catch_warnings():  # torch warns that it could write into what is read-only
+            warnings.simplefilter("ignore", UserWarning)
+            taken = images.dtype in (np.uint8, np.float16, np.float32, np.float64)
+            images = torch.from_numpy(np.ascontiguousarray(images)) if taken else images
+    if images.dtype not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise InvalidValueError(f"the images are {images.dtype}; they must be uint8 (0 to 255) or floating.")
+    images = images.detach().cpu()
+    images = images.float() if images.is_floating_point() else images
+    if images.ndim == 3:
+        return images[:, None]
+    first, last = (images.ndim == 4 and images.shape[axis] in (1, 3, 4) for axis in (1, 3))
+    if first != last:
+        return images if first else images.permute(0, 3, 1, 2)
+    if images.ndim == 4 and is_tensor:  # torch's own order
+        return images
+    raise InvalidValueError(
+        f"the images have shape {tuple(images.shape)}, in which the channels are not clear; "
+        "they must be a tensor (n, c, h, w)."
+    )
+
+
 def is_prepared(image) -> bool:
     """Tell whether an image is what a network takes already: a tensor of floating numbers."""
     return torch.is_tensor(image) and image.is_floating_point()
@@ -143,7 +202,7 @@ class _Prepared(Dataset):
         try:
             image, _ = item(self.images, index, self.name)
             if is_prepared(image):
-                return image
+                return image.float()
             where = file_of(self.images, index) or f"image {index} of {self.name}"
             return _one(self.preprocess, image, where)
         except KclibError as error:
@@ -169,7 +228,7 @@ def _from_memory(
     for start in range(0, len(images), batch_size):
         part, where = images[start : start + batch_size], f"images {start} and on of {name}"
         if is_prepared(part):
-            yield part
+            yield part.float()
             continue
         try:
             inputs = prepare(preprocess, part, where)
@@ -196,7 +255,7 @@ def _second(attempt: Callable, preprocess: Callable, image, where: str, first: I
 
 def _batch(preprocess: Callable, part: torch.Tensor, where: str) -> torch.Tensor:
     inputs = _tensor(_called(preprocess, part, where), where)
-    if not inputs.ndim or len(inputs) != len(part):
+    if not 1 <= inputs.ndim <= part.ndim or len(inputs) != len(part):
         raise InvalidValueError(
             f"the model's preprocessing makes {described(inputs)} of {described(part)}, {where}; "
             "it must keep the number of images."
