@@ -13,12 +13,13 @@ from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
 from kclib.moments import Moments
 
+_NOISE = 1e-8  # of the other's variance: what float32 leaves of a channel that is constant
 _ROUNDS = 30  # of conjugate gradients, each two products with the moments
 
 
 def calibrate(
-    model: models.Model,
-    dense: nn.Module,
+    model: models.Model | nn.Module,
+    dense: models.Model | nn.Module,
     images: datasets.ImageSet,
     *,
     damping: float = 0.01,
@@ -26,22 +27,23 @@ def calibrate(
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
-) -> nn.Module:
+) -> models.Model | nn.Module:
     """Fit codebooks, scales, biases and batch norms of a compressed model, its indices left as they are.
 
     Layer by layer, in the order in which they run, the layer's answers to what it now reads come as near as
     they can to the dense layer's (least squares): first by its codebook where no other layer uses it, then by
     its scales where it has some; a change that would not lower the error is not made. The mean that is left
-    goes into the bias, or mean and variance into the batch norm behind the layer. Transposed convolutions are
-    left alone.
+    goes into the bias, or mean and variance into the batch norm behind the layer. Transposed convolutions,
+    and layers that do not run, are left alone.
 
     Parameters
     ----------
-    model : Model
-        Its network is one of `compression.compress`; unchanged.
-    dense : torch.nn.Module
+    model : Model or torch.nn.Module
+        One of `compression.compress`; unchanged. A network alone is given images as `models.plain` makes
+        them.
+    dense : Model or torch.nn.Module
         The network that it was made of.
-    images : ImageSet
+    images : ImageSet, or what `datasets.as_image_set` takes
         Some hundred, of the kind the model knows; their labels are not read.
     damping : float
         Share of the mean energy of an input that is added to each one's, so that noise is not learned.
@@ -49,8 +51,8 @@ def calibrate(
 
     Returns
     -------
-    torch.nn.Module
-        In eval mode, with the same bytes.
+    Model or torch.nn.Module
+        As was given, in eval mode, with the same bytes.
 
     Raises
     ------
@@ -59,8 +61,9 @@ def calibrate(
     """
     check_damping(damping)
     checks.check_seed(seed)
+    model, given, images = models.as_model(model), model, datasets.as_image_set(images)
     small = models.moved(kernels.copied(model.network).eval(), device)
-    dense = models.moved(kernels.copied(dense).eval(), device)
+    dense = models.moved(kernels.copied(models.network_of(dense)).eval(), device)
     found = {name: x for name, x in layers.clustered(small).items() if not x.transposed}
     _check_fit(found, dense)
     users = [module.codebook for module in layers.clustered(small).values()]
@@ -70,12 +73,12 @@ def calibrate(
         tqdm(order, desc="calibration", unit="layer", leave=False, disable=not progress)
     ):
         module, original = found[step.name], dense.get_submodule(step.name)
-        norm = small.get_submodule(step.norm) if step.norm else None
+        norms = norms_behind(step, dense, small)
         read = moments.measure(dense, small, step, batches, n_images=len(images), seed=seed + i)
-        about = read.centred() if module.bias is not None or norm is not None else read
+        about = read if module.bias is not None or norms else read.about_zero()
         _fit(module, original, about, damping, alone=sum(x is module.codebook for x in users) == 1)
-        absorb(read, moments.grouped(original, module.weight()), original, module, norm)
-    return small.to("cpu")
+        absorb(read, moments.grouped(original, module.weight()), original, module, norms)
+    return models.like(given, small.to("cpu"))
 
 
 def fitted(
@@ -126,9 +129,20 @@ def fitted(
     return new if after < before else values.detach()
 
 
+def norms_behind(
+    step: moments.Step, dense: nn.Module, small: nn.Module
+) -> tuple[nn.Module, nn.Module] | None:
+    """Return the batch norms that read a layer's output in either network, if there is one."""
+    return None if step.norm is None else (dense.get_submodule(step.norm), small.get_submodule(step.norm))
+
+
 @torch.no_grad()
 def absorb(
-    read: Moments, weight: Tensor, original: nn.Module, own: nn.Module, norm: nn.Module | None
+    read: Moments,
+    weight: Tensor,
+    original: nn.Module,
+    own: nn.Module,
+    norms: tuple[nn.Module, nn.Module] | None,
 ) -> None:
     """Put right the mean of a layer's answers in its bias, or mean and variance in the norm that reads them.
 
@@ -139,20 +153,30 @@ def absorb(
         ``(groups, out / groups, d)``: the layer's own.
     original, own : torch.nn.Module
         The dense convolution and the layer, which is changed.
-    norm : torch.nn.BatchNorm2d, optional
-        Changed in its place.
+    norms : (torch.nn.Module, torch.nn.Module), optional
+        The batch norms behind either; the second is changed in the layer's place. One that has no running
+        statistics puts mean and variance right by itself.
     """
-    mean = (weight @ read.small_mean[:, :, None])[..., 0]
-    if norm is not None and norm.running_mean is not None:
-        before = (read.answer_power - read.answer_mean.square()).reshape(-1)
-        after = (read.power(weight) - mean.square()).reshape(-1)
-        ratio = torch.where((before > 0) & (after > 0), after / before.clamp_min(1e-30), 1)
-        ratio = ratio.to(norm.running_var)
-        mean, wanted = (x.reshape(-1).to(norm.running_mean) for x in (mean, read.answer_mean))
-        norm.running_mean.copy_(mean + ratio.sqrt() * (norm.running_mean - wanted))
-        norm.running_var.mul_(ratio)
-    elif own.bias is not None:
-        own.bias.copy_(original.bias + (read.answer_mean - mean).reshape(-1))
+    mean = (weight.double() @ read.small_mean.double()[..., None]).reshape(-1)
+    wanted = read.answer_mean.double().reshape(-1)
+    if norms is None and own.bias is not None:
+        own.bias.copy_(_bias(original) + wanted - mean)
+    elif norms is not None and norms[0].running_mean is not None:
+        before, after = (x.reshape(-1) for x in (read.answer_power, read.power(weight)))
+        # a channel that is constant on one side has no scale to be put right; nor is rounding noise one
+        told = (before > _NOISE * after) & (after > _NOISE * before)
+        ratio = torch.where(told, after / before.clamp_min(torch.finfo(before.dtype).tiny), 1)
+        dense, norm = norms
+        spread = (dense.running_var.double() + dense.eps).clamp_min(torch.finfo(torch.float64).tiny)
+        variance = (ratio * spread - norm.eps).clamp_min(0)
+        gain = ((variance + norm.eps) / spread).sqrt()
+        centre = dense.running_mean.double() - wanted - _bias(original)
+        norm.running_mean.copy_(mean + _bias(own) + gain * centre)
+        norm.running_var.copy_(variance)
+
+
+def _bias(convolution: nn.Module) -> Tensor | float:
+    return 0.0 if convolution.bias is None else convolution.bias.double()
 
 
 def check_damping(damping: float) -> None:

@@ -1,7 +1,7 @@
 """Cluster layer by layer, each layer making good what those before it lost: no training, no labels."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,11 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kclib import calibration, checks, datasets, kernels, kmeans, models, moments, quantization, scopes
+from kclib import (
+    calibration,
+    checks,
+    datasets,
+    fitting,
+    kernels,
+    kmeans,
+    models,
+    moments,
+    quantization,
+    scopes,
+)
 from kclib.clustering import Clustering, Group
 from kclib.kernels import KernelBank, Layer
 from kclib.moments import Moments
 
+_SOONER = 10  # times the damping, where a matrix has no Cholesky factor with less
 _BLOCK = 32  # input channels whose error is carried to the later ones at once
 _COMPARED = 1 << 25  # distances held at once
 
@@ -27,22 +39,25 @@ class Corrected:
     network : torch.nn.Module
         A copy with what stands for the kernels in ordinary dense weights, biases and batch norms corrected.
     clustering : Clustering
-        Its codebooks are rounded already; `compression.compress(network, clustering, precision=...)` packs
-        it.
+        Its codebooks are rounded already; `compression.compress(model, clustering, precision=...)` packs it.
+        Its notes name the layers that do not run.
+    model : Model or torch.nn.Module
+        The network as what was given: in a `Model`, or alone.
     """
 
     network: nn.Module
     clustering: Clustering
+    model: models.Model | nn.Module
 
 
 def cluster(
-    model: models.Model,
+    model: models.Model | nn.Module,
     images: datasets.ImageSet,
     n_clusters: int | Mapping[str, int],
     *,
     scope: str | Mapping[str, str] = "layer",
     size: int | tuple[int, int] | None = None,
-    dense: nn.Module | None = None,
+    dense: models.Model | nn.Module | None = None,
     weights: np.ndarray | None = None,
     precision: str = "fp16",
     damping: float = 0.01,
@@ -64,19 +79,20 @@ def cluster(
 
     A codebook of one layer is found from its moved weights, weighted by the energy of the channels they read;
     one that several layers share, from their kernels as they are, and it is not fitted. Transposed
-    convolutions get the nearest representative, and no correction.
+    convolutions, and layers that do not run (auxiliary heads), get the nearest representative, and no
+    correction.
 
     Parameters
     ----------
-    model : Model
-        Unchanged.
-    images : ImageSet
+    model : Model or torch.nn.Module
+        Unchanged. A network alone is given images as `models.plain` makes them. What it answers is not read.
+    images : ImageSet, or what `datasets.as_image_set` takes
         Some hundred, of the kind the model knows; their labels are not read.
     n_clusters, scope
         As in `clustering.cluster`.
     size : int or (int, int), optional
         Of the kernels, as in `kernels.extract`.
-    dense : torch.nn.Module, optional
+    dense : Model or torch.nn.Module, optional
         What the answers shall be near to, by default the model's own network: another, of the same module
         names, where that is itself a copy made small (pruned, or its kernels of another size clustered).
     weights : numpy.ndarray, optional
@@ -85,7 +101,8 @@ def cluster(
     precision : {"fp32", "fp16", "bf16", "int8", "int4"}
         Codebooks are rounded to it before kernels are assigned.
     damping : float
-        Share of the mean energy of an input that is added to each one's, so that noise is not learned.
+        Share of the mean energy of an input that is added to each one's, so that noise is not learned; ten
+        times as much, and so on, where rounding leaves no solution with it.
     batch_size, seed, device
 
     Returns
@@ -97,30 +114,34 @@ def cluster(
     Raises
     ------
     InvalidValueError, UnknownNameError
-        As in `clustering.cluster`; no image; a layer that does not run; damping not above 0.
+        As in `clustering.cluster`; no image; inputs of a layer that are not finite; damping not above 0.
     """
     calibration.check_damping(damping)
+    given, model, images = model, models.as_model(model), datasets.as_image_set(images)
     bank = kernels.extract(model.network, size=size)
     checks.check_seed(seed)
-    if dense is not None:
-        kernels.matched(dense, bank.layers)
-    books = _Books.of(bank, n_clusters, scope, weights, precision, seed)
-    small = models.moved(kernels.copied(model.network).eval(), device)
-    dense = models.moved(kernels.copied(model.network if dense is None else dense).eval(), device)
+    dense = model.network if dense is None else models.network_of(dense)
+    kernels.matched(dense, bank.layers)
+    small, dense = (models.moved(kernels.copied(x).eval(), device) for x in (model.network, dense))
     batches = moments.batches(images, model.preprocess, batch_size, device)
-    order = moments.steps(dense, next(batches())[:1], {layer.name for layer in bank.layers})
-    found = {}
+    order = moments.steps(dense, next(batches())[:1], {x.name for x in bank.layers if not x.transposed})
+    books = _Books.of(bank, n_clusters, scope, weights, precision, seed, {step.name for step in order})
+    found, rest = {}, [layer for layer in bank.layers if layer.name not in books.measured]
+    for layer in rest:
+        found[layer.name] = books.nearest(layer)
+        _write(small.get_submodule(layer.name), found[layer.name].kernels)
     for i, step in enumerate(
         tqdm(order, desc="layer by layer", unit="layer", leave=False, disable=not progress)
     ):
-        layer = bank.layer(step.name)
-        if layer.transposed:
-            found[layer.name] = books.nearest(layer)
-            _write(small.get_submodule(layer.name), found[layer.name].kernels)
-            continue
         read = moments.measure(dense, small, step, batches, n_images=len(images), seed=seed + i)
-        found[layer.name] = _clustered(books, layer, step, read, dense, small, damping)
-    return Corrected(small.to("cpu"), books.clustering(found))
+        found[step.name] = _clustered(books, bank.layer(step.name), step, read, dense, small, damping)
+    notes = (
+        f"layer {x.name} does not run; its kernels have the nearest representatives."
+        for x in rest
+        if not x.transposed
+    )
+    small.to("cpu")
+    return Corrected(small, replace(books.clustering(found), notes=tuple(notes)), models.like(given, small))
 
 
 @dataclass(frozen=True)
@@ -146,19 +167,21 @@ class _Books:
     scope: str
     precision: str
     seed: int
+    measured: frozenset[str]  # layers that run, and can be corrected
 
     @classmethod
-    def of(cls, bank, n_clusters, scope, weights, precision, seed) -> "_Books":
+    def of(cls, bank, n_clusters, scope, weights, precision, seed, measured) -> "_Books":
+        weights = fitting.checked_weights(weights, len(bank))
         members = scopes.grouping(bank, scope)
         wanted = scopes.wanted(members, n_clusters)
         quantization.float_type(precision)  # an unknown one shows before the work, not after it
-        result = cls(
-            bank, members, wanted, {}, scope if isinstance(scope, str) else "mapping", precision, seed
-        )
+        scope = scope if isinstance(scope, str) else "mapping"
+        result = cls(bank, members, wanted, {}, scope, precision, seed, frozenset(measured))
         for name, layers in members.items():
-            if len(layers) > 1 or layers[0].transposed:
+            if len(layers) > 1 or layers[0].name not in measured:
                 points = np.concatenate([bank.points[x.rows] for x in layers])
                 counted = None if weights is None else np.concatenate([weights[x.rows] for x in layers])
+                counted = counted if counted is not None and counted.any() else None
                 result.shared[name] = result.found(name, points, counted)
         return result
 
@@ -218,8 +241,8 @@ def _clustered(
 ) -> _Coded:
     """Cluster one layer of `small`, in place, and return its codes."""
     original, own = dense.get_submodule(layer.name), small.get_submodule(layer.name)
-    norm = small.get_submodule(step.norm) if step.norm else None
-    about = read.centred() if own.bias is not None or norm is not None else read
+    norms = calibration.norms_behind(step, dense, small)
+    about = read if own.bias is not None or norms else read.about_zero()
     wanted = moments.grouped(original, original.weight)
     target = _moved(wanted, moments.grouped(own, own.weight), about, damping)
     area = int(np.prod(layer.shape[2:]))
@@ -231,7 +254,7 @@ def _clustered(
     if books.group(layer) not in books.shared:
         coded = books.refined(coded, wanted, about, damping)
     _write(own, coded.kernels)
-    calibration.absorb(read, moments.grouped(own, own.weight), original, own, norm)
+    calibration.absorb(read, moments.grouped(own, own.weight), original, own, norms)
     return coded
 
 
@@ -240,30 +263,39 @@ def _moved(dense: Tensor, own: Tensor, read: Moments, damping: float) -> Tensor:
 
     Ridge regression towards the layer's own weights; all ``(groups, out / groups, d)``.
     """
-    h = _damped(read.small, damping)
     missing = dense.double() @ read.cross.double() - own.double() @ read.small.double()
-    return (own + torch.cholesky_solve(missing.mT, torch.linalg.cholesky(h)).mT).float()
+    return (own + torch.cholesky_solve(missing.mT, _factor(read.small, damping)).mT).float()
 
 
-def _damped(h: Tensor, damping: float) -> Tensor:
-    """Return moments ``(..., d, d)`` in float64 with a share of their mean energy on the diagonal."""
+def _factor(h: Tensor, damping: float) -> Tensor:
+    """Return the lower Cholesky factor of moments ``(..., d, d)``, float64, a share of their mean energy added.
+
+    Damping below what rounding left of the moments is raised until there is a factor.
+    """
     h = h.double()
-    ridge = (damping * h.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp_min(1e-12)
-    return h + ridge[..., None, None] * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    energy = h.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = torch.where(energy > 0, damping * energy, 1)  # where nothing is read, any will do
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(h + torch.diag_embed(ridge[..., None].expand(h.shape[:-1])))
+        if not failed.any():
+            return factor
+        ridge = torch.where(failed > 0, _SOONER * ridge, ridge)
 
 
 def _assigned(target: Tensor, codebook: Tensor, h: Tensor, damping: float) -> Tensor:
     """Return an index for each kernel of ``(out, inputs * area)``, int64 ``(out, inputs)``.
 
     The channels of most energy go first; the upper Cholesky factor of the inverse moments says how the error
-    of one is made good by the later ones (GPTQ, equation 2), and in which metric it counts.
+    of one is made good by the later ones (GPTQ, equation 2), and in which metric it counts. It is the inverse
+    of the upper factor of the moments, which is the lower one of those in reverse order.
     """
     area = codebook.shape[1]
     energy = h.diagonal().reshape(-1, area).mean(1)
     order = energy.argsort(descending=True, stable=True)
     columns = (order[:, None] * area + torch.arange(area, device=h.device)).reshape(-1)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(h[columns][:, columns], damping)))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    back = columns.flip(0)
+    upper = _factor(h[back][:, back], damping).flip(0, 1)
+    factor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True).float()
     target, indices = (
         target[:, columns],
         torch.empty(len(target), len(order), dtype=torch.int64, device=h.device),
@@ -285,10 +317,23 @@ def _assigned(target: Tensor, codebook: Tensor, h: Tensor, damping: float) -> Te
 
 
 def _nearest(points: Tensor, centres: Tensor) -> Tensor:
-    """Return the nearest of ``(K, d)`` centres to each of ``(n, d)`` points, int64 ``(n,)``, in blocks."""
+    """Return the nearest of ``(K, d)`` centres to each of ``(n, d)`` points, int64 ``(n,)``, in blocks.
+
+    Both are moved and scaled first: products of values far from 0, huge or tiny, have no digits left for it.
+    """
+    shift = centres.mean(0)
+    centres = centres - shift
+    unit = centres.abs().max()
+    unit = torch.where(unit > 0, unit, 1)
+    centres = centres / unit
     half = centres.square().sum(1) / 2
     rows = max(1, _COMPARED // len(centres))
-    return torch.cat([torch.addmm(half, part, centres.mT, alpha=-1).argmin(1) for part in points.split(rows)])
+    return torch.cat(
+        [
+            torch.addmm(half, (part - shift) / unit, centres.mT, alpha=-1).argmin(1)
+            for part in points.split(rows)
+        ]
+    )
 
 
 @torch.no_grad()

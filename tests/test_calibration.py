@@ -18,7 +18,7 @@ def compressed(net, k, precision="fp16", **options):
 
 
 def calibrated(net, small, **options):
-    return calibration.calibrate(model_of(small), net, images(), progress=False, **options)
+    return calibration.calibrate(model_of(small), net, images(), progress=False, **options).network
 
 
 CODEBOOKS = {

@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from kclib import moments
 from kclib.errors import InvalidValueError
@@ -55,12 +56,14 @@ def test_errors_are_those_of_the_convolutions_answers(name):
     with torch.no_grad():
         zero = torch.zeros(6)
         answers = [x[2]._conv_forward(x[:2](inputs()), x[2].weight, zero) for x in (dense, small)]
-    wanted = (answers[0] - answers[1]).square().mean((0, 2, 3))
-    torch.testing.assert_close(read.error(original, own).reshape(-1), wanted, rtol=1e-3, atol=1e-5)
-    about = (answers[0] - answers[1]).var((0, 2, 3), unbiased=False)
-    torch.testing.assert_close(read.centred().error(original, own).reshape(-1), about, rtol=1e-3, atol=1e-5)
-    power = answers[1].square().mean((0, 2, 3))
-    torch.testing.assert_close(read.power(own).reshape(-1), power, rtol=1e-3, atol=1e-5)
+    difference, raw = (answers[0] - answers[1]).double(), read.about_zero()
+    for found, wanted in (
+        (raw.error(original, own), difference.square().mean((0, 2, 3))),
+        (read.error(original, own), difference.var((0, 2, 3), unbiased=False)),
+        (raw.power(own), answers[1].double().square().mean((0, 2, 3))),
+        (read.power(own), answers[1].double().var((0, 2, 3), unbiased=False)),
+    ):
+        torch.testing.assert_close(found.reshape(-1), wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_moments_are_those_of_unfolded_inputs():
@@ -69,8 +72,10 @@ def test_moments_are_those_of_unfolded_inputs():
     read = moments.measure(dense, small, Step("2", 1, None), lambda: iter([inputs()]), n_images=5)
     with torch.no_grad():
         d, s = (F.unfold(x[:2](inputs()), 3, padding=1).transpose(1, 2).flatten(0, 1) for x in (dense, small))
-    torch.testing.assert_close(read.small[0], s.T @ s / len(s), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(read.cross[0], d.T @ s / len(s), rtol=1e-4, atol=1e-5)
+    raw = read.about_zero()
+    torch.testing.assert_close(raw.small[0], s.T @ s / len(s), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(raw.cross[0], d.T @ s / len(s), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(read.small[0], s.T.cov(correction=0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(read.small_mean[0], s.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(read.dense_mean[0], d.mean(0), rtol=1e-4, atol=1e-5)
 
@@ -81,7 +86,7 @@ def test_positions_are_drawn_where_there_are_too_many(monkeypatch):
     read = moments.measure(dense, dense, Step("0", 1, None), lambda: iter([inputs()]), n_images=5)
     again = moments.measure(dense, dense, Step("0", 1, None), lambda: iter([inputs()]), n_images=5)
     other = moments.measure(dense, dense, Step("0", 1, None), lambda: iter([inputs()]), n_images=5, seed=1)
-    assert np.linalg.matrix_rank(read.small[0].numpy(), tol=1e-3) == 10
+    assert np.linalg.matrix_rank(read.about_zero().small[0].numpy(), tol=1e-3) == 10
     assert torch.equal(read.small, again.small)
     assert not torch.equal(read.small, other.small)
     torch.testing.assert_close(read.small, read.cross)
@@ -111,13 +116,78 @@ def test_a_layer_that_runs_twice_is_measured_at_both_its_inputs():
         x = network.norm(network.first(inputs()))
         seen = torch.cat([x, network.twice(x)])
         rows = F.unfold(seen, 3, padding=1).transpose(1, 2).flatten(0, 1)
-    torch.testing.assert_close(read.small[0], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(read.small[0], rows.T.cov(correction=0), rtol=1e-4, atol=1e-5)
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
+@pytest.mark.parametrize("offset", [0, 1e3, 1e6])
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e18])
+def test_moments_keep_their_digits_far_from_zero_and_at_any_scale(offset, scale):
+    draw = np.random.default_rng(0)
+    x = (scale * (offset + draw.normal(size=(12, 2, 3, 3)))).astype(np.float32)
+    x[:, 1] = np.float32(scale * offset)
+    dense = nn.Sequential(nn.Conv2d(2, 2, 3, padding=0, bias=False)).eval()
+    parts = lambda: iter(torch.from_numpy(x).split([1, 4, 7]))  # noqa: E731
+    read = moments.measure(dense, dense, Step("0", 1, None), parts, n_images=12)
+    rows = x.reshape(12, 18).astype(float) / scale
+    ours = read.small[0].double().numpy() * (read.unit / scale) ** 2
+    np.testing.assert_allclose(ours, np.cov(rows.T, ddof=0), atol=1e-5 * max(1, offset / 1e3))
+    assert not ours[9:].any()
+    weight = dense[0].weight.detach().reshape(1, 2, 18)
+    assert (read.error(weight, weight) <= 1e-5 * read.answer_power).all()
+    assert torch.linalg.eigvalsh(read.small.double()).min() >= -1e-6 * read.small.max()
+
+
+def test_batches_of_another_scale_change_the_unit():
+    whole = torch.randn(6, 4, 3, 3) * torch.tensor([1e-25, 1, 1, 1e20, 1, 0])[:, None, None, None]
+    dense = nn.Sequential(convolution(kernel_size=3)).eval()
+    read = moments.measure(dense, dense, Step("0", 1, None), lambda: iter(whole.split(1)), n_images=6)
+    rows = whole.reshape(6, 36).double()
+    wanted = rows.T.cov(correction=0)
+    torch.testing.assert_close(read.small[0].double() * read.unit**2, wanted, rtol=1e-4, atol=1e-6 * 1e40)
+
+
+class Around(nn.Module):
+    """A layer whose output is changed in place before the norm reads it, and one called by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.c = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm_a, self.norm_b, self.shared = nn.BatchNorm2d(4), FrozenBatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.norm_a(torch.relu_(self.a(input=x)))
+        x = self.norm_b(self.b(input=x))
+        try:
+            return {"masks": self.shared(self.shared(self.c(x)))}
+        except Exception:
+            return None
+
+
+def test_only_a_norm_that_reads_the_output_as_it_is_and_once_counts():
+    found = moments.steps(Around().eval(), inputs(1), {"a", "b", "c"})
+    assert found == [Step("a", 1, None), Step("b", 1, "norm_b"), Step("c", 1, None)]
+
+
+def test_any_answer_and_any_catching_of_errors_will_do():
+    network = Around().eval()
+    read = moments.measure(network, network, Step("c", 1, None), lambda: iter([inputs()]), n_images=5)
+    assert read.small.shape == (1, 36, 36)
+
+
+def test_what_does_not_run_is_no_step():
+    assert [x.name for x in moments.steps(Backwards().eval(), inputs(1), {"first", "idle"})] == ["first"]
+
+
 def test_what_cannot_be_measured_is_said():
-    with pytest.raises(InvalidValueError, match="layer idle does not run"):
-        moments.steps(Backwards().eval(), inputs(1), {"first", "idle"})
+    class Sometimes(Backwards):
+        def forward(self, x):
+            return super().forward(x) if len(x) > 1 else x
+
+    once = Sometimes().eval()
+    with pytest.raises(InvalidValueError, match="first does not run for every image"):
+        moments.measure(once, once, Step("first", 1, None), lambda: iter(inputs(3).split(2)), n_images=3)
     dense = nn.Sequential(convolution(kernel_size=3)).eval()
     with pytest.raises(InvalidValueError, match="inputs of layer 0 are not finite"):
         moments.measure(dense, dense, Step("0", 1, None), lambda: iter([inputs() / 0]), n_images=5)
