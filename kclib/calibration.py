@@ -124,7 +124,10 @@ def fitted(
     n = start.numel()
     missing = back(dense @ read.cross - weight.detach() @ read.small)
     step, _ = cg(LinearOperator((n, n), curved, dtype=np.float64), missing, rtol=1e-3, maxiter=_ROUNDS)
-    new = rounded(start.detach() + torch.from_numpy(step).to(start).reshape(start.shape))
+    try:
+        new = rounded(start.detach() + torch.from_numpy(step).to(start).reshape(start.shape))
+    except InvalidValueError:  # beyond what can be stored
+        return values.detach()
     before, after = (float(read.error(dense, decode(x)).double().sum()) for x in (start.detach(), new))
     return new if after < before else values.detach()
 
@@ -187,7 +190,7 @@ def check_damping(damping: float) -> None:
 
 def _fit(module: ClusteredConv2d, original: nn.Module, read: Moments, damping: float, *, alone: bool) -> None:
     """Fit one layer's codebook, if no other uses it, and its scales, in place."""
-    book, dense = module.codebook, moments.grouped(original, original.weight)
+    book, dense = module.codebook, moments.grouped(original)
     scales = None if module.scales is None else module.scales.detach()
     indices = torch.from_numpy(module.members()).to(book.values.device)
 

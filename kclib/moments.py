@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from kclib import checks, datasets, inference
+from kclib import checks, convolutions, datasets, inference
 from kclib.errors import InvalidValueError
 
 POSITIONS = 1 << 14  # of a layer's output, over all images, that its moments are taken at
@@ -174,7 +174,7 @@ def measure(
         Inputs that are not finite; a layer that runs for some images only.
     """
     convolution = dense.get_submodule(step.name)
-    sums = _Sums(grouped(convolution, convolution.weight))
+    sums = _Sums(grouped(convolution))
     each = max(1, math.ceil(POSITIONS / (n_images * step.calls)))
     for i, inputs in enumerate(batches()):
         read = []
@@ -261,8 +261,9 @@ def _centre(x: Tensor) -> Tensor:
     return (first.double() + rest)[:, 0]
 
 
-def grouped(convolution: nn.Module, weight: Tensor) -> Tensor:
-    """Return a plain convolution's weight as float32 ``(groups, out / groups, d)``."""
+def grouped(convolution: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """Return a plain convolution's weight, its own if none is given, as float32 ``(groups, out / groups, d)``."""
+    weight = convolutions.weight(convolution) if weight is None else weight
     return weight.detach().float().reshape(convolution.groups, weight.shape[0] // convolution.groups, -1)
 
 

@@ -129,7 +129,7 @@ def cluster(
     found, rest = {}, [layer for layer in bank.layers if layer.name not in books.measured]
     for layer in rest:
         found[layer.name] = books.nearest(layer)
-        _write(small.get_submodule(layer.name), found[layer.name].kernels)
+        kernels.set_weight(small.get_submodule(layer.name), found[layer.name].kernels, name=layer.name)
     for i, step in enumerate(
         tqdm(order, desc="layer by layer", unit="layer", leave=False, disable=not progress)
     ):
@@ -243,8 +243,8 @@ def _clustered(
     original, own = dense.get_submodule(layer.name), small.get_submodule(layer.name)
     norms = calibration.norms_behind(step, dense, small)
     about = read if own.bias is not None or norms else read.about_zero()
-    wanted = moments.grouped(original, original.weight)
-    target = _moved(wanted, moments.grouped(own, own.weight), about, damping)
+    wanted = moments.grouped(original)
+    target = _moved(wanted, moments.grouped(own), about, damping)
     area = int(np.prod(layer.shape[2:]))
     energy = about.small.diagonal(dim1=1, dim2=2).unflatten(1, (-1, area)).mean(2)  # (groups, inputs)
     each = energy[:, None].expand(-1, target.shape[1], -1).reshape(-1)
@@ -253,8 +253,8 @@ def _clustered(
     coded = _Coded(codebook, torch.cat(indices).reshape(-1))
     if books.group(layer) not in books.shared:
         coded = books.refined(coded, wanted, about, damping)
-    _write(own, coded.kernels)
-    calibration.absorb(read, moments.grouped(own, own.weight), original, own, norms)
+    kernels.set_weight(own, coded.kernels, name=layer.name)
+    calibration.absorb(read, moments.grouped(own), original, own, norms)
     return coded
 
 
@@ -334,8 +334,3 @@ def _nearest(points: Tensor, centres: Tensor) -> Tensor:
             for part in points.split(rows)
         ]
     )
-
-
-@torch.no_grad()
-def _write(convolution: nn.Module, rows: Tensor) -> None:
-    convolution.weight.copy_(rows.reshape(convolution.weight.shape))
