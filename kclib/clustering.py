@@ -136,8 +136,9 @@ def cluster(
     scaled, turned : bool
         Whether a representative stands for its multiples, and for its flips and rotations (square kernels).
     weights : numpy.ndarray, optional
-        ``(n,)`` in the rows of the bank, finite, at least 0, in no group all 0: how much a kernel's squared
-        distance counts in what is minimised; in `Group.inertia` all count alike.
+        ``(n,)`` in the rows of the bank, finite, at least 0, not all 0: how much a kernel's squared distance
+        counts in what is minimised; in a group of zeros (not with a price), and in `Group.inertia`, all count
+        alike.
     price : float
         What a bit of the entropy-coded indices costs, in squared distances. Above 0, each group is an
         entropy-constrained quantizer (Chou, Lookabaugh and Gray 1989; see `rate.kmeans`), of fewer clusters
@@ -161,7 +162,7 @@ def cluster(
     asked = scopes.wanted(members, n_clusters)
     method = _method(bank, scaled, turned, rate.checked_price(price))
     points = {name: _of(bank.points, layers) for name, layers in members.items()}
-    shares = _shares(bank, members, weights)
+    shares = _shares(bank, members, weights, price)
     largest_first = sorted(members, key=lambda name: -len(points[name]))
     n_threads = parallel.threads(n_threads)
     inside = 1 if len(members) >= n_threads else n_threads
@@ -226,15 +227,17 @@ def _method(bank: KernelBank, scaled: bool, turned: bool, price: float) -> Calla
     return functools.partial(rate.kmeans, price=price) if price else kmeans.kmeans
 
 
-def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], weights) -> dict:
-    """Check weights and return them by group; None for each if there are none."""
+def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], weights, price: float) -> dict:
+    """Check weights and return them by group; None for each if there are none, or all of its are 0."""
     weights = fitting.checked_weights(weights, len(bank))
     if weights is None:
         return dict.fromkeys(members)
     shares = {name: _of(weights, layers) for name, layers in members.items()}
-    if empty := [name for name, share in shares.items() if not share.any()]:
-        raise InvalidValueError(f"weights must not be all 0 in a group; they are in {', '.join(empty)}.")
-    return shares
+    if price and (empty := [name for name, share in shares.items() if not share.any()]):
+        raise InvalidValueError(
+            f"with a price, weights must not be all 0 in a group; they are in {', '.join(empty)}."
+        )
+    return {name: fitting.counted(share) for name, share in shares.items()}
 
 
 def _of(rows: np.ndarray, layers: tuple[Layer, ...]) -> np.ndarray:

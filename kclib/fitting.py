@@ -153,6 +153,11 @@ def checked_weights(weights, n: int) -> np.ndarray | None:
     return weights
 
 
+def counted(weights: np.ndarray | None) -> np.ndarray | None:
+    """Return the weights of a group's points; None, so that all count alike, where all of them are 0."""
+    return None if weights is None or not weights.any() else weights
+
+
 def required_weights(weights, n: int) -> np.ndarray:
     """Return weights as `checked_weights` does; raise InvalidValueError also if none are given."""
     if weights is None:

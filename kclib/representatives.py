@@ -211,15 +211,17 @@ def _normalised(
 def _weights_over(bank: KernelBank, scales: np.ndarray, options: _Options) -> np.ndarray:
     """Return how much errors of divided kernels count, so that they count as those of the kernels do.
 
-    A group in which nothing would count, for it is all zero, keeps the weights of its kernels.
+    A group in which nothing would count, for it is all zero, keeps the weights of its kernels; one of zero
+    weights counts all alike.
     """
-    given = np.ones(len(bank)) if options.weights is None else options.weights
-    result = given * np.square(scales, dtype=np.float64)
+    result = np.ones(len(bank), np.float32)
+    squares = np.square(scales / (scales.max() or 1), dtype=np.float64)
     for layers in scopes.grouping(bank, options.scope).values():
         rows = _rows(layers)
-        if not result[rows].any():
-            result[rows] = given[rows]
-    return result.astype(np.float32)
+        given = fitting.counted(options.weights_of(rows))
+        over = squares[rows] if given is None else given * squares[rows]
+        result[rows] = over if over.any() else result[rows] if given is None else given
+    return result
 
 
 def _whole(layer: Layer) -> np.ndarray:

@@ -63,15 +63,16 @@ def weights(
     Returns
     -------
     numpy.ndarray
-        float32 ``(n,)``, finite and at least 0, in the rows of the bank. Whole layers can be 0, where they
-        read nothing but 0 or the answer does not depend on them.
+        float32 ``(n,)``, finite and at least 0, in the rows of the bank. Whole layers can be 0, where they do
+        not run (auxiliary heads), read nothing but 0, or the answer does not depend on them. All of them are
+        where no image leaves the network in doubt; kind ``input`` then tells them apart.
 
     Raises
     ------
     UnknownNameError
         There is no such kind.
     InvalidValueError
-        No images; a layer that does not run, or has no gradient; answers or sensitivities that are not
+        No images; a layer that runs and has no gradient; answers or sensitivities that are not
         finite; a bank of another architecture; a device that is not there.
     """
     checks.check_known("kind of sensitivity", kind, KINDS)

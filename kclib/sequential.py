@@ -181,8 +181,7 @@ class _Books:
             if len(layers) > 1 or layers[0].name not in measured:
                 points = np.concatenate([bank.points[x.rows] for x in layers])
                 counted = None if weights is None else np.concatenate([weights[x.rows] for x in layers])
-                counted = counted if counted is not None and counted.any() else None
-                result.shared[name] = result.found(name, points, counted)
+                result.shared[name] = result.found(name, points, fitting.counted(counted))
         return result
 
     def group(self, layer: Layer) -> str:

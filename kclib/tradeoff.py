@@ -85,7 +85,7 @@ def curves(
     bank : KernelBank
     weights : numpy.ndarray
         ``(n,)`` in the rows of the bank, finite, at least 0: what a unit of each kernel's squared error costs
-        the network.
+        the network. A group in which all are 0 costs nothing with one cluster.
     scope : {"layer", "global", "mixed"} or mapping of str to str
         As in `clustering.cluster`, or `mixed`.
     ks : iterable of int
@@ -103,7 +103,7 @@ def curves(
     Raises
     ------
     InvalidValueError, UnknownNameError
-        Weights out of range, or all 0 in a group; a K below 1; an unknown scope, precision or coding.
+        Weights out of range; a K below 1; an unknown scope, precision or coding.
     NotEnoughMemoryError
     """
     checks.check_known("coding of indices", coding, checkpoint.CODINGS)
@@ -215,8 +215,6 @@ class _Members:
     def of(cls, bank: KernelBank, weights: np.ndarray, name: str, layers, ks) -> "_Members":
         points = np.concatenate([bank.points[x.rows] for x in layers])
         own = np.concatenate([weights[x.rows] for x in layers])
-        if not own.any():
-            raise InvalidValueError(f"the weights of group {name} are all 0; some must be above 0.")
         ks = sorted({min(k, len(points)) for k in ks})
         for k in ks:
             fitting.check_k(k, len(points))
@@ -232,8 +230,9 @@ class _Members:
 
     def measured(self, precision: str, coding: str, seed: int, n_threads: int, report) -> dict:
         """Return what `Curve.of` takes."""
+        weights = fitting.counted(self.weights)
         rungs = kmeans.ladder(
-            self.points, self.ks, weights=self.weights, seed=seed, n_threads=n_threads, progress=report
+            self.points, self.ks, weights=weights, seed=seed, n_threads=n_threads, progress=report
         ).rungs
         return {
             "ks": np.array([len(rung.centres) for rung in rungs]),

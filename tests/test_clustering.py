@@ -322,6 +322,12 @@ def test_weights_are_in_the_rows_of_the_bank_and_inertia_counts_all_kernels_alik
             assert group.inertia != pytest.approx(alone.inertia, rel=0.01)
 
 
+def test_in_a_group_of_zero_weights_all_kernels_count_alike():
+    bank = random_bank(30, 20)
+    ours, alike = (cluster(bank, 4, weights=np.repeat([1, x], [30, 20])) for x in (0, 1))
+    np.testing.assert_array_equal(ours.groups[1].codebook, alike.groups[1].codebook)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_each_group_pays_for_its_bits_alone_and_fewer_clusters_are_no_note(weighted):
     bank = random_bank(200, 90, 5)
@@ -364,7 +370,7 @@ def test_priced_indices_and_codebooks_take_fewer_bytes_at_less_error():
         ({"weights": np.ones(4)}, r"weights have shape \(4,\); it must be \(5,\)"),
         ({"weights": [1, 1, np.nan, 1, 1]}, "weights must be finite"),
         ({"weights": [1, 1, 1, -1, 1]}, "at least 0"),
-        ({"weights": [1, 1, 1, 0, 0]}, "weights must not be all 0 in a group; they are in two"),
+        ({"weights": [1, 1, 1, 0, 0], "price": 1.0}, "weights must not be all 0 in a group; they are in two"),
         ({"price": -0.5}, r"price is -0\.5; it must be a finite number, at least 0"),
         ({"price": 2.0, "scaled": True}, r"price is 2\.0; it must be 0 where kernels are scaled or turned"),
         ({"price": 2.0, "turned": True}, "must be 0 where kernels are scaled or turned"),
