@@ -10,7 +10,19 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from kclib import checks, clustering, compression, evaluation, fitting, footprint, kmeans, scopes, tradeoff
+from kclib import (
+    checks,
+    clustering,
+    compression,
+    datasets,
+    evaluation,
+    fitting,
+    footprint,
+    kmeans,
+    models,
+    scopes,
+    tradeoff,
+)
 from kclib.breakeven import Count
 from kclib.clustering import Clustering
 from kclib.datasets import ImageSet
@@ -51,6 +63,8 @@ class Allocation:
         One row a clustering that was evaluated: ``scope``; ``choice``, ``solved`` or ``uniform`` (left out
         where the two are one); ``clusters``, in all; ``bytes``; ``damage``, weighted squared error before
         rounding; ``top1`` in percent; ``drop`` in points.
+    model : Model or torch.nn.Module
+        The network as what was given: in a `Model`, or alone.
     """
 
     scope: Scope
@@ -60,10 +74,11 @@ class Allocation:
     clustering: Clustering
     drop: Drop
     table: pd.DataFrame
+    model: Model | nn.Module
 
 
 def allocate(
-    model: Model,
+    model: Model | nn.Module,
     data: ImageSet,
     bank: KernelBank,
     weights: np.ndarray,
@@ -89,8 +104,9 @@ def allocate(
 
     Parameters
     ----------
-    model : Model
-    data : ImageSet
+    model : Model or torch.nn.Module
+        A network alone is given images as `models.plain` makes them.
+    data : ImageSet, or what `datasets.as_image_set` takes
         To choose on: images held back from training, never the test set.
     bank : KernelBank
         Of the model's network.
@@ -119,6 +135,7 @@ def allocate(
         Neither goal or both; one that cannot be reached (the sentence says what can); what `curves` raises.
     """
     _check(n_bytes, max_drop, precision)
+    given, model, data = model, models.as_model(model), datasets.as_image_set(data)
     weights = fitting.required_weights(weights, len(bank))
     options = {
         "ks": kmeans.checked_ks(ks),
@@ -143,7 +160,8 @@ def allocate(
     with tqdm(desc="sharing bytes out", unit="network", delay=2, leave=False, disable=not progress) as bar:
         trials = _Trials(model, data, device, bank, weights, dense, coding, precision, build, bar)
         best = _best(trials, plans, n_bytes) if max_drop is None else _fewest(trials, plans, max_drop)
-    return replace(best, table=pd.DataFrame(list(trials.rows.values())))
+    table = pd.DataFrame(list(trials.rows.values()))
+    return replace(best, table=table, model=models.like(given, best.network))
 
 
 @dataclass(frozen=True)
@@ -236,7 +254,9 @@ class _Trials:
             n_bytes = int(table.loc["convolutions", f"{self.coding}_{self.precision}"])
             if n_bytes <= limit:
                 lost = self._drop(network)
-                found = Allocation(plan.scope, n_clusters, n_bytes, network, made, lost, pd.DataFrame())
+                found = Allocation(
+                    plan.scope, n_clusters, n_bytes, network, made, lost, pd.DataFrame(), network
+                )
                 self.rows[key] = self._row(plan, found)
                 return found
             taken = (limit - self.unclustered) / (n_bytes - self.unclustered)

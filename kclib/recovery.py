@@ -29,17 +29,18 @@ from kclib.training import Recipe, Trained
 
 __all__ = ["RECIPE", "calibrate", "finetune", "shrink"]
 
+_KINDS = ("output", "input", "uniform")  # of sensitivity, the first that is not 0 for all kernels
 RECIPE = Recipe(epochs=6, images=12_800, peak_rate=1e-4, weight_decay=0, label_smoothing=0, patience=3)
 
 
 def shrink(
-    model: models.Model,
+    model: models.Model | nn.Module,
     images: datasets.ImageSet,
     held_back: datasets.ImageSet,
     n_bytes: float,
     *,
     weights: np.ndarray | None = None,
-    dense: nn.Module | None = None,
+    dense: models.Model | nn.Module | None = None,
     precision: str = "fp16",
     coding: str = "entropy",
     seed: int = 0,
@@ -49,16 +50,17 @@ def shrink(
     """Return what loses least within so many bytes without training: shared out over layers, and corrected.
 
     `sensitivity.weights` says what errors cost, `budget.allocate` how many clusters each layer gets for it,
-    `sequential.cluster` makes them. `compression.compress(found.network, found.clustering,
-    precision=precision)` packs what is found.
+    `sequential.cluster` makes them. `compression.compress(found.model, found.clustering,
+    precision=precision)` packs what is found. Where no image leaves the network in doubt, errors cost what
+    they do to each layer's output (`sensitivity.weights` of kind ``input``).
 
     Parameters
     ----------
-    model : Model
-        Unchanged.
-    images : ImageSet
+    model : Model or torch.nn.Module
+        Unchanged. A network alone is given images as `models.plain` makes them.
+    images : ImageSet, or what `datasets.as_image_set` takes
         Some hundred to correct by; their labels are not read.
-    held_back : ImageSet
+    held_back : ImageSet, or what `datasets.as_image_set` takes
         To measure the drop on: other images, not the test set.
     n_bytes : float
         Most bytes of all convolutions.
@@ -75,9 +77,11 @@ def shrink(
     InvalidValueError, UnknownNameError
         As `budget.allocate` and `sequential.cluster`.
     """
+    given, model, images = model, models.as_model(model), datasets.as_image_set(images)
     bank, options = kernels.extract(model.network), {"seed": seed, "device": device, "progress": progress}
     if weights is None:
-        weights = sensitivity.weights(model, images, bank, **options)
+        kinds = (sensitivity.weights(model, images, bank, kind=x, **options) for x in _KINDS)
+        weights = next(filter(np.any, kinds))
 
     def build(scope, n_clusters):
         found = sequential.cluster(
@@ -92,10 +96,11 @@ def shrink(
         )
         return found.network, found.clustering
 
-    return budget.allocate(
+    found = budget.allocate(
         model, held_back, bank, weights, n_bytes=n_bytes, scopes=("layer",), precision=precision,
         coding=coding, build=build, uniform=False, **options,
     )  # fmt: skip
+    return replace(found, model=models.like(given, found.network))
 
 
 def finetune(

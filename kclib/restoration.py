@@ -9,7 +9,7 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from kclib import checks, coding, compression, damage, footprint, quantization, search, tradeoff
+from kclib import checks, coding, compression, damage, footprint, models, quantization, search, tradeoff
 from kclib.clustering import Clustering
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
@@ -34,16 +34,19 @@ class Restored:
     table : pandas.DataFrame
         One row a group: ``group``; ``clusters``, the representatives bought; ``before`` and ``after``, its
         damage.
+    model : Model or torch.nn.Module
+        The network as what was given: in a `Model`, or alone.
     """
 
     clustering: Clustering
     network: nn.Module
     n_bytes: int
     table: pd.DataFrame
+    model: Model | nn.Module
 
 
 def restore_worst(
-    model: Model,
+    model: Model | nn.Module,
     clustering: Clustering,
     budget: float,
     *,
@@ -60,7 +63,7 @@ def restore_worst(
 
     Parameters
     ----------
-    model : Model
+    model : Model or torch.nn.Module
         Dense; unchanged.
     clustering : Clustering
         Of kernels neither scaled nor turned.
@@ -80,18 +83,19 @@ def restore_worst(
         range; an unknown precision.
     """
     _check(clustering, budget, precision)
-    bank = damage.bank_of(model.network, clustering)
+    dense = models.network_of(model)
+    bank = damage.bank_of(dense, clustering)
     _, before = damage.errors(bank, clustering, weights)
     bought = _Market.of(bank, clustering, weights, precision).bought(budget, progress)
-    made, n_bytes = _affordable(model.network, bank, clustering, bought, budget, precision)
+    made, n_bytes = _affordable(dense, bank, clustering, bought, budget, precision)
     _, after = damage.errors(bank, made, weights)
     rows = [
         (new.name, new.n_clusters - old.n_clusters, before[mine].sum(), after[mine].sum())
         for (old, mine), new in zip(damage.members(clustering), made.groups, strict=True)
     ]
     table = pd.DataFrame(rows, columns=["group", "clusters", "before", "after"])
-    network = compression.replaced(model.network, tradeoff.stored(made, precision))
-    return Restored(made, network, n_bytes, table)
+    network = compression.replaced(dense, tradeoff.stored(made, precision))
+    return Restored(made, network, n_bytes, table, models.like(model, network))
 
 
 @dataclass(frozen=True)

@@ -103,13 +103,21 @@ class _Run:
     progress: bool
     device: str | torch.device
     reached: set[str] = field(default_factory=set)  # layers of which anything was found
+    ran: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, model, images, bank, batch_size, seed, device, progress) -> "_Run":
         network = models.moved(kernels.copied(model.network).eval().float(), device).requires_grad_(False)
         convolutions = kernels.matched(network, bank.layers)
         found = {name: x.weight.requires_grad_(True) for name, x in convolutions.items()}
-        return cls(model, network, found, images, batch_size, seed, progress, device)
+        run = cls(model, network, found, images, batch_size, seed, progress, device)
+        for layer, weight in found.items():
+            for user in compression.users(network, layer, weight).values():
+                user.register_forward_hook(partial(run._heard, layer))
+        return run
+
+    def _heard(self, layer: str, *_) -> None:
+        self.ran.add(layer)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs ``(b, ...)`` and a float64 number in [0, 1) for each, the same at any batch size."""
@@ -144,11 +152,8 @@ class _Run:
 
     def checked(self, name: str, found: Tensor) -> Tensor:
         """Return what was found of a layer as float32; raise InvalidValueError if it cannot be used."""
-        if name not in self.reached:
-            raise InvalidValueError(
-                f"layer {name} does not run when the network answers, or gradients do not reach it; "
-                "leave it out of the bank."
-            )
+        if name in self.ran and name not in self.reached:
+            raise InvalidValueError(f"gradients do not reach layer {name}; leave it out of the bank.")
         if not torch.isfinite(found.float()).all():
             raise InvalidValueError(f"layer {name} has an infinite or NaN sensitivity; it must be finite.")
         return found.float()
@@ -188,7 +193,7 @@ class _Calls:
             output.register_hook(partial(self._answered, call))
 
     def _answered(self, call: tuple[str, nn.Module, int], gradient: Tensor) -> None:
-        power = gradient.square().sum((-2, -1)).cpu().double()
+        power = gradient.double().square().sum((-2, -1)).cpu()
         self.answers[call] += power.reshape(-1, power.shape[-1]).sum(0)
 
 
@@ -254,7 +259,7 @@ def _fisher(run: _Run) -> dict[str, Tensor]:
     for inputs, draws in run.batches():
         for one, draw in zip(inputs.split(1), draws.split(1), strict=True):
             for name, gradient in run.gradients(_surprise(run.answers(one), draw)).items():
-                result[name] += gradient.square().mean((2, 3)).cpu() / len(run.images)
+                result[name] += gradient.double().square().mean((2, 3)).cpu() / len(run.images)
     return result
 
 

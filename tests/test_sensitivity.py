@@ -325,12 +325,13 @@ class Odd(Net):
 
 @pytest.mark.parametrize("kind", ["input", "output", "fisher", "hessian"])
 def test_layers_that_cannot_be_measured_are_named(kind):
-    with pytest.raises(InvalidValueError, match=r"layer odd does not run when the network answers"):
-        measured(Odd("idle"), kind=kind)
+    idle = measured(Odd("idle"), kind=kind)
+    assert not idle["odd"].any()
+    assert idle["convs.0"].all()
     if kind == "input":
         assert (measured(Odd("cut"), kind=kind)["odd"] > 0).all()
     else:
-        with pytest.raises(InvalidValueError, match=r"layer odd .* gradients do not reach it"):
+        with pytest.raises(InvalidValueError, match="gradients do not reach layer odd"):
             measured(Odd("cut"), kind=kind)
     with pytest.raises(InvalidValueError, match="model tiny answers NaN or infinity"):
         measured(Odd("nan"), kind=kind)
