@@ -65,7 +65,7 @@ class Moments:
         )
 
     def power(self, weight: Tensor) -> Tensor:
-        """Return the second moment of what ``(groups, out / groups, d)`` weights answer to the small inputs."""
+        """Return the second moment of what weights ``(groups, out / groups, d)`` answer to small inputs."""
         return ((weight @ self.small).double() * weight).sum(-1)
 
     def error(self, dense: Tensor, weight: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def _centre(x: Tensor) -> Tensor:
 
 
 def grouped(convolution: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """Return a plain convolution's weight, its own if none is given, as float32 ``(groups, out / groups, d)``."""
+    """Return a convolution's weight, its own by default, as float32 ``(groups, out / groups, d)``."""
     weight = convolutions.weight(convolution) if weight is None else weight
     return weight.detach().float().reshape(convolution.groups, weight.shape[0] // convolution.groups, -1)
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from kclib import calibration, clustering, compression, kernels, layers, models, moments
+from kclib import calibration, clustering, compression, kernels, layers, models, moments, quantization
 from kclib.errors import InvalidValueError
 from tests.test_sequential import answers, images, loss, model_of, network
 
@@ -135,3 +136,64 @@ def test_damping_is_that_of_ridge_regression():
     ridge = 0.5 * h.diagonal(dim1=1, dim2=2).mean() * torch.eye(6)
     wanted = values + (dense - values) @ h @ torch.linalg.inv(h + ridge)
     torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+
+
+def with_bias_and_norm(kind=nn.BatchNorm2d):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3), kind(12), nn.ReLU(), nn.Conv2d(12, 8, 3)).eval()
+    with torch.no_grad():
+        net[0].bias.uniform_(-2, 2)
+        net[1].running_mean.uniform_(-1, 1)
+        net[1].running_var.uniform_(1e-6, 1e-4)  # such that eps counts
+    return net
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d])
+def test_norms_of_every_kind_put_mean_and_variance_right_with_a_bias_before_them(kind):
+    net = with_bias_and_norm(kind)
+    ours = calibrated(net, compressed(net, 4))
+    found, wanted = answers(ours[:2]), answers(net[:2])
+    torch.testing.assert_close(found.mean((0, 2, 3)), wanted.mean((0, 2, 3)), rtol=1e-3, atol=1e-2)
+    told = ours[1].running_var > 0  # eps leaves no smaller one
+    assert told.any()
+    ratio = found.var((0, 2, 3)) / wanted.var((0, 2, 3))
+    torch.testing.assert_close(ratio[told], torch.ones_like(ratio[told]), rtol=1e-2, atol=0)
+
+
+def test_calibrating_again_changes_little():
+    net = with_bias_and_norm()
+    once = calibrated(net, compressed(net, 4))
+    again = calibrated(net, once)
+    torch.testing.assert_close(again[1].running_var, once[1].running_var, rtol=0.05, atol=1e-6)
+    assert loss(net, again) < 1.05 * loss(net, once)
+
+
+def test_a_channel_that_is_constant_keeps_its_scale():
+    net = with_bias_and_norm()
+    small = compressed(net, 4)
+    net[0].weight.data[:2] = 0
+    ours = calibrated(net, small)
+    torch.testing.assert_close(ours[1].running_var[:2], net[1].running_var[:2], rtol=1e-3, atol=0)
+    assert (ours[1].running_var[2:] != net[1].running_var[2:]).all()
+
+
+def test_a_network_in_is_a_network_out_and_a_model_a_model():
+    net = network()
+    small = compressed(net, 5)
+    data = (images().images, images().labels)
+    alone = calibration.calibrate(small, models.plain("dense", net), data, progress=False)
+    assert isinstance(alone, nn.Module)
+    given = calibration.calibrate(models.plain("small", small), net, images(), progress=False)
+    assert given.name == "small"
+    assert models.fingerprint(given.network) == models.fingerprint(alone)
+
+
+def test_what_cannot_be_stored_is_no_improvement():
+    far = torch.full((1, 2, 6), 6e4)
+    h, zero = torch.eye(6)[None], torch.zeros(1, 6)
+    dense = 3 * far
+    read = moments.Moments(h, h, zero, zero, zero[:, :2], dense.double().square().sum(-1))
+    kept = calibration.fitted(
+        lambda v: v, far, dense, read, damping=0.1, rounded=lambda v: quantization.rounded(v, "fp16")
+    )
+    assert torch.equal(kept, far)

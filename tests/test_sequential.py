@@ -179,6 +179,132 @@ def test_what_cannot_be_is_said():
         )
 
 
+def behind_a_dead_relu(inplace=False):
+    """A batch norm that reads channels of which three are constant (case: most networks have some)."""
+    torch.manual_seed(0)
+    relu = nn.ReLU(inplace=inplace)
+    body = [nn.Conv2d(3, 8, 3), relu, nn.BatchNorm2d(8), nn.Conv2d(8, 16, 3), nn.AdaptiveAvgPool2d(1)]
+    net = nn.Sequential(*body, nn.Flatten(), nn.Linear(16, 10)).eval()
+    with torch.no_grad():
+        net[0].bias[:3] = -1e3
+        net[2].running_mean.uniform_(1, 2), net[2].running_var.uniform_(0.1, 0.2), net[2].bias.uniform_(-1, 1)
+    return net
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_dead_channels_are_no_obstacle(seed, inplace):
+    net = behind_a_dead_relu(inplace)
+    found = cluster(net, 16, seed=seed)
+    plain = compression.replaced(net, clustering.cluster(kernels.extract(net), 16))
+    assert loss(net, found.network) < 0.5 * loss(net, plain)
+    assert torch.equal(found.network[2].running_var, net[2].running_var)  # behind a ReLU, it is not theirs
+
+
+class Heads(nn.Module):
+    """A network with a head that runs in training alone, and that answers a dictionary of maps."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.out = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 4, 3)
+        self.aux = nn.Conv2d(12, 8, 3)
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        return {"aux": self.aux(x), "out": self.out(x)} if self.training else {"out": self.out(x)}
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_layers_that_do_not_run_get_the_nearest_and_are_noted(scope):
+    net = Heads().eval()
+    found = cluster(net, 6, scope=scope)
+    assert [x for x in found.clustering.notes if "aux" in x] == list(found.clustering.notes)
+    assert len(found.clustering.notes) == 1
+    bank, stands = kernels.extract(net), clustering.quantized(found.clustering)
+    group = next(x for x in found.clustering.groups if any(y.name == "aux" for y in x.layers))
+    rows = bank.layer("aux").rows
+    apart = np.square(bank.points[rows][:, None] - group.codebook.reshape(1, -1, 9)).sum(2)
+    own = np.square(bank.points[rows] - stands[rows].reshape(-1, 9)).sum(1)
+    np.testing.assert_allclose(own, apart.min(1), rtol=1e-5)
+    torch.testing.assert_close(found.network.aux.weight.detach().numpy(), stands[rows].reshape(8, 12, 3, 3))
+
+
+def test_a_network_alone_and_pairs_of_images_and_labels_are_taken():
+    net, data = network(), images()
+    pairs = torch.utils.data.TensorDataset(data.images, data.labels)
+    alone = sequential.cluster(net, pairs, 5, progress=False)
+    assert alone.model is alone.network
+    plain = models.plain("plain", net)
+    given = sequential.cluster(plain, data, 5, progress=False)
+    assert given.model == replace(plain, network=given.network)
+    assert models.fingerprint(alone.network) == models.fingerprint(given.network)
+
+
+@pytest.mark.parametrize("kind", ["half", "double", "weight norm"])
+def test_networks_of_other_types_are_clustered_in_them(kind):
+    net = network(norm=True)
+    found = cluster(net, 8)
+    if kind == "weight norm":
+        net[3] = nn.utils.parametrizations.weight_norm(net[3])
+        other = cluster(net, 8)
+        assert hasattr(other.network[3], "parametrizations")
+    else:
+        net = net.half() if kind == "half" else net.double()
+        other = sequential.cluster(model_of(net), images(), 8, progress=False)
+        assert {x.dtype for x in other.network.parameters()} == {net[0].weight.dtype}
+    with torch.no_grad():
+        inputs = (images().images.float() / 128 - 1).to(net[0].weight.dtype)
+        off = other.network(inputs).float() - answers(found.network)
+    assert off.square().mean() < 0.05 * answers(found.network).var()  # rounding moves some assignments
+
+
+def test_layers_that_read_only_zeros_keep_to_their_weights():
+    net = behind_a_dead_relu()
+    with torch.no_grad():
+        net[0].bias[:] = -1e6
+        net[2].bias[:], net[2].running_mean[:] = 0, 0
+    found = cluster(net, 4)
+    torch.testing.assert_close(answers(found.network), answers(net))
+    plain = clustering.cluster(kernels.extract(net), 4)
+    assert found.clustering.groups[1].inertia < 1.3 * plain.groups[1].inertia
+
+
+@pytest.mark.parametrize("damping", [1e-300, 1e-12, 1e-3])
+def test_damping_is_raised_where_rounding_leaves_no_solution(damping):
+    torch.manual_seed(0)
+    few = torch.randn(5, 40)
+    factor = sequential._factor((few.T @ few)[None], damping)[0]
+    back, h = factor @ factor.T, (few.T @ few).double()
+    added = (back - h).diagonal()
+    assert torch.isfinite(factor).all()
+    assert (
+        damping * h.diagonal().mean() * 0.99 < added.max() < max(1e-4, 1.01 * damping) * h.diagonal().mean()
+    )
+
+
+def test_the_nearest_are_found_far_from_zero_and_at_any_scale():
+    draw = np.random.default_rng(0)
+    points, centres = draw.normal(size=(50, 9)), draw.normal(size=(7, 9))
+    wanted = np.square(points[:, None] - centres).sum(2).argmin(1)
+    for scale, offset in ((1, 0), (1e-30, 0), (1e25, 0), (1e-3, 1000)):
+        moved = (torch.from_numpy((scale * x + offset).astype("f")) for x in (points, centres))
+        agree = sequential._nearest(*moved).numpy() == wanted
+        assert agree.all() if offset == 0 else agree.mean() > 0.8
+
+
+def scaled_weights(net, factor, layer):
+    net[layer].weight.data *= factor
+    return net
+
+
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
+def test_weights_scaled_by_a_power_of_two_get_the_same_indices(factor):
+    ours, scaled = (cluster(scaled_weights(network(), x, 6), 5, precision="fp32") for x in (1.0, factor))
+    for one, other in zip(ours.clustering.groups, scaled.clustering.groups, strict=True):
+        np.testing.assert_array_equal(one.indices, other.indices)
+
+
 def test_blocks_of_channels_change_nothing(monkeypatch):
     torch.manual_seed(0)
     mixed = torch.randn(100, 20) @ torch.randn(20, 40 * 4)
