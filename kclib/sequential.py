@@ -267,7 +267,7 @@ def _moved(dense: Tensor, own: Tensor, read: Moments, damping: float) -> Tensor:
 
 
 def _factor(h: Tensor, damping: float) -> Tensor:
-    """Return the lower Cholesky factor, float64, of moments ``(..., d, d)`` with a share of their mean energy.
+    """Return the lower Cholesky factor of moments ``(..., d, d)`` and a share of their mean energy, float64.
 
     Damping below what rounding left of the moments is raised until there is a factor.
     """
