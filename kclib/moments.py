@@ -312,8 +312,7 @@ def _first(args: tuple, named: dict) -> Tensor:
 
 def _run(network: nn.Module, inputs: Tensor) -> None:
     """Run a network, whatever it answers, on inputs in the type of its own values."""
-    kinds = (value.dtype for value in network.parameters() if value.is_floating_point())
-    inference.run(network, inputs.to(next(kinds, inputs.dtype)))
+    inference.run(network, inputs.to(inference.precision_of(network)))
 
 
 @contextmanager
