@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kclib.clustering import Clustering, Group
-from kclib.kernels import KernelBank, Layer
+from kclib.kernels import Kernels, Layer, bank_of
 from kclib.layers import N_TURNS
 from kclib.packing import index_bits, index_bytes
 from kclib.quantization import codebook_bytes, scale_type
 from kclib.scopes import grouping
 
 
-def break_even(bank: KernelBank, *, scope: str | Mapping[str, str] = "layer", precision: str = "fp32") -> int:
+def break_even(bank: Kernels, *, scope: str | Mapping[str, str] = "layer", precision: str = "fp32") -> int:
     """Return the largest K a group at which codebooks and fixed-width indices take fewer bytes than dense.
 
     Groups with fewer than K kernels have as many clusters as kernels. 0 if clustering never pays.
@@ -23,7 +23,7 @@ def break_even(bank: KernelBank, *, scope: str | Mapping[str, str] = "layer", pr
     precision : {"fp32", "fp16", "bf16", "int8", "int4"}
         Of the codebook's values.
     """
-    return pays_up_to(list(grouping(bank, scope).values()), Count(precision))
+    return pays_up_to(list(grouping(bank_of(bank), scope).values()), Count(precision))
 
 
 @dataclass(frozen=True)

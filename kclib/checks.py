@@ -1,6 +1,7 @@
 """Arguments checked: what cannot work is one sentence that says what a value is and what it must be."""
 
 import math
+import textwrap
 from collections.abc import Iterable
 from numbers import Integral, Real
 
@@ -16,11 +17,16 @@ def is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def said(value: object) -> str:
+    """Return a value as a sentence has it: as Python writes it, in one line that is not long."""
+    return textwrap.shorten(repr(value), 60, placeholder=" ...")
+
+
 def check_whole(name: str, value: int, least: int, most: float = math.inf) -> None:
     """Raise an `InvalidValueError` unless a value is a whole number in a range."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
         limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
-        raise InvalidValueError(f"{name} is {value!r}; it must be a whole number, {limits}.")
+        raise InvalidValueError(f"{name} is {said(value)}; it must be a whole number, {limits}.")
 
 
 def check_seed(seed: int) -> None:
@@ -63,9 +69,22 @@ def check_values(device: str | torch.device) -> None:
         raise InvalidValueError("device 'meta' holds no values; cpu always does.")
 
 
+def array(values: object) -> object:
+    """Return a tensor, a table or the points of a kernel bank as an array, and anything else as it is."""
+    if torch.is_tensor(values):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if isinstance(values, (pd.DataFrame, pd.Series)):
+        return values.to_numpy()
+    return getattr(values, "points", values)
+
+
 def floats(name: str, values) -> np.ndarray:
     """Return numbers as contiguous float32, too large ones infinite; InvalidValueError if they are none."""
     try:
+        values = array(values)
+        if np.ma.is_masked(values):
+            raise ValueError("some are masked")
         found = np.asarray(values)
         if found.dtype.kind not in "biuf":
             raise ValueError(f"they are {found.dtype}")

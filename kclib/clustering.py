@@ -5,12 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import nn
 
 from kclib import bars, fitting, kernels, kmeans, parallel, rate, scopes, symmetry
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank, Layer
-from kclib.models import Model
+from kclib.kernels import KernelBank, Kernels, Layer
 
 Fit = kmeans.KMeans | symmetry.SymmetricKMeans | rate.Priced
 
@@ -107,7 +105,7 @@ class Clustering:
 
 
 def cluster(
-    bank: KernelBank | Model | nn.Module,
+    bank: Kernels,
     n_clusters: int | Mapping[str, int],
     *,
     scope: str | Mapping[str, str] = "layer",

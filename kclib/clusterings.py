@@ -8,7 +8,7 @@ import numpy as np
 
 from kclib import checks, clustering
 from kclib.clustering import Clustering, Group
-from kclib.kernels import KernelBank
+from kclib.kernels import KernelBank, Kernels, bank_of
 from kclib.store import Entry, Store
 
 # What a representative stands for beside itself: options of `clustering.cluster`.
@@ -23,7 +23,7 @@ METHODS: Mapping[str, Mapping[str, bool]] = MappingProxyType(
 
 
 def cluster(
-    bank: KernelBank,
+    bank: Kernels,
     n_clusters: int,
     *,
     scope: str = "layer",
@@ -50,6 +50,7 @@ def cluster(
         As in `clustering.cluster`; an unknown method.
     StorageError
     """
+    bank = bank_of(bank)
     store, key = store or Store(), key_of(bank, n_clusters, scope=scope, method=method, seed=seed)
     options = {"scope": scope, "seed": seed, "n_threads": n_threads, "progress": progress}
 

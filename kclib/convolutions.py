@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
+from kclib.copying import reached
 from kclib.errors import InvalidValueError, reason
 
 ALONE = "(the network itself)"  # in place of a name, which only modules inside of others have
@@ -120,7 +121,7 @@ def plain(network: nn.Module) -> nn.Module:
     """
     for module in usable(network)[0].values():
         if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight")
+            _unparametrized(module)
         elif _weight_norm_hook(module):
             nn.utils.remove_weight_norm(module)
     return network
@@ -143,9 +144,15 @@ def instead(network: nn.Module) -> str:
         return f"it is {_SCRIPTED}"
     loose = [name for name, value in network.named_parameters() if value.ndim == 4]
     if loose:
-        return f"it has no torch.nn.Conv2d, but parameters of four axes: {_some(loose)}"
+        return f"parameters of four axes: {_some(loose)}; they must be those of a torch.nn.Conv2d"
+    own = {id(module) for module in network.modules()}
+    hidden = [x for x in reached(network) if isinstance(x, _KINDS) and id(x) not in own]
+    if hidden:
+        return (
+            f"{len(hidden)} {type(hidden[0]).__name__} lie in lists or the like; put them into a ModuleList"
+        )
     n_linear = sum(isinstance(module, nn.Linear) for module in network.modules())
-    return f"it has no convolution, and {n_linear} linear layers"
+    return "it has no convolution" + (f", but {n_linear} linear layers" if n_linear else "")
 
 
 def _some(names: list[str], most: int = 2) -> str:
@@ -226,6 +233,24 @@ def _parametrization_fault(module: nn.Module) -> str:
     if apart <= _ROUNDED * torch.finfo(own.dtype).eps * probe.abs().max().item():
         return ""
     return f"parametrized ({names}), and what is written to it does not come back; {advice}"
+
+
+def _unparametrized(module: nn.Module) -> None:
+    """Make a parametrized weight an ordinary parameter, in place.
+
+    Not by `remove_parametrizations`: it changes the class, which copies share with what they are copies of.
+    """
+    values, kind = weight(module), type(module)
+    del module.parametrizations["weight"]
+    module.__class__ = kind.__base__
+    if module.parametrizations:  # of other parameters
+        rest = {
+            name: x for name, x in vars(kind).items() if name not in ("weight", "__dict__", "__weakref__")
+        }
+        module.__class__ = type(kind.__name__, kind.__bases__, rest)
+    else:
+        del module.parametrizations
+    module.register_parameter("weight", nn.Parameter(values))
 
 
 def _check_values(value: object, name: str) -> None:

@@ -52,7 +52,7 @@ def _computed(network: nn.Module, replaced: Mapping[int, object]) -> dict[int, t
     """Return a detached copy of every tensor that came of a computation, which `copy.deepcopy` refuses."""
     return {
         id(value): value.detach().clone()
-        for value in _reached(network, set(replaced))
+        for value in reached(network, replaced)
         if torch.is_tensor(value) and not value.is_leaf
     }
 
@@ -74,7 +74,7 @@ def _what_cannot(network: nn.Module, replaced: Mapping[int, object], error: Exce
 def _fault(value: object, outside: set[int]) -> Exception | None:
     """Return why a value cannot be copied, tensors and what is `outside` of it apart; None if it can."""
     memo = dict.fromkeys(outside, Ellipsis)
-    memo |= {id(part): part for part in _reached(value, outside) if torch.is_tensor(part)}
+    memo |= {id(part): part for part in reached(value, outside) if torch.is_tensor(part)}
     try:
         copy.deepcopy(value, memo)
     except Exception as error:
@@ -94,7 +94,7 @@ def _check_apart(network: nn.Module, result: nn.Module, replaced: Mapping[int, o
             )
 
 
-def _reached(value: object, outside: set[int]) -> Iterator[object]:
+def reached(value: object, outside: Iterable[int] = ()) -> Iterator[object]:
     """Yield a value and all that it holds, at any depth, each once, without what is `outside`."""
     seen, left = set(outside), [value]
     while left:

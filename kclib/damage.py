@@ -12,16 +12,16 @@ from kclib import clustering as clusterings
 from kclib.clustering import Clustering, Group
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank
+from kclib.kernels import KernelBank, Kernels
 from kclib.models import Model
 
 
-def by_cluster(bank: KernelBank, clustering: Clustering, weights: np.ndarray | None = None) -> pd.DataFrame:
+def by_cluster(bank: Kernels, clustering: Clustering, weights: np.ndarray | None = None) -> pd.DataFrame:
     """Return what each representative costs, the worst first.
 
     Parameters
     ----------
-    bank : KernelBank
+    bank : KernelBank, Model or torch.nn.Module
         The dense kernels that were clustered.
     clustering : Clustering
     weights : numpy.ndarray, optional
@@ -40,7 +40,7 @@ def by_cluster(bank: KernelBank, clustering: Clustering, weights: np.ndarray | N
     InvalidValueError
         Another bank than was clustered; weights out of range.
     """
-    squares, costs = errors(bank, clustering, weights)
+    squares, costs = errors(kernels.bank_of(bank), clustering, weights)
     tables = [_by_cluster(group, squares[rows], costs[rows]) for group, rows in members(clustering)]
     table = pd.concat(tables, ignore_index=True)
     table["share"] = table.damage / (table.damage.sum() or 1)

@@ -128,7 +128,9 @@ def check_k(n_clusters: int, n: int) -> None:
     """Raise InvalidValueError unless K is a whole number from 1 to n."""
     whole = isinstance(n_clusters, (int, np.integer)) and not isinstance(n_clusters, bool)
     if not (whole and 1 <= n_clusters <= n):
-        raise InvalidValueError(f"n_clusters is {n_clusters!r}; with {n} kernels it must be 1 to {n}.")
+        raise InvalidValueError(
+            f"n_clusters is {checks.said(n_clusters)}; with {n} kernels it must be 1 to {n}."
+        )
 
 
 def checked_points(points) -> np.ndarray:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
-from kclib import checkpoint, coding, kernels
+from kclib import checkpoint, coding, convolutions, kernels
 from kclib.breakeven import Count, break_even, orbit, pays_up_to
 from kclib.clustering import Clustering, Group
 from kclib.compression import output_order, packed_layers, users
@@ -72,9 +72,10 @@ def ledger(
         weights`` (the sizes left out), ``convolution biases``, ``rest`` (all other parameters and buffers);
         then the sums ``convolutions`` and ``model``. Shared tensors count once.
     """
-    kernels.matched(network, clustering.layers)
+    owners = kernels.matched(network, clustering.layers)
     dense = sum(x.n_kernels * int(np.prod(x.shape[2:])) * x.itemsize for x in clustering.layers)
-    other, biases, rest = _others(network, {f"{layer.name}.weight" for layer in clustering.layers})
+    values = [value for owner in owners.values() for value in convolutions.parameters(owner)]
+    other, biases, rest = _others(network, values)
     columns = {"dense": (dense, 0, 0, 0, 0, other, biases, rest)}
     if unknown := set(codings) - set(checkpoint.CODINGS):
         raise UnknownNameError("coding of indices", min(unknown), checkpoint.CODINGS)
@@ -111,7 +112,7 @@ def savings(network: nn.Module, clustering: Clustering) -> Savings:
 
 def convolution_bytes(network: nn.Module) -> int:
     """Return the bytes of all convolutions' weights and biases, dense; shared tensors count once."""
-    return sum(_others(network, set())[:2])
+    return sum(_others(network, ())[:2])
 
 
 def stored(network: nn.Module) -> pd.Series:
@@ -265,7 +266,7 @@ def _entropy_coded(network: nn.Module, clustering: Clustering) -> tuple[int, int
     return indices, tables
 
 
-def _others(network: nn.Module, clustered: set[str]) -> tuple[int, int, int]:
+def _others(network: nn.Module, clustered: Iterable[Tensor]) -> tuple[int, int, int]:
     """Return bytes of convolution weights not clustered, of convolution biases, and of the rest."""
     convolutions = {
         name
@@ -273,7 +274,7 @@ def _others(network: nn.Module, clustered: set[str]) -> tuple[int, int, int]:
         if isinstance(module, nn.modules.conv._ConvNd)
     }
     parts = dict.fromkeys(_ITEMS, 0)
-    seen = {id(p) for n, p in network.named_parameters(remove_duplicate=False) if n in clustered}
+    seen = {id(value) for value in clustered}
     for name, value in (*network.named_parameters(), *network.named_buffers()):
         if id(value) not in seen:
             seen.add(id(value))

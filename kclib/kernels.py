@@ -19,7 +19,7 @@ from kclib.errors import InvalidValueError
 from kclib.models import Model, like, network_of
 
 __all__ = [
-    "KernelBank", "Layer", "bank_of", "copied", "extract", "form", "insert", "matched", "sample",
+    "KernelBank", "Kernels", "Layer", "bank_of", "copied", "extract", "form", "insert", "matched", "sample",
     "set_weight",
 ]  # fmt: skip
 
@@ -154,6 +154,9 @@ class KernelBank:
         )
 
 
+Kernels = KernelBank | Model | nn.Module  # what `bank_of` takes
+
+
 def extract(network: Model | nn.Module, *, size: int | tuple[int, int] | None = None) -> KernelBank:
     """Take the 2D kernels of one spatial size out of a network.
 
@@ -203,12 +206,17 @@ def insert(network: Model | nn.Module, bank: KernelBank) -> Model | nn.Module:
     """
     if not isinstance(bank, KernelBank):
         raise InvalidValueError(f"the bank is a {type(bank).__name__}; it must be a KernelBank.")
+    weights = checks.floats("the kernels of the bank", bank.weights)
     n_kernels = sum(layer.n_kernels for layer in bank.layers)
-    if len(bank) != n_kernels:
-        raise InvalidValueError(f"the bank has {len(bank)} kernels; its layers have {n_kernels}.")
+    if len(weights) != n_kernels:
+        raise InvalidValueError(f"the bank has {len(weights)} kernels; its layers have {n_kernels}.")
     result = copied(network_of(network))
     for name, module in matched(result, bank.layers).items():
-        rows, own = bank.weights[bank.layer(name).rows], _rows(name, module)
+        rows, own = weights[bank.layer(name).rows], _rows(name, module)
+        if rows.shape != own.shape:
+            raise InvalidValueError(
+                f"the bank's kernels have shape {rows.shape[1:]}; layer {name or ALONE} has {own.shape[1:]}."
+            )
         changed = (rows.view(np.uint32) != own.view(np.uint32)).any(axis=(1, 2))
         if changed.any():
             set_weight(module, _changed(convolutions.weight(module), rows, changed), name=name)
@@ -241,7 +249,7 @@ def matched(network: Model | nn.Module, layers: Iterable[Layer]) -> dict[str, nn
     return {layer.name: found[layer.name] for layer in layers}
 
 
-def bank_of(given: KernelBank | Model | nn.Module) -> KernelBank:
+def bank_of(given: Kernels) -> KernelBank:
     """Return a bank as it is, or the kernels of a network as `extract` takes them.
 
     Raises
@@ -261,7 +269,7 @@ def bank_of(given: KernelBank | Model | nn.Module) -> KernelBank:
     )
 
 
-def sample(bank: KernelBank | Model | nn.Module, per_layer: int, *, seed: int = 0) -> np.ndarray:
+def sample(bank: Kernels, per_layer: int, *, seed: int = 0) -> np.ndarray:
     """Return a stratified sample of rows: up to `per_layer` of each layer, without replacement, sorted.
 
     Raises
@@ -315,8 +323,8 @@ def _wanted_size(network: nn.Module, found: Mapping[str, nn.Module], left_out, s
     larger = [s for s, _ in counts.most_common() if s != (1, 1)]
     if size is None and larger:
         return larger[0]
-    wanted = (size, size) if isinstance(size, Integral) else size
-    if size is not None and isinstance(wanted, (tuple, list)) and tuple(wanted) in counts:
+    wanted = (size, size) if isinstance(size, Integral) and not isinstance(size, bool) else size
+    if isinstance(wanted, (tuple, list)) and tuple(wanted) in counts:
         return tuple(wanted)
     kind = "2D kernels larger than 1×1" if size is None else f"{_times(wanted)} kernels"
     listing = ", ".join(f"{n} of {_times(s)}" for s, n in counts.most_common()) or "none"

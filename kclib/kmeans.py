@@ -38,7 +38,7 @@ def kmeans(
 
     Parameters
     ----------
-    points : numpy.ndarray, or iterable of arrays or kernel banks
+    points : array, tensor, DataFrame or KernelBank, or iterable of these
         float32 ``(n, d)``, finite; a memory-mapped array is read where it lies. More than eight million, or
         an iterable of several arrays, are streamed in blocks (`streaming.fit`).
     n_clusters : int
@@ -73,6 +73,7 @@ def kmeans(
     """
     options = Options(max_iter, tol, reach, seed, n_threads)
     report = Progress(progress)
+    points = _array(points)
     if not isinstance(points, np.ndarray) or len(points) > _IN_MEMORY or device != "cpu":
         return _streamed(points, n_clusters, weights, init, device, options, report)
     points = fitting.checked_points(points)
@@ -244,6 +245,22 @@ class _Framed:
             self.points, self.weights, found, len(centres), k, self.options, report.part(_START)
         )
         return self.fit(*start, report)
+
+
+def _array(points: object) -> object:
+    """Return points as an array where they are one, also as lists of numbers; several arrays as they are."""
+    points = checks.array(points)
+    if isinstance(points, (list, tuple)) and points and all(map(_is_row, points)):
+        return fitting.checked_points([checks.array(x) for x in points])
+    return points
+
+
+def _is_row(value: object) -> bool:
+    """Tell whether a value is a point, not several."""
+    value = checks.array(value)
+    return getattr(value, "ndim", None) == 1 or (
+        isinstance(value, (list, tuple)) and np.asarray(value, object).ndim == 1
+    )
 
 
 def _scaled(progress, part: float):

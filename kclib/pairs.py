@@ -8,7 +8,7 @@ from numba import njit
 from kclib import bars, checks, distances, parallel
 from kclib.distances import Distance
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank
+from kclib.kernels import Kernels, bank_of
 
 _ROWS, _OTHERS = 256, 512  # pairs measured at a time by a thread: they stay in its cache
 _SHIFT = 14  # of a float's bits: what is left, exponent and nine bits of mantissa, numbers a cell
@@ -84,13 +84,14 @@ def pair_histogram(
 
 
 def layer_histograms(
-    bank: KernelBank, rows: np.ndarray, edges: np.ndarray, *, distance: str = "euclidean"
+    bank: Kernels, rows: np.ndarray, edges: np.ndarray, *, distance: str = "euclidean"
 ) -> dict[str, PairHistogram]:
     """Return the `pair_histogram` of each layer's sampled kernels, by layer name.
 
     `rows` are the sampled rows of the bank; layers with fewer than two of them to compare are left out.
     """
-    result, named, rows = {}, distances.named(distance), bank.checked(rows)
+    result, named, bank = {}, distances.named(distance), bank_of(bank)
+    rows = bank.checked(rows)
     for layer in bank.layers:
         points = bank.points[layer.of(rows)]
         if named.comparable(points).sum() > 1:
@@ -99,14 +100,14 @@ def layer_histograms(
 
 
 def within_and_across(
-    bank: KernelBank, rows: np.ndarray, edges: np.ndarray, *, distance: str = "euclidean"
+    bank: Kernels, rows: np.ndarray, edges: np.ndarray, *, distance: str = "euclidean"
 ) -> dict[str, PairHistogram]:
     """Return histograms of the sampled pairs ``within a layer`` and ``across layers``.
 
     `rows` are rows of the bank sampled layer by layer. Their standard errors are those of a stratified
     sample: only how kernels of one layer differ counts.
     """
-    named = distances.named(distance)
+    named, bank = distances.named(distance), bank_of(bank)
     drawn = np.sort(bank.checked(rows))
     rows = drawn[named.comparable(bank.points[drawn])]
     every = _met(named.prepared(bank.points[rows]), edges, named, None, False)

@@ -10,7 +10,7 @@ from kclib import bars, checks, clustering, fitting, kmeans, lloyd, parallel, sc
 from kclib.breakeven import orbit
 from kclib.clustering import Clustering, Group
 from kclib.framing import Frame
-from kclib.kernels import KernelBank, Layer
+from kclib.kernels import KernelBank, Kernels, Layer, bank_of
 from kclib.packing import index_bits, index_bytes
 from kclib.quantization import codebook_bytes
 
@@ -57,7 +57,7 @@ class Represented:
 
 
 def cluster(
-    bank: KernelBank,
+    bank: Kernels,
     n_clusters: int | Mapping[str, int],
     kind: str = "mean",
     *,
@@ -74,8 +74,7 @@ def cluster(
 
     Parameters
     ----------
-    bank : KernelBank
-    n_clusters, scope, seed, n_threads, progress
+    bank, n_clusters, scope, seed, n_threads, progress
         As in `clustering.cluster`.
     kind : str
         - ``mean``: the (weighted) mean of its kernels.
@@ -107,6 +106,7 @@ def cluster(
         As in `clustering.cluster`; an unknown kind; `scale_bits` out of range; scales that fp16 cannot hold.
     NotEnoughMemoryError
     """
+    bank = bank_of(bank)
     checks.check_known("kind of representative", kind, KINDS)
     checks.check_whole("scale_bits", scale_bits, 2, 16)
     weights = fitting.checked_weights(weights, len(bank))

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 
+from kclib import checks
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
 
@@ -24,7 +26,9 @@ def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tupl
     elif isinstance(scope, str):
         raise UnknownNameError("scope", scope, ("layer", "global"))
     if not isinstance(scope, Mapping) or not all(isinstance(group, str) for group in scope.values()):
-        raise InvalidValueError(f"scope is {scope!r}; it must be layer, global, or group names by layer.")
+        raise InvalidValueError(
+            f"scope is {checks.said(scope)}; it must be layer, global, or group names by layer."
+        )
     if wrong := set(scope) ^ set(names):
         raise InvalidValueError(
             "scope must give every layer of the bank a group; "
@@ -36,7 +40,9 @@ def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tupl
     return groups
 
 
-def wanted(members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[str, int]) -> dict[str, int]:
+def wanted(
+    members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[str, int] | pd.Series
+) -> dict[str, int]:
     """Return the clusters that each group of `grouping` is asked for, checked.
 
     Raises
@@ -45,6 +51,8 @@ def wanted(members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[s
         K below 1 or above the number of kernels; a group that is missing or unknown.
     """
     counts = {name: sum(x.n_kernels for x in layers) for name, layers in members.items()}
+    if isinstance(n_clusters, pd.Series):
+        n_clusters = n_clusters.to_dict()
     if isinstance(n_clusters, Mapping):
         if wrong := set(n_clusters) ^ set(counts):
             raise InvalidValueError(
@@ -60,5 +68,5 @@ def wanted(members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[s
 def _check(k: int, n: int, what: str) -> None:
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
         raise InvalidValueError(
-            f"n_clusters is {k!r}; it must be a whole number from 1 to {n}, the kernels of {what}."
+            f"n_clusters is {checks.said(k)}; it must be a whole number from 1 to {n}, the kernels of {what}."
         )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kclib import checks, compression, datasets, kernels, models
+from kclib import checks, compression, convolutions, datasets, kernels, models
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 
@@ -107,9 +107,10 @@ class _Run:
 
     @classmethod
     def of(cls, model, images, bank, batch_size, seed, device, progress) -> "_Run":
-        network = models.moved(kernels.copied(model.network).eval().float(), device).requires_grad_(False)
-        convolutions = kernels.matched(network, bank.layers)
-        found = {name: x.weight.requires_grad_(True) for name, x in convolutions.items()}
+        network = convolutions.plain(kernels.copied(model.network)).eval().float()
+        network = models.moved(network, device).requires_grad_(False)
+        layers = kernels.matched(network, bank.layers)
+        found = {name: x.weight.requires_grad_(True) for name, x in layers.items()}
         run = cls(model, network, found, images, batch_size, seed, progress, device)
         for layer, weight in found.items():
             for user in compression.users(network, layer, weight).values():

@@ -9,11 +9,12 @@ from tqdm.auto import tqdm
 
 from kclib import bars, checks, distances, kmeans, neighbours, nulls, search
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank
+from kclib.kernels import Kernels, bank_of
 
 
-def near_zero(bank: KernelBank, share: float = 0.01) -> np.ndarray:
+def near_zero(bank: Kernels, share: float = 0.01) -> np.ndarray:
     """Return which kernels are shorter than `share` of their layer's rms length, bool ``(n,)``."""
+    bank = bank_of(bank)
     if not (checks.is_real(share) and share >= 0):
         raise InvalidValueError(f"share is {share!r}; it must be a number, at least 0.")
     lengths = np.linalg.norm(bank.points.astype(np.float64), axis=1)
@@ -40,13 +41,13 @@ def nearest_distances(
 
 
 def closeness(
-    bank: KernelBank, rows: np.ndarray, *, distance: str = "cosine", seed: int = 0, progress: bool = True
+    bank: Kernels, rows: np.ndarray, *, distance: str = "cosine", seed: int = 0, progress: bool = True
 ) -> pd.DataFrame:
     """Return how much closer a layer's kernels lie to their nearest neighbours than null models say.
 
     Parameters
     ----------
-    bank : KernelBank
+    bank : KernelBank, Model or torch.nn.Module
     rows : numpy.ndarray
         Rows to look at, sampled or all; of each layer, real and null kernels are compared in equal number.
     distance : str
@@ -62,7 +63,8 @@ def closeness(
         ``low``, ``high``, its 95 % interval (percentile bootstrap over kernels, 999 resamples; the null model
         is one draw). Layers with fewer than three kernels to compare are left out.
     """
-    named, rows, result = distances.named(distance), bank.checked(rows), []
+    named, bank, result = distances.named(distance), bank_of(bank), []
+    rows = bank.checked(rows)
     for layer in tqdm(
         bank.layers, desc="against chance", unit="layer", delay=2, leave=False, disable=not progress
     ):
@@ -84,13 +86,13 @@ def closeness(
 
 
 def explained(
-    bank: KernelBank, n_clusters: int, *, shapes: bool = False, seed: int = 0, progress: bool = True
+    bank: Kernels, n_clusters: int, *, shapes: bool = False, seed: int = 0, progress: bool = True
 ) -> pd.DataFrame:
     """Return how well one layer's codebook describes another layer's kernels.
 
     Parameters
     ----------
-    bank : KernelBank
+    bank : KernelBank, Model or torch.nn.Module
     n_clusters : int
         Of each codebook; layers with fewer kernels have as many as those.
     shapes : bool
@@ -105,6 +107,7 @@ def explained(
         ``all layers, as many in all`` (as many representatives as the layers' codebooks have together); a
         column a layer it describes; percent of the squared weight that is not lost.
     """
+    bank = bank_of(bank)
     checks.check_whole("n_clusters", n_clusters, 1)
     points = distances.unit(bank.points) if shapes else bank.points
     parts = {layer.name: points[layer.rows] for layer in bank.layers}
@@ -121,9 +124,7 @@ def explained(
     return pd.DataFrame.from_dict(table, orient="index", columns=list(parts))
 
 
-def closest(
-    bank: KernelBank, row: int, k: int, *, distance: str = "euclidean"
-) -> tuple[np.ndarray, np.ndarray]:
+def closest(bank: Kernels, row: int, k: int, *, distance: str = "euclidean") -> tuple[np.ndarray, np.ndarray]:
     """Return the k kernels of the bank nearest to the kernel in `row`, itself left out, nearest first.
 
     Returns
@@ -138,7 +139,7 @@ def closest(
     InvalidValueError
         A row that is not in the bank, or whose kernel the distance cannot compare.
     """
-    named = distances.named(distance)
+    named, bank = distances.named(distance), bank_of(bank)
     (row,) = bank.checked([row])
     candidates = np.flatnonzero(named.comparable(bank.points))
     if row not in candidates:

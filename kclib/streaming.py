@@ -41,7 +41,9 @@ class Parts:
                 "that can be iterated again."
             )
         if not isinstance(parts, Iterable):
-            raise InvalidValueError(f"the points are {parts!r}; they must be an array (n, d), or several.")
+            raise InvalidValueError(
+                f"the points are {checks.said(parts)}; they must be an array (n, d), or several."
+            )
         self.parts = [parts] if isinstance(parts, np.ndarray) else parts
         self.n, self.d = 0, 0
         for block in self._raw():
@@ -56,7 +58,7 @@ class Parts:
 
     def _raw(self) -> Iterator[np.ndarray]:
         for part in self.parts:
-            array = getattr(part, "points", part)
+            array = checks.array(part)
             for start in range(0, len(array), _BLOCK):
                 yield checks.floats("the points", array[start : start + _BLOCK])
 

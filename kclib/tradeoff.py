@@ -22,7 +22,7 @@ from kclib import (
 )
 from kclib.clustering import Clustering
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.kernels import KernelBank, Layer
+from kclib.kernels import KernelBank, Kernels, Layer, bank_of
 from kclib.packing import index_bits, index_bytes
 from kclib.store import Entry, Store
 
@@ -65,7 +65,7 @@ class Curve:
 
 
 def curves(
-    bank: KernelBank,
+    bank: Kernels,
     weights: np.ndarray,
     *,
     scope: Scope = "layer",
@@ -82,7 +82,7 @@ def curves(
 
     Parameters
     ----------
-    bank : KernelBank
+    bank : KernelBank, Model or torch.nn.Module
     weights : numpy.ndarray
         ``(n,)`` in the rows of the bank, finite, at least 0: what a unit of each kernel's squared error costs
         the network. A group in which all are 0 costs nothing with one cluster.
@@ -106,6 +106,7 @@ def curves(
         Weights out of range; a K below 1; an unknown scope, precision or coding.
     NotEnoughMemoryError
     """
+    bank = bank_of(bank)
     checks.check_known("coding of indices", coding, checkpoint.CODINGS)
     checks.check_seed(seed)
     quantization.float_type(precision)

@@ -9,12 +9,12 @@ import pandas as pd
 
 from kclib import checks, clustering, coding, fitting, rate, scopes
 from kclib.clustering import Clustering, Group
-from kclib.kernels import KernelBank, Layer
+from kclib.kernels import KernelBank, Kernels, Layer, bank_of
 from kclib.packing import index_bits, index_bytes
 
 
 def cluster(
-    bank: KernelBank,
+    bank: Kernels,
     n_clusters: int | Mapping[str, int],
     *,
     scope: str | Mapping[str, str] = "layer",
@@ -32,8 +32,7 @@ def cluster(
 
     Parameters
     ----------
-    bank : KernelBank
-    n_clusters, scope, weights, price, seed, n_threads, progress
+    bank, n_clusters, scope, weights, price, seed, n_threads, progress
         As in `clustering.cluster`. A price is that of the bits that tell the others apart.
 
     Returns
@@ -46,6 +45,7 @@ def cluster(
     InvalidValueError, UnknownNameError, NotEnoughMemoryError
         As there; K may be up to the number of all kernels of a group, zero or not.
     """
+    bank = bank_of(bank)
     rate.checked_price(price)
     checks.check_seed(seed)
     members = scopes.grouping(bank, scope)

@@ -2,14 +2,15 @@ from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from kclib import bars, clustering, compression, footprint, kmeans, rate, symmetry
-from kclib.clustering import cluster
+from kclib import bars, clustering, compression, footprint, kmeans, models, rate, symmetry
+from kclib.clustering import cluster, quantized
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer, extract, insert
 
@@ -379,3 +380,29 @@ def test_priced_indices_and_codebooks_take_fewer_bytes_at_less_error():
 def test_weights_or_a_price_out_of_range_are_refused(options, sentence):
     with pytest.raises(InvalidValueError, match=sentence):
         cluster(bank_of(one=[A, B, C], two=[A, B]), 2, **options)
+
+
+def test_a_network_or_model_is_clustered_by_its_kernels():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
+    of_bank = quantized(cluster(extract(network), 3, progress=False))
+    for given_ in (network, models.plain("mine", network)):
+        np.testing.assert_array_equal(quantized(cluster(given_, 3, progress=False)), of_bank)
+
+
+def test_numbers_of_clusters_may_come_from_a_table():
+    bank = random_bank(12, 30, 7)
+    counts = pd.Series({"conv0": 2, "conv1": 5, "conv2": 3})
+    assert [x.n_clusters for x in cluster(bank, counts, progress=False).groups] == [2, 5, 3]
+
+
+@pytest.mark.parametrize("k", [3.0, "3", True, None, np.arange(2000), torch.tensor(3), [3]])
+def test_number_of_clusters_of_another_kind_is_one_short_sentence(k):
+    with pytest.raises(InvalidValueError, match=r"n_clusters is .*; it must be a whole number") as found:
+        cluster(random_bank(12), k)
+    assert len(str(found.value)) < 200
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.tensor, pd.DataFrame, lambda x: x.tolist()])
+def test_points_are_not_clustered_as_a_bank_but_sent_to_kmeans(make):
+    with pytest.raises(InvalidValueError, match=r"must be a KernelBank.*kmeans\.kmeans clusters points"):
+        cluster(make(random_bank(12).points), 3)

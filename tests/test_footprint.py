@@ -308,9 +308,11 @@ def test_shared_tensors_are_counted_once():
 
 def test_weight_of_a_parametrized_convolution_is_a_convolution_weight():
     network = nn.Sequential(nn.Conv2d(1, 4, 3), parametrizations.weight_norm(nn.Conv2d(1, 2, 3)))
-    table = ledger(network, cluster(extract(network), 2))
+    table = ledger(network, cluster(extract(network).only("0"), 2))
     assert table.loc["other convolution weights", "dense"] == 4 * (2 + 2 * 9)
     assert table.loc["rest", "dense"] == 0
+    table = ledger(network, cluster(extract(network), 2))
+    assert table.loc[["kernels", "other convolution weights"], "dense"].tolist() == [4 * 6 * 9, 0]
 
 
 def test_the_reports_figures_are_kernels_and_bytes_removed():

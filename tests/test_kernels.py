@@ -346,6 +346,12 @@ class Functional(nn.Module):
         return nn.functional.conv2d(x, self.w)
 
 
+class Hidden(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branches = {"a": [nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)]}
+
+
 def conv(kind=nn.Conv2d, **options):
     return nn.Sequential(kind(3, 8, 3, **options))
 
@@ -365,7 +371,9 @@ def conv(kind=nn.Conv2d, **options):
         (lambda: conv(dtype=torch.complex64), "0: its weights are torch.complex64"),
         (lambda: nn.Sequential(*(nn.Conv1d(3, 3, 3) for _ in range(40))), "0, 1 and 38 more: Conv1d"),
         (Functional, "parameters of four axes: w"),
-        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "no convolution, and 2 linear layers"),
+        (Hidden, "2 Conv2d lie in lists"),
+        (lambda: nn.LSTM(3, 4), r"it has no convolution\)"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "no convolution, but 2 linear layers"),
         (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3))), "computed .SpectralNorm"),
         (lambda: nn.Sequential(prune.identity(nn.Conv2d(3, 4, 3), "weight")), "0: pruned.*prune.remove"),
     ],
@@ -375,3 +383,19 @@ def test_no_kernels_says_which_convolutions_there_are_and_why_not(make, says):
         kernels.extract(make())
     assert len(str(found.value)) < 500
     assert "size=1" not in str(found.value)
+
+
+@pytest.mark.parametrize("size", [True, "3x3", (3,), 3.0, np.zeros(2)])
+def test_size_of_another_kind_is_refused(size):
+    with pytest.raises(InvalidValueError, match=r"the model has no .* kernels \(found: 8 of 1×1, 6 of 3×3"):
+        kernels.extract(nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(2, 3, 3)), size=size)
+
+
+@pytest.mark.parametrize("make", [torch.from_numpy, lambda x: x.astype(float), lambda x: x.tolist()])
+def test_bank_with_kernels_of_another_kind_is_inserted(make):
+    network = nn.Sequential(nn.Conv2d(2, 3, 3))
+    bank = kernels.extract(network)
+    changed = kernels.insert(network, replace(bank, weights=make(bank.weights + 1)))
+    np.testing.assert_array_equal(kernels.extract(changed).weights, bank.weights + 1)
+    with pytest.raises(InvalidValueError, match=r"kernels have shape \(9,\); layer 0 has \(3, 3\)"):
+        kernels.insert(network, replace(bank, weights=bank.points))

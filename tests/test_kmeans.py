@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import faiss
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 from partitions import assert_is_a_partition, assert_same_bits, at_most, heavy_tailed, uneven
@@ -16,6 +18,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from kclib import lloyd, parallel, streaming
 from kclib.errors import InvalidValueError, NotEnoughMemoryError
+from kclib.kernels import KernelBank
 from kclib.kmeans import kmeans, ladder, memory
 
 GRIDS = arrays(
@@ -539,3 +542,40 @@ def test_a_ladder_without_rungs_or_with_one_out_of_range_is_refused():
     for k, name in ((0, "a number of clusters"), (5, "n_clusters")):
         with pytest.raises(InvalidValueError, match=f"{name} is {k}; "):
             ladder(np.eye(4), [2, k])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.tensor,
+        lambda x: torch.tensor(x, requires_grad=True),
+        lambda x: torch.tensor(x).bfloat16(),
+        pd.DataFrame,
+        lambda x: x.tolist(),
+        list,
+        lambda x: [torch.tensor(row) for row in x],
+        lambda x: KernelBank(x.reshape(-1, 2, 2), (), {}),
+        lambda x: [torch.tensor(x[:9]), pd.DataFrame(x[9:])],
+    ],
+)
+def test_points_of_any_kind_are_clustered_as_the_array_they_are(make):
+    points = np.random.default_rng(0).integers(-8, 9, (30, 4)).astype(np.float32)
+    np.testing.assert_array_equal(kmeans(make(points), 5).labels, kmeans(points, 5).labels)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        np.ma.masked_less(np.eye(4), 0.5),
+        [[1.0, 2.0], [3.0]],
+        [[[1.0], [1.0, 2.0]]],
+        "abc",
+        {"a": 1},
+        pd.DataFrame({"a": ["x"] * 5}),
+        np.eye(4) * 1j,
+        object(),
+    ],
+)
+def test_points_that_are_no_numbers_are_refused(points):
+    with pytest.raises(InvalidValueError, match="the points"):
+        kmeans(points, 2)

@@ -349,3 +349,14 @@ def test_what_cannot_work_is_said():
         measured(conv(4, 6))
     with pytest.raises(InvalidValueError, match=r"layer convs.0 has an infinite or NaN sensitivity"):
         measured(network, kind="input", preprocess=lambda x: scaled(x) * 1e25)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@EACH
+def test_weight_normed_kernels_cost_what_the_same_ordinary_ones_do(kind, norm):
+    plain = Net(conv(4, 6))
+    normed = copy.deepcopy(plain)
+    norm(normed.convs[0])
+    for layer, costs in measured(plain, kind=kind).items():
+        np.testing.assert_allclose(measured(normed, kind=kind)[layer], costs, rtol=1e-4)
