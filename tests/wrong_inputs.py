@@ -301,6 +301,7 @@ WRONG_INPUTS = [
     (convolutions.set_weight, lambda g: kernels.set_weight(g.network[0], torch.ones(3)), WRONG, "3 values"),
     (convolutions.usable, lambda g: convolutions.usable(nn.Conv2d(1, 1, 3, device="meta")), WRONG, "no values yet"),
     (copying.copied, lambda g: copying.copied(g.locked), WRONG, "network.lock"),
+    (models.network_of, lambda g: kernels.extract(g.bank), WRONG, "the network is a KernelBank"),
     (kernels.matched, lambda g: kernels.matched(nn.Linear(1, 1), g.bank.layers), WRONG, "no such layer"),
     (kernels.sample, lambda g: kernels.sample(g.bank, 0), WRONG, "per_layer is 0"),
     (kernels.sample, lambda g: kernels.sample(g.bank, 1, seed=-1), WRONG, "seed is -1"),
