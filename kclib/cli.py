@@ -217,7 +217,9 @@ def _accuracy(model, data: str, limit: int | None, device: str) -> float:
     from kclib import datasets, evaluation
 
     answers = evaluation.evaluate(model, datasets.load(data, limit=limit), device=device)
-    typer.echo(f"top-1 {answers.top1} % of {len(answers.labels):,} images, in {answers.seconds:.0f} s")
+    typer.echo(f"top-1 {answers.top1} % of {answers.known.sum():,} images, in {answers.seconds:.0f} s")
+    for note in answers.notes:
+        typer.echo(note)
     return answers.top1.estimate
 
 

@@ -111,13 +111,16 @@ def names() -> tuple[str, ...]:
     return (*LOADERS, "folder:PATH")
 
 
-def select(data: ImageSet, indices: torch.Tensor) -> ImageSet:
+def select(data, indices: torch.Tensor) -> ImageSet:
     """Return the images at `indices` (int64 ``(m,)``) as a data set of their own.
+
+    `data` is as for `as_image_set`.
 
     Raises
     ------
     InvalidValueError
     """
+    data = as_image_set(data)
     whole = torch.is_tensor(indices) and indices.dtype == torch.int64 and indices.ndim == 1
     if not whole or (len(indices) and not 0 <= indices.min() <= indices.max() < len(data)):
         if not len(data):
@@ -132,7 +135,7 @@ def select(data: ImageSet, indices: torch.Tensor) -> ImageSet:
 
 
 def aligned(
-    data: ImageSet,
+    data,
     names: Sequence[str],
     n_outputs: int,
     *,
@@ -144,6 +147,7 @@ def aligned(
 
     Parameters
     ----------
+    data : as for `as_image_set`
     names : sequence of str
         The names of the network's outputs; empty if unknown.
     n_outputs : int
@@ -156,6 +160,7 @@ def aligned(
     InvalidValueError
         Classes that are not those of the network, or not clearly.
     """
+    data = as_image_set(data)
     if classes is not None and not isinstance(classes, str):
         names, classes = _checked_names(classes, n_outputs), None
     if classes not in (None, "by position"):
@@ -178,14 +183,14 @@ def aligned(
 
 
 def batches(
-    data: ImageSet, preprocess: Callable, batch_size: int, *, workers: int = 0
+    data, preprocess: Callable, batch_size: int, *, workers: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ``(float inputs (b, c, h, w), int64 labels (b,))`` in order.
 
     Images held in memory are preprocessed a batch at a time; where preprocessing takes no such tensors, one
     by one as PIL images. Others are preprocessed one by one as they are read, by `workers` processes, or in
     this one if it is itself a worker. Floating images are not preprocessed. Preprocessing may answer a
-    mapping with ``pixel_values``.
+    mapping with ``pixel_values``. `data` is as for `as_image_set`.
 
     Raises
     ------
@@ -195,6 +200,7 @@ def batches(
         An image cannot be read; it is named by its file.
     """
     checks.check_whole("batch_size", batch_size, 1)
+    data = as_image_set(data)
     start = 0
     for inputs in preprocessing.batches(data.images, data.name, preprocess, batch_size, workers):
         yield inputs, data.labels[start : start + len(inputs)]  # of the set, which may have been relabelled

@@ -2,10 +2,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
 from torchvision.datasets import Imagenette
 from torchvision.models import ResNet18_Weights
 
-from kclib import class_names, datasets
+from kclib import class_names, datasets, evaluation, models
 from kclib.errors import InvalidValueError
 
 CATEGORIES = tuple(ResNet18_Weights.DEFAULT.meta["categories"])
@@ -129,6 +131,43 @@ def test_a_class_without_images_needs_no_output():
     assert places(["ant", "new folder"], ["bee", "ant"], needed=[True, False]) == [1, -1]
 
 
+class Oracle(nn.Module):
+    """Answers output i for an image of brightness i."""
+
+    def forward(self, x):
+        return torch.eye(12)[(x[:, 0, 0, 0] * 255).round().long()]
+
+
+WORDS = tuple("abcdefghijkl")
+NUMBERED = {str(i): i for i in range(12)}
+
+
+@pytest.mark.parametrize(
+    ("brightness", "classes"),
+    [
+        (NUMBERED, ()),
+        (NUMBERED, WORDS),
+        ({f"{i:03}": i for i in range(5, 12)}, ()),
+        ({word: 11 - i for i, word in enumerate(WORDS)}, tuple("LKJIHGFEDCBA")),
+        ({word: i for i, word in enumerate(WORDS) if i}, WORDS),
+        ({word: i for i, word in enumerate(WORDS)}, ()),
+    ],
+)
+@pytest.mark.parametrize("split", ["", "val"])
+def test_a_network_that_is_always_right_is_found_right(tmp_path, brightness, classes, split):
+    for name, value in brightness.items():
+        place = tmp_path / split / name
+        place.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (value,) * 3).save(place / "a.png")
+        if split:  # images to train by, all of them wrong
+            (tmp_path / "train" / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (11 - value,) * 3).save(tmp_path / "train" / name / "a.png")
+    model = models.Model("oracle", Oracle(), models.plain("", None).preprocess, classes)
+    found = evaluation.evaluate(model, datasets.load(f"folder:{tmp_path}"), progress=False)
+    assert (found.top1.estimate, len(found.labels)) == (100, len(brightness))
+    assert any("val is taken" in note for note in found.notes) == bool(split)
+
+
 def test_unknown_labels_stay_unknown():
     data = datasets.aligned(labelled("ab", [0, -1, 1, -1]), ("x", "b", "a"), 3)
     assert data.labels.tolist() == [2, -1, 1, -1]
@@ -150,3 +189,14 @@ def test_aligning_twice_changes_nothing_and_says_it_once():
     again = datasets.aligned(once, ("b", "a"), 2)
     assert (once.labels.tolist(), len(once.notes)) == ([1, 0], 1)
     assert (again.labels.tolist(), again.notes) == ([1, 0], once.notes)
+
+
+def test_a_nameless_network_and_fewer_classes_are_right_once_the_names_are_given(tmp_path):
+    for i, name in enumerate(WORDS[1:], 1):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), (i,) * 3).save(tmp_path / name / "a.png")
+    model, data = models.plain("oracle", Oracle()), datasets.load(f"folder:{tmp_path}")
+    with pytest.raises(InvalidValueError, match=r"12 outputs without names.*classes="):
+        evaluation.evaluate(model, data, progress=False)
+    assert evaluation.evaluate(model, data, classes=WORDS, progress=False).top1.estimate == 100
+    assert evaluation.evaluate(model, data, classes="by position", progress=False).top1.estimate == 0

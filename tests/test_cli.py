@@ -317,6 +317,8 @@ def test_evaluating_a_factorys_file_needs_the_model(kclib, made, factories):
     found = evaluation.evaluate(loaded, datasets.load(limit=50), progress=False)
     assert code == 0
     assert out.startswith(f"top-1 {found.top1} % of 50 images, in ")
+    assert found.notes
+    assert out.splitlines()[1:] == list(found.notes)
 
 
 def test_exported_files_answer_as_the_file_does(kclib, made, factories, tmp_path):
