@@ -4,10 +4,10 @@ PROFILE ?= smoke
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab dashboard test fuzz lint bench train clean
+.PHONY: help setup run lab dashboard test fuzz lint bench train clean clean-all
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 setup: .venv/ready  ## Make the environment in .venv
 .venv/ready: pyproject.toml
@@ -52,5 +52,9 @@ bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of othe
 train: setup  ## Train the shipped model again (START=features.safetensors; resumable, about an hour)
 	$(BIN)/kclib train --out data/vgg16_fashion.fp16.safetensors $(if $(START),--start $(START))
 
-clean:  ## Remove the environment, caches and reports
-	rm -rf .venv data/cache reports
+clean:  ## Remove the environment and what can be made again at once; results stay
+	rm -rf .venv data/cache/FashionMNIST .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	find kclib tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
+
+clean-all: clean  ## Remove all that was made here: results, reports and the states of trainings too
+	rm -rf data/cache reports

@@ -1,10 +1,12 @@
 """Commands over sweeps: compute one, look into the store, tidy it, write reports, compare two runs."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kclib import files
 from kclib.errors import InvalidValueError, SweepError
 
 _PROFILE = Annotated[str, typer.Argument(help="smoke, full, imagenet, or the path of a YAML file.")]
@@ -72,20 +74,26 @@ def results(
         str, typer.Option(help="A pandas query over the columns, such as \"scope == 'global' and k > 99\".")
     ] = "",
     columns: Annotated[str, typer.Option(help="Names of the columns to show, by commas; all if empty.")] = "",
-    csv: Annotated[Path | None, typer.Option(help="Write them all as CSV in place of showing them.")] = None,
-    parquet: Annotated[Path | None, typer.Option(help="Write them all as parquet.")] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(parser=files.output, help="Write them all as CSV in place of showing them; - prints it."),
+    ] = None,
+    parquet: Annotated[
+        Path | None, typer.Option(parser=files.output, help="Write them all as parquet; - as for CSV.")
+    ] = None,
 ) -> None:
     """List what the store has, filtered."""
-    from kclib import files
     from kclib.store import Store
 
     store = Store()
+    for path in filter(None, (csv, parquet)):
+        files.check_output(path, binary=path is parquet)
     found = _filtered(store.table(kind), where, [x.strip() for x in columns.split(",") if x.strip()])
     for path, write in ((csv, "to_csv"), (parquet, "to_parquet")):
         if path is not None:
             with files.replacing(path) as temporary:
                 getattr(found, write)(temporary, index=False)
-            typer.echo(f"{path.resolve()}: {len(found):,} rows")
+            typer.echo(f"{files.named(path)}: {len(found):,} rows", err=files.is_stdout(path))
     if csv is None and parquet is None:
         typer.echo(_text(found) if len(found) else f"{store.root} has nothing like that.")
 
@@ -93,14 +101,23 @@ def results(
 def gc(
     days: Annotated[float | None, typer.Option(help="Remove entries older than this too.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; remove nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it without asking.")] = False,
 ) -> None:
     """Remove from the store what nobody will ask for: damaged, of earlier versions, left by killed runs."""
     from kclib.store import Store
 
-    found = Store().gc(days=days, dry_run=dry_run)
-    if len(found):
-        typer.echo(_text(found))
-    typer.echo(f"{len(found):,} files, {found.bytes.sum():,} bytes {'would go' if dry_run else 'removed'}")
+    def agree(found) -> bool:
+        _show_garbage(found, "would go")
+        if not (yes or sys.stdin.isatty()):
+            raise InvalidValueError("nobody is there to agree, so nothing is removed; give --yes.")
+        return yes or typer.confirm(f"Remove them from {store.root}?")
+
+    store = Store()
+    found = store.gc(days=days, dry_run=dry_run, agree=agree)
+    if dry_run:
+        _show_garbage(found, "would go")
+    else:
+        typer.echo(f"{len(found):,} files, {found.bytes.sum():,} bytes removed")
 
 
 def compare(
@@ -110,16 +127,19 @@ def compare(
         float | None,
         typer.Option(help="Fail (exit code 1) if a cell lost more points than this, or is gone."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("changes.html"),
+    out: Annotated[
+        Path, typer.Option(parser=files.output, help="The page to write; - prints it.")
+    ] = Path("changes.html"),
 ) -> None:
     """Show what moved between two runs of a sweep, with intervals; a gate for CI."""
     from kclib import changes
 
+    files.check_output(out)
     table = changes.compare(changes.read(before), changes.read(after))
     sentences = changes.broken(table, max_drop) if max_drop is not None else []
     changes.write(out, table, sentences, before=str(before), after=str(after))
-    typer.echo(changes.answer(table))
-    typer.echo(f"page: {out.resolve()}")
+    typer.echo(changes.answer(table), err=files.is_stdout(out))
+    typer.echo(f"page: {files.named(out)}", err=files.is_stdout(out))
     if sentences:
         for sentence in sentences:
             typer.echo(sentence, err=True)
@@ -139,6 +159,12 @@ def _profile(name: str):
     if found.sweep is None:
         raise InvalidValueError(f"profile {name} has no sweep; it must have the key 'sweep'.")
     return found
+
+
+def _show_garbage(found, what: str) -> None:
+    if len(found):
+        typer.echo(_text(found))
+    typer.echo(f"{len(found):,} files, {found.bytes.sum():,} bytes {what}")
 
 
 def _text(table) -> str:

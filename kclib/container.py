@@ -74,7 +74,8 @@ def write(path: Path, description: dict, tensors: Mapping[str, Tensor]) -> Conte
     with files.replacing(path) as temporary:
         # one entry, for safetensors writes several in an order of its own
         save_file(tensors, temporary, metadata={"kclib": f"{digest} {text}"})
-    return _contents(path, description, digest, tensors)
+        n_bytes = temporary.stat().st_size
+    return _contents(path, description, digest, tensors, n_bytes)
 
 
 def inspect(path: str | Path) -> Contents:
@@ -87,7 +88,7 @@ def inspect(path: str | Path) -> Contents:
     """
     path = Path(path)
     description, digest, tensors = read(path)
-    return _contents(path, description, digest, tensors)
+    return _contents(path, description, digest, tensors, path.stat().st_size)
 
 
 def read(path: Path) -> tuple[dict, str, dict[str, Tensor]]:
@@ -132,12 +133,14 @@ def read(path: Path) -> tuple[dict, str, dict[str, Tensor]]:
     return description, digest, tensors
 
 
-def _contents(path: Path, description: dict, digest: str, tensors: Mapping[str, Tensor]) -> Contents:
+def _contents(
+    path: Path, description: dict, digest: str, tensors: Mapping[str, Tensor], n_bytes: int
+) -> Contents:
     parts = dict.fromkeys(_PARTS.values(), 0)
     for name, value in tensors.items():
         part = _PARTS.get(name.split(" ")[0], "unknown to this version")
         parts[part] = parts.get(part, 0) + value.nbytes
-    parts["header"] = path.stat().st_size - sum(parts.values())
+    parts["header"] = n_bytes - sum(parts.values())
     return Contents(path, description, digest, pd.Series(parts, dtype="int64", name="bytes"))
 
 

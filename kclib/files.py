@@ -1,15 +1,25 @@
 """Whole files or none: atomic writes, checksums, and where the project's files lie."""
 
+import errno
 import hashlib
 import os
+import re
+import secrets
+import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from kclib.errors import DamagedFileError, KclibError, MissingFileError, StorageError
+
+STDOUT = Path("/dev/fd/1")
+_LINKS = 40  # that the system follows at most
+_GARBLED = "it is a terminal, and the content is binary; redirect it"
 
 
 def data_dir() -> Path:
@@ -49,34 +59,144 @@ def shipped(path: Path, expected: str) -> Path:
     return path
 
 
+def output(text: str) -> Path:
+    """Return the path of an output as the command line names it; ``-`` is standard output."""
+    return STDOUT if text == "-" else Path(text)
+
+
+def is_stdout(path: Path) -> bool:
+    """Tell whether a path is standard output, such as ``/dev/stdout``."""
+    return _descriptor(path) == 1
+
+
+def named(path: Path) -> str:
+    """Return what users call an output, absolute."""
+    return "standard output" if is_stdout(path) else os.path.abspath(path)
+
+
+def is_stream(path: Path) -> bool:
+    """Tell whether a path is a device, a named pipe or an open file such as ``/dev/stdout``."""
+    if _descriptor(path) is not None:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
+
+
+def check_output(path: Path, *, binary: bool = False) -> None:
+    """Raise a `StorageError` if a path is nothing that `replacing` writes; worth asking before long work.
+
+    Parameters
+    ----------
+    binary : bool
+        Whether what will be written would garble a terminal.
+    """
+    if "\0" in str(path):
+        raise _refusal(path, "a file's name must not hold NUL")
+    if is_stream(path):
+        descriptor = _descriptor(path)
+        if binary and descriptor is not None and os.isatty(descriptor):
+            raise _refusal(path, _GARBLED)
+        return
+    target = Path(os.path.realpath(path))
+    try:
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except OSError as error:
+        raise _refusal(path, error.strerror) from error
+    if stat.S_ISDIR(mode):
+        raise _refusal(path, "it is a folder; give the name of a file")
+    if not stat.S_ISREG(mode):
+        raise _refusal(path, "it is no ordinary file, and would be lost")
+    folder = next(x for x in target.parents if os.path.lexists(x))
+    for place in (target, folder):
+        if os.path.lexists(place) and not os.access(place, os.W_OK):
+            raise _refusal(path, f"{place} may not be changed" if place == folder else "it may not be changed")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its name only if the block succeeds.
+    """Yield a temporary path whose content `path` gets only if the block succeeds.
 
-    Readers see the old file or the new one, never a part; after a failure the old one is left.
+    Readers see the old file or the new one, never a part; after a failure the old one is left. A new file has
+    the permissions that the umask leaves, and one that was there keeps its own. Symbolic links stay and their
+    target is replaced. Of hard links only this name gets the new content. What cannot be replaced, a device,
+    a pipe or standard output, is written to once the block has succeeded.
 
     Raises
     ------
     StorageError
-        If the file system refuses (full disk, permission, missing folder that cannot be made).
+        It is a folder, a socket or a block device, or the file system refuses (full disk, permission,
+        missing folder that cannot be made).
     """
     path = Path(path)
-    if "\0" in str(path):
-        raise StorageError(f"{str(path)!r} could not be written: a file's name must not hold NUL.")
-    temporary = None
+    check_output(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=f".tmp{path.suffix}")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide reports from other readers
-        os.replace(temporary, path)
+        if is_stream(path):
+            with tempfile.TemporaryDirectory() as folder:
+                temporary = Path(folder) / f"content{path.suffix}"
+                temporary.touch()
+                yield temporary
+                _send(temporary, path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _swapped(Path(os.path.realpath(path))) as temporary:
+                yield temporary
     except KclibError:
         raise
     except (OSError, SafetensorError) as error:  # safetensors wraps what the file system said
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"{path} could not be written: {reason}.") from error
+        raise _refusal(path, getattr(error, "strerror", None) or error) from error
+
+
+@contextmanager
+def _swapped(target: Path) -> Iterator[Path]:
+    """Yield a new file beside `target` that takes its place, permissions and owner if the block succeeds."""
+    # Names may have 255 bytes, and characters 4.
+    name = f".{target.name[:40]}.{secrets.token_hex(6)}.tmp{target.suffix[:12]}"
+    temporary = target.with_name(name)
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        like = os.stat(target if target.exists() else temporary)
+        yield temporary
+        for owner in ((like.st_uid, -1), (-1, like.st_gid)):
+            with suppress(PermissionError):
+                os.chown(temporary, *owner)
+        os.chmod(temporary, stat.S_IMODE(like.st_mode) & 0o777)  # libraries make files of their own, at 0600
+        os.replace(temporary, target)
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _send(content: Path, path: Path) -> None:
+    """Write a file's bytes to a stream."""
+    descriptor = _descriptor(path)
+    if is_stdout(path):
+        sys.stdout.flush()
+    with (
+        open(content, "rb") as source,
+        # Opened anew, a redirected file would lose what is in it; a pipe's reader is waited for.
+        open(os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor), "wb") as out,
+    ):
+        if out.isatty() and b"\0" in content.read_bytes():
+            raise _refusal(path, _GARBLED)
+        shutil.copyfileobj(source, out)
+
+
+def _descriptor(path: Path) -> int | None:
+    """Return which open file of this process a path stands for, if it does."""
+    text = os.path.abspath(path)
+    for _ in range(_LINKS):
+        if found := re.fullmatch(rf"(?:/dev|/proc/(?:self|{os.getpid()}))/fd/(\d+)", text):
+            return int(found[1])
+        try:
+            text = os.path.abspath(os.path.join(os.path.dirname(text), os.readlink(text)))
+        except (OSError, ValueError):
+            return None
+    return None
+
+
+def _refusal(path: Path, reason: object) -> StorageError:
+    return StorageError(f"{'standard output' if is_stdout(path) else path} could not be written: {reason}.")

@@ -1,5 +1,6 @@
 """A profile's sweep over models, data, scopes, K, methods and seeds: what is stored, and the rest."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from kclib.sources import Source
 from kclib.store import Entry, Store
 from kclib.sweep import Cell, Subject
 
+_LOG = logging.getLogger(__name__)
 _ORIGIN = ["made", "versions", "commit", "machine", "model", "weights", "data", "images_hash"]
 
 
@@ -143,6 +145,9 @@ def report(
 def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> list[Failure]:
     """Compute what is not stored and return what failed; every finished cell is in the store at once.
 
+    What the store no longer has at the end, because someone removed or damaged it meanwhile, is computed once
+    more.
+
     Parameters
     ----------
     tasks : sequence of Task
@@ -150,12 +155,21 @@ def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> li
     workers : Workers
     progress : bool
     """
-    missing, failed = [x for x in tasks if not x.stored], []
+    failed = _run([x for x in tasks if not x.stored], len(tasks), workers, progress)
+    if gone := _gone(tasks, failed):
+        _LOG.warning("%s: gone from the store, or damaged; computed again.", "; ".join(map(str, gone)))
+        failed += _run([replace(x, stored=False, again=False) for x in gone], len(tasks), workers, progress)
+        failed += [Failure(str(x), "its result is gone from the store again", "") for x in _gone(gone, failed)]
+    return failed
+
+
+def _run(missing: Sequence[Task], n_cells: int, workers: Workers, progress: bool) -> list[Failure]:
+    """Compute cells and return what failed."""
+    failed, there = [], n_cells - len(missing)
     if not missing:
         return failed
-    there = len(tasks) - len(missing)
     with tqdm(
-        total=sum(x.seconds for x in missing), desc=f"sweep, {there} of {len(tasks)} cells",
+        total=sum(x.seconds for x in missing), desc=f"sweep, {there} of {n_cells} cells",
         bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed} elapsed, about {remaining} left{postfix}",
         disable=not progress,
     ) as bar, bars.ticking(bar):  # fmt: skip
@@ -164,7 +178,7 @@ def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> li
             task = missing[outcome.place]
             if outcome.error:
                 failed.append(Failure(str(task), outcome.error, outcome.traceback))
-            bar.set_description_str(f"sweep, {done} of {len(tasks)} cells", refresh=False)
+            bar.set_description_str(f"sweep, {done} of {n_cells} cells", refresh=False)
             bar.set_postfix_str(f"{'failed' if outcome.error else 'done'}: {task}", refresh=False)
             bar.update(task.seconds)
     return failed
@@ -180,6 +194,12 @@ def table(tasks: Sequence[Task], store: Store) -> pd.DataFrame:
         by_source.setdefault(task.source, []).append(task)
     found = [_table(source, tasks, store) for source, tasks in by_source.items()]
     return pd.concat([x for x in found if len(x)] or [pd.DataFrame()], ignore_index=True)
+
+
+def _gone(tasks: Sequence[Task], failed: Sequence[Failure]) -> list[Task]:
+    """Return tasks that did not fail and whose results are not in the store."""
+    told = {x.what for x in failed}
+    return [x for x in tasks if str(x) not in told and Store(x.source.root).get(x.key) is None]
 
 
 def _estimated(subject: Subject, tasks: Sequence[Task]) -> list[Task]:

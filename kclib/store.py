@@ -18,14 +18,15 @@ import safetensors
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from kclib import files
-from kclib.errors import StorageError, UnknownNameError
+from kclib import checks, files
+from kclib.errors import InvalidValueError, StorageError, UnknownNameError, reason
 
 # Part of every key, by what is kept: raise a number when the same inputs would give other results.
 VERSIONS = {"clustering": 1, "evaluation": 5, "combination": 2, "curve": 2, "neighbours": 3, "layout": 3}
 _LOG = logging.getLogger(__name__)
-_OURS = re.compile(r"[0-9a-f]+\.(safetensors|lock)|\..+\.tmp\.(safetensors|parquet)")  # others' files stay
+_OURS = re.compile(r"[0-9a-f]{64}\.(safetensors|lock)|\..+\.tmp\.(safetensors|parquet)")  # others' files stay
 _HOUR = 3600  # seconds: what is older and temporary belongs to a run that was killed
+_TICK = 2 * 10**9  # nanoseconds within which a file system may not tell two changes of a file apart
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class Store:
         path = self.path(key)
         if not path.is_file():
             return None
-        entry = _read(path)
+        entry = self._whole(path)
         if entry is None:
-            _LOG.warning("store entry %s is damaged and will be computed again.", path)
+            why = "damaged" if os.access(path, os.R_OK) else "not readable"
+            _LOG.warning("store entry %s is %s and will be computed again.", path, why)
         return entry
 
     def put(self, entry: Entry) -> Path:
@@ -106,7 +108,7 @@ class Store:
         with self.claim(key, wait=wait) as ours:
             if not ours:
                 return None
-            entry = _read(self.path(key)) if self.has(key) else None  # another process may have put it
+            entry = self._whole(self.path(key)) if self.has(key) else None  # another process may have put it
             if entry is None:
                 entry = compute()
                 self.put(entry)
@@ -142,10 +144,11 @@ class Store:
             lock.release()
 
     def table(self, kind: str) -> pd.DataFrame:
-        """Return all entries of a kind: their keys and rows, ``entry``, ``file_bytes`` and ``written``.
+        """Return all whole entries of a kind: their keys and rows, ``entry``, ``file_bytes`` and ``written``.
 
-        The table is kept beside the entries as ``KIND.parquet``, from which only what is new or changed
-        is read again. Lists and mappings in it are JSON text.
+        What is damaged is left out, which is logged. The table is kept beside the entries as
+        ``KIND.parquet``, from which only what is new or changed is read again. Lists and mappings in it are
+        JSON text.
 
         Raises
         ------
@@ -154,20 +157,25 @@ class Store:
         """
         if kind not in VERSIONS:
             raise UnknownNameError("kind of entry", kind, VERSIONS)
-        kept, path = {}, self.root / f"{kind}.parquet"
-        if path.is_file():
-            kept = {row["entry"]: row for row in _read_rows(path)}
-        found = [_as_row(x, kept) for x in sorted((self.root / kind).glob("[!.]*.safetensors"))]
-        rows = pd.DataFrame([row for row in found if row]).convert_dtypes()
-        if self.root.is_dir():
+        path = self.root / f"{kind}.parquet"
+        kept = _read_rows(path)
+        paths = sorted((self.root / kind).glob("[!.]*.safetensors"))
+        bar = tqdm(paths, desc="store", unit="entry", delay=2, leave=False)
+        found = [row for x in bar if (row := self._row(x, kept))]
+        if self.root.is_dir() and [id(x) for x in found] != [id(x) for x in kept.values()]:
             try:
-                with files.replacing(path) as temporary:
-                    rows.to_parquet(temporary)
-            except StorageError as error:  # it only saves time
+                _write_rows(path, found)
+            except (StorageError, TypeError, ValueError, OverflowError) as error:  # it only saves time
                 _LOG.info("%s", error)
-        return rows
+        return pd.DataFrame(found).drop(columns="checked", errors="ignore").convert_dtypes()
 
-    def gc(self, *, days: float | None = None, dry_run: bool = False) -> pd.DataFrame:
+    def gc(
+        self,
+        *,
+        days: float | None = None,
+        dry_run: bool = False,
+        agree: Callable[[pd.DataFrame], bool] | None = None,
+    ) -> pd.DataFrame:
         """Remove what nobody will ask for, and return it: ``file``, ``why`` and ``bytes``.
 
         That is what is damaged, what earlier versions of the code computed, and what killed runs left.
@@ -178,16 +186,28 @@ class Store:
             Entries that were made longer ago go too.
         dry_run : bool
             Whether to remove nothing.
+        agree : callable, optional
+            Is shown what would go; if it is false of that, nothing is removed.
+
+        Raises
+        ------
+        InvalidValueError
+            Days below 0, or not finite.
         """
+        if days is not None and not (checks.is_real(days) and days >= 0):
+            raise InvalidValueError(f"days is {days!r}; it must be a finite number, at least 0.")
         found = []
-        for path in tqdm(sorted(self.root.rglob("*")), desc="store", unit="file", delay=2, leave=False):
+        paths = sorted([*self.root.glob("*"), *self.root.glob("*/*")])
+        for path in tqdm(paths, desc="store", unit="file", delay=2, leave=False):
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                if _OURS.fullmatch(path.name) and path.is_file() and (why := self._why_not(path, days)):
+                if why := self._why_not(path, days):
                     size = path.stat().st_size
-                    if not dry_run:
-                        path.unlink()
                     found.append({"file": str(path.relative_to(self.root)), "why": why, "bytes": size})
-        return pd.DataFrame(found, columns=["file", "why", "bytes"])
+        table = pd.DataFrame(found, columns=["file", "why", "bytes"])
+        if dry_run or not (len(table) and (agree is None or agree(table))):
+            return table if dry_run else table[:0]
+        gone = [self._removed(self.root / row["file"], days) for row in found]
+        return table[gone].reset_index(drop=True)
 
     def path(self, key: dict) -> Path:
         """Return where the entry of `key` is, or would be."""
@@ -196,8 +216,21 @@ class Store:
         text = json.dumps(key | {"version": VERSIONS[key["kind"]]}, sort_keys=True, separators=(",", ":"))
         return self.root / key["kind"] / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
 
+    def _removed(self, path: Path, days: float | None) -> bool:
+        """Remove a file, if it still is of no use, and tell whether it was; StorageError if it cannot be."""
+        try:
+            if useless := bool(self._why_not(path, days)):  # meanwhile it may have been computed again
+                path.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StorageError(f"{path} could not be removed: {error.strerror}.") from error
+        return useless
+
     def _why_not(self, path: Path, days: float | None) -> str:
         """Return why a file is of no use; nothing if it is."""
+        if not (_OURS.fullmatch(path.name) and path.is_file() and os.access(path, os.R_OK)):
+            return ""
         age = time.time() - path.stat().st_mtime
         if path.name.startswith(".") or path.suffix == ".lock":
             left = age > _HOUR and not (path.suffix == ".lock" and _is_held(path))
@@ -209,6 +242,33 @@ class Store:
         if self.path(entry.key) != path:
             return "of an earlier version"
         return f"made more than {days:g} days ago" if days is not None and age > 24 * _HOUR * days else ""
+
+    def _whole(self, path: Path) -> Entry | None:
+        """Return a file's entry if it is whole, and under the name of its key."""
+        entry = _read(path)
+        return entry if entry is not None and self.path(entry.key) == path else None
+
+    def _row(self, path: Path, kept: dict[str, dict]) -> dict:
+        """Return an entry's row, as kept if its file is unchanged; nothing if it is not whole."""
+        try:
+            stat = path.stat()
+        except FileNotFoundError:  # another process has just removed it
+            return {}
+        # ctime cannot be set back, as mtime can.
+        checked = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        if path.stem in kept and kept[path.stem]["checked"] == checked:
+            return kept[path.stem]
+        if (entry := _read(path)) is None:
+            _LOG.warning("store entry %s is damaged and left out.", path)
+        if entry is None or self.path(entry.key) != path:  # of an earlier version
+            return {}
+        if abs(time.time_ns() - stat.st_ctime_ns) < _TICK:
+            checked = ""  # a change right now might not show
+        found = entry.key | entry.row
+        plain = {name: json.dumps(x) if isinstance(x, (list, dict)) else x for name, x in found.items()}
+        written = pd.Timestamp(stat.st_mtime_ns, tz="UTC")
+        about = {"entry": path.stem, "file_bytes": stat.st_size, "written": written, "checked": checked}
+        return plain | about
 
 
 def _is_held(path: Path) -> bool:
@@ -228,7 +288,8 @@ def _read(path: Path) -> Entry | None:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if texts.pop("sha256") != _digest(texts, arrays):
             return None
-        return Entry(json.loads(texts["key"]), json.loads(texts["row"]), arrays)
+        entry = Entry(json.loads(texts["key"]), json.loads(texts["row"]), arrays)
+        return entry if entry.key["kind"] in VERSIONS and isinstance(entry.row, dict) else None
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError):
         return None
 
@@ -241,28 +302,23 @@ def _digest(texts: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _read_rows(path: Path) -> list[dict]:
-    try:
-        return pd.read_parquet(path).to_dict("records")
-    except (OSError, ValueError, KeyError):  # damaged: made again from the entries
-        return []
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    table = pd.DataFrame(rows).convert_dtypes()
+    table.attrs["sha256"] = _digest_of_rows(table)
+    with files.replacing(path) as temporary:
+        table.to_parquet(temporary)
 
 
-def _as_row(path: Path, kept: dict[str, dict]) -> dict:
-    """Return what the head of an entry's file says, as kept if unchanged; nothing if it is damaged."""
+def _read_rows(path: Path) -> dict[str, dict]:
+    """Return the rows of a kept table by entry; none if it is damaged, and made again from the entries."""
     try:
-        stat = path.stat()
-    except FileNotFoundError:  # another process has just removed it
-        return {}
-    written = pd.Timestamp(stat.st_mtime_ns, tz="UTC")
-    same = kept.get(path.stem)
-    if same and (same.get("written"), same["file_bytes"]) == (written, stat.st_size):
-        return same
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            texts = file.metadata()
-        found = json.loads(texts["key"]) | json.loads(texts["row"])
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError):
-        return {}
-    plain = {name: json.dumps(x) if isinstance(x, (list, dict)) else x for name, x in found.items()}
-    return plain | {"entry": path.stem, "file_bytes": stat.st_size, "written": written}
+        table = pd.read_parquet(path)
+        if table.attrs.get("sha256") == _digest_of_rows(table):
+            return {row["entry"]: row for row in table.to_dict("records")}
+    except Exception as error:  # damage can make its reader raise almost anything
+        _LOG.info("%s is made anew (%s).", path, reason(error))
+    return {}
+
+
+def _digest_of_rows(table: pd.DataFrame) -> str:
+    return hashlib.sha256(table.to_csv().encode("utf-8", "surrogatepass")).hexdigest()

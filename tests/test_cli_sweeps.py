@@ -1,4 +1,5 @@
 import html
+import io
 import os
 import re
 import signal
@@ -74,8 +75,36 @@ def test_a_sweep_is_planned_computed_looked_up_listed_compared_and_tidied(kclib,
     victim.write_bytes(b"torn")
     code, out, _ = kclib("gc", "--dry-run")
     assert (code, out.splitlines()[-1], victim.is_file()) == (0, "1 files, 4 bytes would go", True)
-    assert kclib("gc")[1].splitlines()[-1] == "1 files, 4 bytes removed"
+    code, _, said = kclib("gc")
+    assert (code, "give --yes" in said, victim.is_file()) == (2, True, True)
+    assert kclib("gc", "--yes")[1].splitlines()[-1] == "1 files, 4 bytes removed"
     assert not victim.is_file()
+    assert kclib("gc")[:2] == (0, "0 files, 0 bytes removed\n")
+
+
+@pytest.mark.parametrize(("answer", "goes"), [("y", True), ("n", False), ("", False)])
+def test_gc_says_what_it_will_remove_and_asks(kclib, tmp_path, monkeypatch, answer, goes):
+    monkeypatch.setenv("KCLIB_STORE", str(tmp_path))
+    victim = Store().put(Entry({"kind": "evaluation"}, {}, {}))
+    victim.write_bytes(b"torn")
+    terminal = io.StringIO(answer + "\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    code, out, _ = kclib("gc")
+    assert (code, victim.is_file()) == (0, not goes)
+    assert out.index(victim.name[:20]) < out.index("Remove them") < out.rindex(f"{int(goes)} files")
+
+
+def test_gc_takes_ages_of_0_or_more_alone(kclib, tmp_path, monkeypatch):
+    monkeypatch.setenv("KCLIB_STORE", str(tmp_path))
+    entry = Store().put(Entry({"kind": "evaluation"}, {}, {}))
+    for days in ("-1", "nan", "inf", "-0.001"):
+        code, _, said = kclib("gc", "--yes", f"--days={days}")
+        assert (code, is_one_sentence(said), "days is" in said) == (2, True, True)
+    assert kclib("gc", "--yes", "--days", "1")[0] == 0
+    assert entry.is_file()
+    assert kclib("gc", "--yes", "--days", "0")[0] == 0
+    assert not entry.is_file()
 
 
 def unstamped(page: str) -> str:

@@ -66,6 +66,42 @@ def test_a_sweep_by_cells_is_that_of_the_library_to_the_bit(store, tmp_path):
     pd.testing.assert_frame_equal(found, plain, check_exact=True)
 
 
+def test_results_that_vanish_or_are_damaged_during_a_sweep_are_computed_again(store, monkeypatch, caplog):
+    sweep_of = {"seeds": (0,), "methods": ("plain",), "scopes": ("layer",)}
+    grid.run(grid.plan(levels(clusters=(2,), **sweep_of), store), Workers(), progress=False)
+    whole = grid.table(grid.plan(levels(clusters=(2,), **sweep_of), store, estimated=False), store)
+    planned, genuine = grid.plan(levels(**sweep_of), store), evaluation.evaluate
+
+    def destroying(*args, **options):
+        for task, destroy in zip([x for x in planned if x.stored], (Path.unlink, truncate), strict=True):
+            destroy(store.path(task.key))
+        monkeypatch.undo()
+        return genuine(*args, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate", destroying)
+    monkeypatch.setattr(datasets, "load", lambda name, limit: tiny.tiny_data())
+    assert grid.run(planned, Workers(), progress=False) == []
+    found = grid.table(planned, store)
+    assert len(found) == 3
+    pd.testing.assert_frame_equal(
+        found[found.k != 5].drop(columns=TIMES), whole.drop(columns=TIMES), check_exact=True
+    )
+    assert "gone from the store, or damaged" in caplog.text
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 50)
+
+
+def test_results_that_vanish_again_and_again_have_failed(store, monkeypatch):
+    monkeypatch.setattr(Store, "put", lambda self, entry: None)
+    monkeypatch.setattr(datasets, "load", lambda name, limit: tiny.tiny_data())
+    planned = grid.plan(levels(seeds=(0,), methods=("plain",), scopes=("layer",)), store)
+    failures = grid.run(planned, Workers(), progress=False)
+    assert sorted(x.what for x in failures) == sorted(map(str, planned))
+    assert all("gone" in x.error for x in failures)
+
+
 def test_a_cell_that_fails_stops_no_other_and_a_second_run_computes_it_alone(store, monkeypatch):
     genuine = evaluation.evaluate
 
