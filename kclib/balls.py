@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from scipy.spatial import cKDTree
 
 from kclib import parallel
+from kclib.compiled import njit
 
 _TILE = 64  # centres that one loop of vector instructions looks at
 _BUNCH = 16  # tiles under one outer box

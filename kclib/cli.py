@@ -11,7 +11,7 @@ from unittest import mock
 import typer
 import yaml
 
-from kclib import bars, cli_sweeps
+from kclib import bars, cli_sweeps, files
 from kclib.errors import FailedRunError, KclibError
 
 app = typer.Typer(
@@ -57,8 +57,9 @@ def batch(
 
 
 @app.command()
+@cli_sweeps.aside
 def train(
-    out: Annotated[Path, typer.Option(help="Where the fp16 safetensors go.")],
+    out: Annotated[Path, typer.Option(parser=files.output, help="Where the fp16 safetensors go.")],
     start: Annotated[
         Path | None,
         typer.Option(help="Safetensors of VGG-16 features; torchvision's own if not given."),
@@ -70,15 +71,22 @@ def train(
     """Train the shipped VGG-16 on Fashion-MNIST; a second call goes on where the first stopped."""
     from kclib import training
 
+    files.check_output(out, binary=True)
     trained = training.train_fashion(out, start, training.Recipe(epochs=epochs, seed=seed), device)
     typer.echo(f"{out.resolve()}: {trained.held_back:.2f} % on the held-back training images")
 
 
 @app.command()
+@cli_sweeps.aside
 def compress(
     model: Annotated[str, typer.Argument(help="A name models.load knows, or package.module:factory.")],
     clusters: Annotated[int, typer.Option(min=1, help="K, clusters a group.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The safetensors file to write.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", parser=files.output, help="The safetensors file to write; - is standard output."
+        ),
+    ],
     scope: Annotated[str, typer.Option(help="layer or global: what shares a codebook.")] = "layer",
     weights: Annotated[Path | None, typer.Option(help="Weights in place of the model's own.")] = None,
     precision: Annotated[
@@ -98,6 +106,7 @@ def compress(
 
     from kclib import checkpoint, clustering, compression, kernels, models
 
+    files.check_output(out, binary=True)
     loaded = models.load(model, weights=weights)
     result = clustering.cluster(
         kernels.extract(loaded.network), clusters, scope=scope, scaled=scaled, turned=turned, seed=seed
@@ -112,7 +121,7 @@ def compress(
     typer.echo(
         f"{dense / contents.bytes.sum():.2f} times smaller than the {dense:,} bytes of the dense weights"
     )
-    typer.echo(f"{out.resolve()}")
+    typer.echo(files.named(out))
 
 
 @app.command()
@@ -151,9 +160,16 @@ def evaluate(
 
 
 @app.command()
+@cli_sweeps.aside
 def export(
     file: Annotated[Path, typer.Argument(help="A file that compress wrote.")],
-    out: Annotated[Path, typer.Argument(help="An .onnx file, or .pt2 for torch.export (dense).")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            parser=files.output,
+            help="An .onnx file, or .pt2 for torch.export (dense); - is standard output, as ONNX.",
+        ),
+    ],
     dense: Annotated[bool, typer.Option("--dense", help="Dense weights in the ONNX file.")] = False,
     shape: Annotated[
         tuple[int, int, int] | None, typer.Option(help="Channels, height, width; the model's own by default.")
@@ -166,15 +182,19 @@ def export(
     from kclib import checkpoint, exporting, models
     from kclib.errors import InvalidValueError
 
-    if out.suffix not in (".onnx", ".pt2"):
+    kind = out.suffix or (".onnx" if files.is_stream(out) else "")
+    if kind not in (".onnx", ".pt2"):
         raise InvalidValueError(f"{out} ends in {out.suffix!r}; it must end in .onnx or .pt2.")
+    files.check_output(out, binary=True)
     loaded = checkpoint.load(file, architecture=model)
     shape = shape or models.input_shape(loaded)
-    if out.suffix == ".onnx":
+    if kind == ".onnx":
         exporting.to_onnx(loaded.network, out, shape, dense=dense)
     else:
         exporting.to_program(loaded.network, out, shape)
-    typer.echo(f"{out.resolve()}: {out.stat().st_size:,} bytes")
+    typer.echo(
+        files.named(out) if files.is_stream(out) else f"{files.named(out)}: {out.stat().st_size:,} bytes"
+    )
 
 
 def main() -> None:

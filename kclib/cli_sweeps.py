@@ -1,6 +1,9 @@
 """Commands over sweeps: compute one, look into the store, tidy it, write reports, compare two runs."""
 
+import contextlib
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +14,18 @@ from kclib.errors import InvalidValueError, SweepError
 
 _PROFILE = Annotated[str, typer.Argument(help="smoke, full, imagenet, or the path of a YAML file.")]
 _OUT = Annotated[Path, typer.Option(help="Folder of the reports.")]
+
+
+def aside(command: Callable) -> Callable:
+    """Make a command that writes to standard output say all else on standard error."""
+
+    @functools.wraps(command)
+    def run(**given) -> None:
+        printing = any(isinstance(x, Path) and files.is_stdout(x) for x in given.values())
+        with contextlib.redirect_stdout(sys.stderr) if printing else contextlib.nullcontext():
+            command(**given)
+
+    return run
 
 
 def sweep(
@@ -66,6 +81,7 @@ def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
     typer.echo(f"report: {index.resolve()}")
 
 
+@aside
 def results(
     kind: Annotated[
         str, typer.Argument(help="What is stored: evaluation, clustering, curve ...")
@@ -76,7 +92,9 @@ def results(
     columns: Annotated[str, typer.Option(help="Names of the columns to show, by commas; all if empty.")] = "",
     csv: Annotated[
         Path | None,
-        typer.Option(parser=files.output, help="Write them all as CSV in place of showing them; - prints it."),
+        typer.Option(
+            parser=files.output, help="Write them all as CSV in place of showing them; - prints it."
+        ),
     ] = None,
     parquet: Annotated[
         Path | None, typer.Option(parser=files.output, help="Write them all as parquet; - as for CSV.")
@@ -93,7 +111,7 @@ def results(
         if path is not None:
             with files.replacing(path) as temporary:
                 getattr(found, write)(temporary, index=False)
-            typer.echo(f"{files.named(path)}: {len(found):,} rows", err=files.is_stdout(path))
+            typer.echo(f"{files.named(path)}: {len(found):,} rows")
     if csv is None and parquet is None:
         typer.echo(_text(found) if len(found) else f"{store.root} has nothing like that.")
 
@@ -120,6 +138,7 @@ def gc(
         typer.echo(f"{len(found):,} files, {found.bytes.sum():,} bytes removed")
 
 
+@aside
 def compare(
     before: Annotated[Path, typer.Argument(help="results.parquet of a sweep, or its report's folder.")],
     after: Annotated[Path, typer.Argument(help="Of another run.")],
@@ -127,9 +146,9 @@ def compare(
         float | None,
         typer.Option(help="Fail (exit code 1) if a cell lost more points than this, or is gone."),
     ] = None,
-    out: Annotated[
-        Path, typer.Option(parser=files.output, help="The page to write; - prints it.")
-    ] = Path("changes.html"),
+    out: Annotated[Path, typer.Option(parser=files.output, help="The page to write; - prints it.")] = Path(
+        "changes.html"
+    ),
 ) -> None:
     """Show what moved between two runs of a sweep, with intervals; a gate for CI."""
     from kclib import changes
@@ -138,8 +157,8 @@ def compare(
     table = changes.compare(changes.read(before), changes.read(after))
     sentences = changes.broken(table, max_drop) if max_drop is not None else []
     changes.write(out, table, sentences, before=str(before), after=str(after))
-    typer.echo(changes.answer(table), err=files.is_stdout(out))
-    typer.echo(f"page: {files.named(out)}", err=files.is_stdout(out))
+    typer.echo(changes.answer(table))
+    typer.echo(f"page: {files.named(out)}")
     if sentences:
         for sentence in sentences:
             typer.echo(sentence, err=True)

@@ -1,6 +1,5 @@
 """Whole files or none: atomic writes, checksums, and where the project's files lie."""
 
-import errno
 import hashlib
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from kclib import places
 from kclib.errors import DamagedFileError, KclibError, MissingFileError, StorageError
 
 STDOUT = Path("/dev/fd/1")
@@ -33,6 +33,36 @@ def expanded(path: str | os.PathLike) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def cache_dir() -> Path:
+    """Return the folder of what was computed or unpacked, the first of these that may be written to.
+
+    That is ``cache`` in `data_dir`, ``kclib`` in the user's own cache (``$XDG_CACHE_HOME`` or ``~/.cache``),
+    and ``kclib-UID`` among temporary files.
+
+    Raises
+    ------
+    StorageError
+        None may be.
+    """
+    for folder in (data_dir() / "cache", places.user_cache() / "kclib"):
+        if places.is_writable(folder):
+            return folder
+    return _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    """Return a folder among temporary files that nobody but this user can change."""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"kclib-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise StorageError(f"no folder may be written to ({error}); set KCLIB_STORE and TMPDIR.") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise StorageError(f"{folder} is not this user's alone; set KCLIB_STORE to a folder that is.")
+    return folder
 
 
 def sha256(path: Path) -> str:
@@ -114,7 +144,9 @@ def check_output(path: Path, *, binary: bool = False) -> None:
     folder = next(x for x in target.parents if os.path.lexists(x))
     for place in (target, folder):
         if os.path.lexists(place) and not os.access(place, os.W_OK):
-            raise _refusal(path, f"{place} may not be changed" if place == folder else "it may not be changed")
+            raise _refusal(
+                path, f"{place} may not be changed" if place == folder else "it may not be changed"
+            )
 
 
 @contextmanager

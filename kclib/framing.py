@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numba import njit
 
 from kclib import parallel
+from kclib.compiled import njit
 from kclib.fitting import KMeans
 
 

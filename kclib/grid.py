@@ -159,7 +159,9 @@ def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> li
     if gone := _gone(tasks, failed):
         _LOG.warning("%s: gone from the store, or damaged; computed again.", "; ".join(map(str, gone)))
         failed += _run([replace(x, stored=False, again=False) for x in gone], len(tasks), workers, progress)
-        failed += [Failure(str(x), "its result is gone from the store again", "") for x in _gone(gone, failed)]
+        failed += [
+            Failure(str(x), "its result is gone from the store again", "") for x in _gone(gone, failed)
+        ]
     return failed
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from numba import njit
 
 from kclib import parallel, search, splitting
+from kclib.compiled import njit
 from kclib.fitting import FLAT, KMeans, Options, Progress
 
 _FLAT_WORK = 1 << 24  # distances

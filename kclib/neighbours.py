@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from scipy.spatial import cKDTree
 
 from kclib import checks, parallel
+from kclib.compiled import njit
 from kclib.errors import InvalidValueError
 
 _LEAF = 32  # points that one loop of vector instructions looks at

@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from kclib import checks
+from kclib.compiled import njit
 from kclib.errors import InvalidValueError
 
 MAX_BITS = 24

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from kclib import bars, checks, distances, parallel
+from kclib.compiled import njit
 from kclib.distances import Distance
 from kclib.errors import InvalidValueError
 from kclib.kernels import Kernels, bank_of

@@ -1,7 +1,8 @@
 """Few values that stand for many: k-means on a line, near its optimum and without chance."""
 
 import numpy as np
-from numba import njit
+
+from kclib.compiled import njit
 
 _CELLS = 1024  # divided exactly; at 256 values of heavy tails within 1 % of the optimum
 _ROUNDS = 100

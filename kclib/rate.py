@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numba import njit
 
 from kclib import coding, fitting, lloyd, parallel, search
+from kclib.compiled import njit
 from kclib.errors import InvalidValueError
 from kclib.fitting import Options, Progress, Step
 from kclib.framing import Frame

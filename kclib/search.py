@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import faiss
 import numpy as np
-from numba import njit
 
 from kclib import balls, parallel
+from kclib.compiled import njit
 
 _COMPARED = 256
 

@@ -1,9 +1,9 @@
 """Small k-means in many cells at once: how centres are started, or grown from fewer of them (numba)."""
 
 import numpy as np
-from numba import njit
 
 from kclib import parallel, search
+from kclib.compiled import njit
 
 _TILE = 64
 

@@ -1,6 +1,7 @@
 """Results on disk under a content key: one safetensors file an entry, written whole or not at all."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -54,12 +55,11 @@ class Store:
     Parameters
     ----------
     root : path, optional
-        ``$KCLIB_STORE``, else ``cache/store`` in the data folder.
+        ``$KCLIB_STORE``, else ``store`` in `files.cache_dir`.
     """
 
     def __init__(self, root: str | Path | None = None):
-        default = os.environ.get("KCLIB_STORE") or files.data_dir() / "cache" / "store"
-        self.root = Path(root or default).absolute()
+        self.root = Path(root or os.environ.get("KCLIB_STORE") or _default()).absolute()
 
     def has(self, key: dict) -> bool:
         """Tell whether there is a file for `key`; only `get` tells whether it is whole."""
@@ -269,6 +269,20 @@ class Store:
         written = pd.Timestamp(stat.st_mtime_ns, tz="UTC")
         about = {"entry": path.stem, "file_bytes": stat.st_size, "written": written, "checked": checked}
         return plain | about
+
+
+def _default() -> Path:
+    usual, root = files.data_dir() / "cache" / "store", files.cache_dir() / "store"
+    if root != usual:
+        _say_where(root, usual)
+    return root
+
+
+@functools.cache
+def _say_where(root: Path, usual: Path) -> None:
+    _LOG.warning(
+        "results are in %s, for %s may not be written to; set KCLIB_STORE to another folder.", root, usual
+    )
 
 
 def _is_held(path: Path) -> bool:

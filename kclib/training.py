@@ -121,7 +121,7 @@ def train_fashion(out: Path, start: Path | None, recipe: Recipe, device: str = "
     network = models.vgg16_fashion()
     start_from_features(network, start)
     data = datasets.load("fashion-mnist", "train")
-    checkpoint = files.data_dir() / "cache" / f"{out.stem}.training.pt"
+    checkpoint = files.cache_dir() / f"{out.stem}.training.pt"
     trained = train(network, data, models.fashion_preprocess(), recipe, checkpoint, device=device)
     metadata = {"recipe": json.dumps(asdict(recipe)), "held_back": f"{trained.held_back:.2f}"}
     save_half(trained.network, out, metadata)

@@ -121,7 +121,11 @@ def test_symbolic_link_stays_and_its_target_is_replaced(path, tmp_path):
         temporary.write_text("new")
         assert temporary.parent == path.parent
         assert temporary.suffix == ".json"
-    assert (os.readlink(second), os.readlink(link), path.read_text()) == ("link.json", "../result.json", "new")
+    assert (os.readlink(second), os.readlink(link), path.read_text()) == (
+        "link.json",
+        "../result.json",
+        "new",
+    )
 
 
 def test_link_to_a_file_that_is_not_there_makes_it(tmp_path):
@@ -213,9 +217,13 @@ def test_socket_is_refused_and_stays(tmp_path):
 
 def run(code: str, stdout) -> subprocess.CompletedProcess:
     """Run code in which `write` writes to a path's name, with another standard output."""
-    head = "from kclib.files import output, replacing\ndef write(x, text):\n with replacing(output(x)) as t:\n"
+    head = (
+        "from kclib.files import output, replacing\ndef write(x, text):\n with replacing(output(x)) as t:\n"
+    )
     head += "  t.write_text(text)\n"
-    return subprocess.run([sys.executable, "-c", head + code], stdout=stdout, stderr=-1, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", head + code], stdout=stdout, stderr=-1, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
