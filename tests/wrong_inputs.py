@@ -9,6 +9,7 @@ import threading
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -233,6 +234,15 @@ class Bomb:
 
     def __reduce__(self):
         return Path.mkdir, (self.path,)
+
+
+def nowhere(temporary: Path) -> Path:
+    """Ask for a cache as a user who may write nowhere, and whose folder for temporary files is a file."""
+    with (
+        mock.patch.object(files.places, "is_writable", return_value=False),
+        mock.patch.object(files.tempfile, "gettempdir", return_value=str(temporary)),
+    ):
+        return files.cache_dir()
 
 
 def opened(context):
@@ -500,6 +510,8 @@ WRONG_INPUTS = [
     (files.replacing, lambda g: opened(files.replacing(g.path("file") / "below")), STORAGE, "could not be written"),
     (store.Store.table, lambda g: g.store.table("evaluations"), UNKNOWN, "did you mean 'evaluation'"),
     (store.Store.put, lambda g: store.Store(g.path("file")).put(store.Entry({"kind": "curve"}, {}, {})), STORAGE, "could not be written"),
+    (store.Store.gc, lambda g: g.store.gc(days=-1), WRONG, "days is -1"),
+    (files.cache_dir, lambda g: nowhere(g.path("file")), STORAGE, "set KCLIB_STORE"),
     (store.Store.claim, lambda g: opened(store.Store(g.path("file")).claim({"kind": "curve"}, wait=True)), STORAGE, "could not be locked"),
     (store.Store.once, lambda g: store.Store(g.path("file")).once({"kind": "curve"}, lambda: None), STORAGE, "could not be locked"),
     # Profiles, sweeps and reports
