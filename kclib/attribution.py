@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kclib import checks, compression, datasets, evaluation, inference, kernels, models, prefix
+from kclib import checks, compression, convolutions, datasets, evaluation, inference, kernels, models, prefix
 from kclib.clustering import Clustering
 from kclib.datasets import ImageSet
 from kclib.evaluation import Evaluation, Interval
@@ -72,7 +72,8 @@ def by_layer(
     def tell(key: tuple[str, str], logits: Tensor) -> None:
         found[key].append(logits.cpu().topk(min(5, logits.shape[1])).indices)
 
-    dense, small = kernels.copied(model.network).eval(), compression.replaced(model.network, clustering)
+    pair = kernels.copied(model.network).eval(), compression.replaced(model.network, clustering)
+    dense, small = map(convolutions.plain, pair)  # weights that can be put in for each other
     many = replace(model, name=f"{model.name} by layer", network=_Variants(dense, small, users, ways, tell))
     options = {"batch_size": batch_size, "precision": precision, "device": device, "progress": progress}
     answers = evaluation.evaluate(many, data, **options)

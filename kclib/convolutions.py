@@ -37,7 +37,7 @@ def usable(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
         if why := _why_not(module, name):
             left_out[name] = why
         elif isinstance(module, _FLAT):
-            key = tuple(id(x) for x in parameters(module))
+            key = _key(module)
             if key in owner:
                 left_out[name] = f"shares its weight with {owner[key] or ALONE}"
             else:
@@ -117,14 +117,30 @@ def set_weight(convolution: nn.Module, values: Tensor, *, name: str = "") -> Non
 def plain(network: nn.Module) -> nn.Module:
     """Make the computed weights of `usable` convolutions ordinary parameters, in place; return the network.
 
-    For copies that are only measured, whose gradients by the weights are wanted.
+    For copies that are only measured: by gradients, or with other weights put in for a while. Those that
+    share a weight share it still.
     """
-    for module in usable(network)[0].values():
+    owners = {_key(x): nn.Parameter(weight(x)) for x in usable(network)[0].values() if _is_computed(x)}
+    users = [(x, owners.get(_key(x))) for x in network.modules() if isinstance(x, _FLAT) and _is_computed(x)]
+    for module, own in users:
+        if own is None:
+            continue
         if parametrize.is_parametrized(module, "weight"):
             _unparametrized(module)
-        elif _weight_norm_hook(module):
+        else:
             nn.utils.remove_weight_norm(module)
+        module.weight = own
     return network
+
+
+def _is_computed(convolution: nn.Module) -> bool:
+    """Tell whether a weight is computed in one of the ways that this module knows."""
+    return parametrize.is_parametrized(convolution, "weight") or bool(_weight_norm_hook(convolution))
+
+
+def _key(convolution: nn.Module) -> tuple[int, ...]:
+    """Return what convolutions have in common that share a weight."""
+    return tuple(id(x) for x in parameters(convolution))
 
 
 def described(left_out: Mapping[str, str], most: int = 3) -> str:
@@ -236,11 +252,11 @@ def _parametrization_fault(module: nn.Module) -> str:
 
 
 def _unparametrized(module: nn.Module) -> None:
-    """Make a parametrized weight an ordinary parameter, in place.
+    """Take a weight and its parametrizations off a module.
 
     Not by `remove_parametrizations`: it changes the class, which copies share with what they are copies of.
     """
-    values, kind = weight(module), type(module)
+    kind = type(module)
     del module.parametrizations["weight"]
     module.__class__ = kind.__base__
     if module.parametrizations:  # of other parameters
@@ -250,7 +266,6 @@ def _unparametrized(module: nn.Module) -> None:
         module.__class__ = type(kind.__name__, kind.__bases__, rest)
     else:
         del module.parametrizations
-    module.register_parameter("weight", nn.Parameter(values))
 
 
 def _check_values(value: object, name: str) -> None:

@@ -114,6 +114,14 @@ def test_weight_norm_that_is_shared_counts_once():
     assert kernels.extract(network).left_out == {"1": "shares its weight with 0"}
 
 
+def test_plain_weights_are_shared_where_the_computed_ones_were():
+    network = nn.Sequential(*(parametrizations.weight_norm(nn.Conv2d(3, 3, 3)) for _ in range(2)))
+    first, second = (x.parametrizations.weight for x in network)
+    second.original0, second.original1 = first.original0, first.original1
+    plain = convolutions.plain(kernels.copied(network))
+    assert plain[0].weight is plain[1].weight
+
+
 def test_quantization_aware_convolutions_are_taken():
     bank = kernels.extract(
         nn.Sequential(
