@@ -2,20 +2,21 @@
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
-from kclib import checks
+from kclib import checks, intervals
 from kclib.errors import InvalidValueError
 
 RESPONSES = ("drop", "logit")
 _FACTORS = ["sparsity", "clustering", "precision"]
 _CELL = [*_FACTORS, "order"]
 _NOTHING = (0.0, "none", "none", "none")
+_NOTHING_LEFT = 1e-12  # a sum of squares that is but rounding
 
 
 def effects(table: pd.DataFrame, response: str = "drop") -> pd.DataFrame:
@@ -40,9 +41,9 @@ def effects(table: pd.DataFrame, response: str = "drop") -> pd.DataFrame:
     -------
     pandas.DataFrame
         ``term``, a method or ``a:b``, or ``mean`` for that of all; ``level``; ``effect`` in points or log
-        odds, and ``low`` and ``high``, its 95 % interval; ``share`` of the sums of squares of the term (type
-        II), 0 to 1, the same for all its levels: of them all and ``residual``, the last row, it is eta
-        squared if the design is balanced.
+        odds, and ``low`` and ``high``, its 95 % interval, missing where nothing is left to take it from;
+        ``share`` of the sums of squares of the term (type II), 0 to 1, the same for all its levels: of them
+        all and ``residual``, the last row, it is eta squared if the design is balanced.
 
     Raises
     ------
@@ -60,10 +61,15 @@ def effects(table: pd.DataFrame, response: str = "drop") -> pd.DataFrame:
         raise InvalidValueError(
             f"{len(frame)} rows are too few for {len(fit.params)} effects; add seeds or a third method."
         )
-    squares = anova_lm(fit, typ=2).sum_sq.rename(lambda x: x.replace("C(", "").replace(", Sum)", "").lower())
-    terms = [_tested(fit, term, rows) for term, rows in _contrasts(fit, frame, factors).items()]
+    with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
+        squares = anova_lm(
+            fit, typ=2
+        ).sum_sq  # its tests, which no one asks for, may have nothing to divide by
+    squares = squares.rename(lambda x: x.replace("C(", "").replace(", Sum)", "").lower())
+    most = 100 if response == "drop" else math.inf
+    terms = [_tested(fit, term, rows, most) for term, rows in _contrasts(fit, frame, factors).items()]
     result = pd.concat([*terms, pd.DataFrame({"term": ["residual"], "level": [""]})], ignore_index=True)
-    return result.assign(share=result.term.map(squares / squares.sum()))
+    return result.assign(share=result.term.map(squares / (squares.sum() or 1)))
 
 
 def orthogonality(table: pd.DataFrame) -> pd.DataFrame:
@@ -80,7 +86,7 @@ def orthogonality(table: pd.DataFrame) -> pd.DataFrame:
         One row a combination of two or three methods: ``sparsity``, ``clustering``, ``precision``, ``order``;
         ``seeds``, the number of rows; ``drop``, the points lost; ``predicted``, the sum of those that each
         method alone loses; ``excess``, observed less predicted, above 0 if they harm each other, with ``low``
-        and ``high``, its 95 % interval by the paired t statistic over the images, which all cells share.
+        and ``high``, its 95 % score interval (`intervals.of_mean`) over the images, which all cells share.
         No network loses more points than it had: where the prediction is beyond that, the excess is below 0.
 
     Raises
@@ -101,7 +107,7 @@ def orthogonality(table: pd.DataFrame) -> pd.DataFrame:
         lost = right[_NOTHING] - right[key]
         predicted = sum(right[_NOTHING] - right[each] for each in alone)
         means = {"seeds": len(rows), "drop": 100 * lost.mean(), "predicted": 100 * predicted.mean()}
-        result.append(dict(zip(_CELL, key, strict=True)) | means | _interval(lost - predicted))
+        result.append(dict(zip(_CELL, key, strict=True)) | means | _interval(lost - predicted, len(alone)))
     return pd.DataFrame(result, columns=[*_CELL, "seeds", "drop", "predicted", "excess", "low", "high"])
 
 
@@ -145,9 +151,11 @@ def _contrasts(fit, frame: pd.DataFrame, factors: list[str]) -> dict[str, pd.Dat
     return result
 
 
-def _tested(fit, term: str, contrasts: pd.DataFrame) -> pd.DataFrame:
+def _tested(fit, term: str, contrasts: pd.DataFrame, most: float) -> pd.DataFrame:
     tested = fit.t_test(contrasts.to_numpy())
-    low, high = np.atleast_2d(tested.conf_int()).T
+    low, high = np.atleast_2d(tested.conf_int()).T.clip(-most, most)
+    if fit.ssr < _NOTHING_LEFT:
+        low = high = np.nan
     levels = [" : ".join(key) if isinstance(key, tuple) else key for key in contrasts.index]
     effect = np.atleast_1d(tested.effect)
     return pd.DataFrame({"term": term, "level": levels, "effect": effect, "low": low, "high": high})
@@ -165,8 +173,9 @@ def _right(rows: pd.DataFrame) -> np.ndarray:
     return np.unpackbits(np.stack(bits), axis=1, count=int(rows.images.iloc[0])).mean(0)
 
 
-def _interval(excess: np.ndarray) -> dict[str, float]:
-    mean = low = high = 100 * float(excess.mean())
-    if excess.std() > 0:
-        low, high = stats.ttest_1samp(100 * excess, 0).confidence_interval(0.95)
-    return {"excess": mean, "low": float(low), "high": float(high)}
+def _interval(excess: np.ndarray, n_methods: int) -> dict[str, float]:
+    """Return the mean of what each image loses beyond the sum, and its interval, in points."""
+    values, counts = np.unique(excess.round(9), return_counts=True)  # means over seeds, rounded alike
+    # At most an image is lost to every method alone and not to all together, or won by each and not by all.
+    low, high = intervals.of_mean(values, counts, -n_methods, n_methods)
+    return {"excess": 100 * float(excess.mean()), "low": 100 * low, "high": 100 * high}

@@ -23,12 +23,12 @@ from kclib import (
 from kclib.breakeven import Count
 from kclib.clusterer import COLOURS, METHODS, SCOPES, Clusterer, ClusterQuestion
 from kclib.clustering import Clustering
-from kclib.datasets import ImageSet
+from kclib.datasets import ImageSet, as_image_set
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation
 from kclib.explorers import called
 from kclib.layers import N_TURNS
-from kclib.models import Model
+from kclib.models import Model, as_model
 from kclib.questions import Answer, Explorer, Newest, Progress, Stale, attempted
 
 
@@ -82,6 +82,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         seed: int = 0,
         shown: int = 64,
     ):
+        model, images = as_model(model), images if images is None else as_image_set(images)
         self.model, self.images, self.seed, self.shown = model, images, seed, shown
         self.bank = kernels.extract(model.network)
         every = tuple(layer.name for layer in self.bank.layers)

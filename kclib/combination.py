@@ -21,7 +21,7 @@ from kclib import (
 )
 from kclib.combined import Combined, Given
 from kclib.errors import InvalidValueError
-from kclib.models import Model, fingerprint
+from kclib.models import Model, as_model, fingerprint
 from kclib.recipe import Recipe
 from kclib.stages import Stage
 
@@ -260,6 +260,8 @@ class Pipeline:
         InvalidValueError, UnknownNameError
             A step lacks images or a folder; zeros and a corrected clustering; as the steps' own functions.
         """
+        model = as_model(model)
+        images, train = (x if x is None else datasets.as_image_set(x) for x in (images, train))
         given = Given(model, images, train, folder, seed, device, progress)
         self._check(given)
         stage = Stage.of(model)

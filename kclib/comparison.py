@@ -6,7 +6,7 @@ from dataclasses import replace
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kclib import evaluation, footprint, sweep
+from kclib import datasets, evaluation, footprint, models, sweep
 from kclib.datasets import ImageSet
 from kclib.evaluation import Evaluation
 from kclib.models import Model
@@ -45,12 +45,15 @@ def table(
         A row for the dense model and one for each peer: ``method``, ``setting``, ``bytes`` of all
         convolutions, ``ratio`` of the dense ones' to them, and what `sweep.accuracy` says.
     """
+    model, data = models.as_model(model), datasets.as_image_set(data)
     options = {"precision": precision, "device": device, "progress": False}
     dense = dense or evaluation.evaluate(model, data, **(options | {"progress": progress}))
     n_bytes, peers = footprint.convolution_bytes(model.network), list(peers)
     rows = [{"method": "dense", "setting": "", "bytes": n_bytes, "ratio": 1.0} | sweep.accuracy(dense, dense)]
     for peer in tqdm(peers, desc="evaluating", unit="network", delay=2, leave=False, disable=not progress):
-        answers = evaluation.evaluate(replace(model, network=peer.network), data, **options)
+        answers = evaluation.evaluate(
+            replace(model, network=models.network_of(peer.network)), data, **options
+        )
         what = {"method": peer.name, "setting": peer.setting, "bytes": peer.bytes}
         rows.append(what | {"ratio": n_bytes / peer.bytes} | sweep.accuracy(answers, dense))
     return pd.DataFrame(rows)

@@ -134,6 +134,7 @@ def run(
     InvalidValueError, UnknownNameError
         As in the steps and in `evaluation.evaluate`.
     """
+    model, data = models.as_model(model), datasets.as_image_set(data)
     sheet = _Sheet(model, data, store or Store(), precision, device)
     wanted = [{name: cell[name] for name in _CELL} for cell in cells]
     groups = _by_clustering([_CELL, *wanted])
@@ -190,6 +191,7 @@ def trained(
     InvalidValueError, DamagedFileError
         As `recovery.finetune`.
     """
+    model, data, train = models.as_model(model), datasets.as_image_set(data), datasets.as_image_set(train)
     options = {"precision": precision, "device": device, "progress": progress}
     dense, rows = evaluation.evaluate(model, data, **options), []
     bar = tqdm(table.iterrows(), desc="training", unit="network", total=len(table), disable=not progress)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from kclib import checkpoint, coding, convolutions, kernels
+from kclib import checkpoint, coding, convolutions, kernels, models
 from kclib.breakeven import Count, break_even, orbit, pays_up_to
 from kclib.clustering import Clustering, Group
 from kclib.compression import output_order, packed_layers, users
@@ -72,6 +72,7 @@ def ledger(
         weights`` (the sizes left out), ``convolution biases``, ``rest`` (all other parameters and buffers);
         then the sums ``convolutions`` and ``model``. Shared tensors count once.
     """
+    network = models.network_of(network)
     owners = kernels.matched(network, clustering.layers)
     dense = sum(x.n_kernels * int(np.prod(x.shape[2:])) * x.itemsize for x in clustering.layers)
     values = [value for owner in owners.values() for value in convolutions.parameters(owner)]
@@ -112,6 +113,7 @@ def savings(network: nn.Module, clustering: Clustering) -> Savings:
 
 def convolution_bytes(network: nn.Module) -> int:
     """Return the bytes of all convolutions' weights and biases, dense; shared tensors count once."""
+    network = models.network_of(network)
     return sum(_others(network, ())[:2])
 
 
@@ -121,6 +123,7 @@ def stored(network: nn.Module) -> pd.Series:
     Whatever the precisions of codebooks, linear layers and biases. The items are those of `ledger`, from
     ``indices`` to ``rest``; a file has a header besides.
     """
+    network = models.network_of(network)
     parts = dict.fromkeys(_ITEMS, 0)
     kinds = (nn.modules.conv._ConvNd, ClusteredConv2d)
     convolutions = {name for name, x in network.named_modules(remove_duplicate=False) if isinstance(x, kinds)}
@@ -157,6 +160,7 @@ def index_bits_by_layer(network: nn.Module) -> pd.DataFrame:
         ``layer``; ``fixed``, ceil(log2 K); ``coded``, entropy-coded, with the layer's table of frequencies or
         its share by kernels of the group's; ``entropy``, of the layer's indices alone.
     """
+    network = models.network_of(network)
     rows = []
     for codebook, members in by_codebook(network):
         coded = coding.coded([module.members() for module in members.values()], codebook.n_members)

@@ -1,14 +1,15 @@
 """How long a compressed network takes beside the dense one, and whether reusing maps pays."""
 
-import copy
 import warnings
 from collections.abc import Iterable
+from functools import partial
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kclib import inference, kernels, models
 from kclib.compression import expand
 from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
@@ -23,7 +24,7 @@ def of_network(
 
     Parameters
     ----------
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
         From `compression.compress`.
     shape : (int, int, int)
         Channels, height and width.
@@ -34,12 +35,20 @@ def of_network(
     -------
     pandas.DataFrame
         Indexed by batch: ``dense`` and ``packed``, median milliseconds a forward, and ``ratio``.
+
+    Raises
+    ------
+    InvalidValueError
+        The network does not run on such images.
     """
-    network, rows = copy.deepcopy(network).eval(), {}
-    dense = expand(network)
+    network, rows = kernels.copied(models.network_of(network)).eval(), {}
+    dense, dtype = expand(network), inference.precision_of(network)
     for batch in batches:
-        images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
-        times = _alternating({"dense": lambda x=images: dense(x), "packed": lambda x=images: network(x)})
+        images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        calls = {
+            name: partial(inference.run, x, images) for name, x in (("dense", dense), ("packed", network))
+        }
+        times = _alternating(calls)
         rows[batch] = times | {"ratio": times["packed"] / times["dense"]}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("batch")
 

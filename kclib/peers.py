@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
-from kclib import checks, clustering, compression, footprint, kernels, stored
+from kclib import checks, clustering, compression, footprint, kernels, models, stored
 from kclib.clustering import Clustering, Group
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
@@ -70,6 +70,7 @@ def palettized(network: nn.Module, bits: int, *, kind: str = "kmeans", per: str 
     InvalidValueError, UnknownNameError
         Bits out of range, weights beyond fp16, an unknown kind or granularity.
     """
+    network = models.network_of(network)
     return _peer(f"{kind} palette per {per}", f"{bits}-bit", network, stored.Palette(bits, kind, per))
 
 
@@ -97,6 +98,7 @@ def product_quantized(network: nn.Module, n_clusters: int, width: int, *, seed: 
     InvalidValueError
         K, width or seed out of range; weights beyond fp16.
     """
+    network = models.network_of(network)
     form = stored.Product(n_clusters, width, seed)
     return _peer("product quantization", f"K={n_clusters}, width {width}", network, form)
 
@@ -120,6 +122,7 @@ def quantized(network: nn.Module, bits: int) -> Peer:
     InvalidValueError
         Bits out of range, weights beyond fp16.
     """
+    network = models.network_of(network)
     return _peer("quantization", f"{bits}-bit", network, stored.Rounded(bits))
 
 
@@ -143,6 +146,7 @@ def pruned(network: nn.Module, keep: float, *, precision: str = "fp16") -> Peer:
     InvalidValueError, UnknownNameError
         A share out of range, weights beyond fp16, an unknown precision.
     """
+    network = models.network_of(network)
     if not (checks.is_real(keep) and 0 < keep <= 1):
         raise InvalidValueError(f"keep is {keep!r}; it must be a share of the weights, above 0 to 1.")
     bank = kernels.extract(network)
@@ -168,6 +172,7 @@ def son(network: nn.Module, n_clusters: int, *, turned: bool, seed: int = 0) -> 
     InvalidValueError
         K out of range, kernels to be turned that are not square, values beyond fp16.
     """
+    network = models.network_of(network)
     bank = kernels.extract(network)
     found = clustering.cluster(bank, n_clusters, scope="global", scaled=True, turned=turned, seed=seed)
     (group,) = found.groups
@@ -198,6 +203,7 @@ def at_bytes(network: nn.Module, budget: int, *, seed: int = 0) -> list[Peer]:
     InvalidValueError
         Budget or seed out of range; weights beyond fp16.
     """
+    network = models.network_of(network)
     checks.check_whole("budget", budget, 1)
     checks.check_seed(seed)
     bank, best = kernels.extract(network), {}

@@ -99,6 +99,7 @@ def prune(
         A sparsity out of range, or that leaves less than one to each layer; an unknown kind; weights that do
         not fit; filters and no images; a layer that does not run.
     """
+    model = models.as_model(model)
     checks.check_known("kind of pruning", kind, KINDS)
     checks.check_share("sparsity", sparsity)
     if kind == "filters" and images is None:
@@ -136,6 +137,7 @@ def to_bytes(
     InvalidValueError, UnknownNameError
         So few bytes are out of reach; precision or weights as there.
     """
+    model = models.as_model(model)
     checks.check_whole("n_bytes", n_bytes, 1)
     checks.check_known("precision", precision, PRECISIONS)
     bank = kernels.extract(model.network)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kclib import checks, kernels, packing
+from kclib import checks, kernels, models, packing
 from kclib.errors import DamagedFileError, InvalidValueError
 from kclib.layers import ClusteredConv2d
 
@@ -142,7 +142,9 @@ def checked(values: Tensor, precision: str) -> Tensor:
     return values
 
 
-def quantize(network: nn.Module, *, linear: str | None = "int8", biases: str | None = "fp16") -> nn.Module:
+def quantize(
+    network: models.Model | nn.Module, *, linear: str | None = "int8", biases: str | None = "fp16"
+) -> models.Model | nn.Module:
     """Return a copy whose linear layers and biases are rounded to fewer bytes, and stored in these.
 
     How a parameter is stored is kept beside it, in its module's attribute ``stored_as``, a mapping of its
@@ -167,7 +169,7 @@ def quantize(network: nn.Module, *, linear: str | None = "int8", biases: str | N
         float_type(linear)
     if biases is not None:
         checks.check_known("precision of biases", biases, _FLOATS)
-    result, wanted = kernels.copied(network), {}
+    result, wanted = kernels.copied(models.network_of(network)), {}
     for name, value, precision in _chosen(result, linear, biases):
         if value.dtype != torch.float32:
             raise InvalidValueError(f"{name} is {value.dtype}; call .float() on the network first.")
@@ -175,7 +177,7 @@ def quantize(network: nn.Module, *, linear: str | None = "int8", biases: str | N
             value.copy_(rounded(value, precision))
         wanted[id(value)] = precision
     mark(result, wanted)
-    return result
+    return models.like(network, result)
 
 
 def precisions(network: nn.Module) -> dict[int, str]:

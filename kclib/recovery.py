@@ -155,6 +155,7 @@ def finetune(
     InvalidValueError, DamagedFileError
         As `training.train`; values that the precision of a codebook cannot hold.
     """
+    model = models.as_model(model)
     if isinstance(reassigned, bool) or not isinstance(reassigned, int) or reassigned < 0:
         raise InvalidValueError(f"reassigned is {reassigned!r}; it must be a whole number, at least 0.")
     if model.classes and teacher is None:

@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 import torch
 
-from kclib import checkpoint, models
+from kclib import checkpoint, inference, models
 from kclib.errors import KclibError
 
 _INTERVAL = 0.002  # seconds between two looks
@@ -51,7 +51,12 @@ class Residence:
 
 
 def measure(
-    path: str | Path, *, architecture: str | None = None, resident: str = "packed", answers: int = 10
+    path: str | Path,
+    *,
+    architecture: str | None = None,
+    resident: str = "packed",
+    answers: int = 10,
+    input_shape: tuple[int, int, int] | None = None,
 ) -> Residence:
     """Load a compressed model in a fresh process and let it answer one image, several times over.
 
@@ -67,6 +72,8 @@ def measure(
     resident : {"packed", "dense"}
         As in `checkpoint.load`.
     answers : int
+    input_shape : (int, int, int), optional
+        Channels, height and width of the image; by default `models.input_shape` of the model.
 
     Raises
     ------
@@ -74,7 +81,8 @@ def measure(
         As `checkpoint.load`, or if the process fails.
     """
     checkpoint.inspect(path)
-    command = [sys.executable, "-m", "kclib.residence", str(path), architecture or "", resident, str(answers)]
+    told = str(path), architecture or "", resident, str(answers), json.dumps(input_shape)
+    command = [sys.executable, "-m", "kclib.residence", *told]
     pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
     looks = []
     with (
@@ -116,17 +124,21 @@ def _residence(looks: list[tuple[float, int]], ends: dict[str, float]) -> Reside
     return Residence(trace.assign(seconds=trace.seconds - ends["begin"], bytes=trace.bytes - before))
 
 
-def _run(path: str, architecture: str, resident: str, answers: int) -> dict[str, float]:
+def _run(
+    path: str, architecture: str, resident: str, answers: int, shape: list[int] | None
+) -> dict[str, float]:
     """Load, rest, answer, rest; return when each began or ended."""
     ends = {"begin": time.time()}
     model = checkpoint.load(path, architecture=architecture or None, resident=resident)
     _give_back()
     ends["loading"] = time.time()
     time.sleep(_PAUSE)
-    images = torch.zeros(1, *models.input_shape(model), dtype=next(model.network.parameters()).dtype)
+    images = torch.zeros(
+        1, *(shape or models.input_shape(model)), dtype=inference.precision_of(model.network)
+    )
     ends["loaded"] = time.time()
     for _ in range(answers):
-        model.network(images)
+        inference.run(model.network, images)
     _give_back()
     ends["answering"] = time.time()
     time.sleep(_PAUSE)
@@ -142,14 +154,14 @@ def _give_back() -> None:
 
 def _main() -> None:
     torch.set_grad_enabled(False)
-    path, architecture, resident, answers = *sys.argv[1:4], int(sys.argv[4])
-    _run(path, architecture, resident, 2)
+    path, architecture, resident, answers, shape = *sys.argv[1:4], int(sys.argv[4]), json.loads(sys.argv[5])
+    _run(path, architecture, resident, 2, shape)
     print("warm", flush=True)
     sys.stdin.readline()
     _give_back()
     rest = {"rest": time.time()}
     time.sleep(_PAUSE)
-    print(json.dumps(rest | _run(path, architecture, resident, answers)))
+    print(json.dumps(rest | _run(path, architecture, resident, answers, shape)))
 
 
 if __name__ == "__main__":

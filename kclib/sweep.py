@@ -223,6 +223,7 @@ def run(
     InvalidValueError, UnknownNameError
         No K fits the model, K below 1, an unknown scope or method.
     """
+    model, data = models.as_model(model), datasets.as_image_set(data)
     subject = Subject(model, data, store or Store(), precision, device)
     cells = subject.cells(ks, scopes, methods, seeds)
     with tqdm(cells, desc="accuracy sweep", unit="cell") as bar:

@@ -137,11 +137,12 @@ def test_a_process_that_fails_is_one_sentence(child, path, script, message):
 
 def test_the_process_is_told_what_to_load_how_and_the_number_of_answers(child, path, tmp_path):
     child(f'echo "$@" > {tmp_path}/told; exit 1')
+    how = {"resident": "dense", "answers": 7, "input_shape": (3, 8, 8)}
     with pytest.raises(KclibError):
-        residence.measure(path, architecture="module:factory", resident="dense", answers=7)
+        residence.measure(path, architecture="module:factory", **how)
     told = (tmp_path / "told").read_text().split()
     assert told[:2] == ["-m", "kclib.residence"]
-    assert told[2:] == [str(path), "module:factory", "dense", "7"]
+    assert told[2:] == [str(path), "module:factory", "dense", "7", "[3,", "8,", "8]"]
 
 
 @pytest.mark.parametrize(("content", "error"), [(None, MissingFileError), (b"damaged", DamagedFileError)])
