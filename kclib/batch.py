@@ -17,7 +17,7 @@ from nbclient.exceptions import CellTimeoutError
 from tqdm.auto import tqdm
 from traitlets.config import Config
 
-from kclib import files, profiles, provenance, reports
+from kclib import factories, files, profiles, provenance, reports
 from kclib.errors import NotebookError, StorageError, reason
 from kclib.profiles import Profile
 from kclib.reports import Chapter
@@ -41,8 +41,8 @@ def run(profile: Profile, out: Path) -> Path:
     StorageError
         Another batch writes this report, or nothing can be written there.
     """
-    folder = Path(out) / profile.name
-    with _ours_alone(folder):
+    folder = files.expanded(out) / profile.name
+    with _ours_alone(folder), factories.own_modules():
         return _run(profile, folder)
 
 

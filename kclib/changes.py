@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.proportion import confint_proportions_2indep, test_proportions_2indep
 
-from kclib import checks, evaluation, reports, tables
+from kclib import checks, evaluation, files, reports, tables
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, reason
 
 CELL = ("model", "data", "scope", "k", "method", "seed")
@@ -22,7 +22,7 @@ def read(path: str | Path) -> pd.DataFrame:
     MissingFileError, DamagedFileError, InvalidValueError
         There are none; the file is not whole; it is a table of something else.
     """
-    path = Path(path)
+    path = files.expanded(path)
     path = path / "results.parquet" if path.is_dir() else path
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; kclib sweep writes results.parquet into its report.")
@@ -119,7 +119,7 @@ def write(path: Path, table: pd.DataFrame, sentences: Sequence[str], *, before: 
     """Write what `compare` found as a page; `sentences` from `broken` come first."""
     text = _readable(table).to_html(index=False, border=0)
     values = {"broken": sentences, "answer": answer(table), "before": before, "after": after}
-    reports.write_page(Path(path), "changes", table=text, **values)
+    reports.write_page(files.expanded(path), "changes", table=text, **values)
 
 
 def _called(row) -> str:

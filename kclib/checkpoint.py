@@ -14,6 +14,7 @@ from kclib import (
     coding,
     compression,
     container,
+    files,
     kernels,
     layers,
     models,
@@ -74,7 +75,7 @@ def save(
     described, tensors = encoded(network, indices=indices)
     accuracy = None if accuracy is None else float(accuracy)
     description = {"architecture": architecture, "accuracy": accuracy} | described
-    return container.write(Path(path), description, tensors)
+    return container.write(files.expanded(path), description, tensors)
 
 
 def encoded(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict[str, Tensor]]:
@@ -133,7 +134,7 @@ def load(
         It was written by a newer version; it does not fit the architecture; no architecture is known.
     """
     checks.check_known("kind of residence", resident, _RESIDENT)
-    path = Path(path)
+    path = files.expanded(path)
     description, _, tensors = container.read(path)
     model = skeleton.of(path, description.get("architecture"), architecture)
     try:

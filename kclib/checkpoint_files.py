@@ -28,7 +28,7 @@ _ONNX = "is an ONNX file; give a checkpoint of the PyTorch network"
 _OFTEN = (
     "argparse.Namespace", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype",
 )  # fmt: skip
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # to suggest by, never to tell by
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # to suggest by, never to tell by
 _LOOKED_AT = 64  # bytes
 
 

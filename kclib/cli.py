@@ -1,17 +1,13 @@
 """The command line, thin over the library: one function a command."""
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
-from unittest import mock
 
 import typer
 import yaml
 
-from kclib import bars, cli_sweeps, files
+from kclib import bars, cli_sweeps, factories, files
 from kclib.errors import FailedRunError, KclibError
 
 app = typer.Typer(
@@ -203,8 +199,8 @@ def main() -> None:
     A wrong input is one sentence and exit code 2, a failed run exit code 1, Ctrl-C exit code 130.
     """
     try:
-        with bars.readable(), _own_modules():
-            app(standalone_mode=True)
+        with bars.readable(), factories.own_modules():
+            app(args=[_at_home(x) for x in sys.argv[1:]], standalone_mode=True)
     except SystemExit as end:
         if end.code == 130:
             typer.echo("kclib: interrupted; what was finished is kept.", err=True)
@@ -220,16 +216,10 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
-@contextlib.contextmanager
-def _own_modules() -> Iterator[None]:
-    """Let modules in this folder be imported, as `python -m` would, by notebooks and workers too."""
-    here = os.getcwd()
-    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), here]
-    with (
-        mock.patch.object(sys, "path", [*sys.path, here]),
-        mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
-    ):
-        yield
+def _at_home(argument: str) -> str:
+    """Return an argument with the ``~/`` that the shell leaves as it is after a ``=``."""
+    name, separator, value = argument.rpartition("=") if argument.startswith("-") else ("", "", argument)
+    return f"{name}{separator}{Path(value).expanduser()}" if value.startswith("~/") else argument
 
 
 def _accuracy(model, data: str, limit: int | None, device: str) -> float:

@@ -86,7 +86,7 @@ def inspect(path: str | Path) -> Contents:
     MissingFileError, DamagedFileError, InvalidValueError
         As in `read`.
     """
-    path = Path(path)
+    path = files.expanded(path)
     description, digest, tensors = read(path)
     return _contents(path, description, digest, tensors, path.stat().st_size)
 

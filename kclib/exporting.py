@@ -57,9 +57,9 @@ def to_onnx(
     for part in (*graph.graph.node, *graph.graph.value_info, graph.graph, graph):
         del part.metadata_props[:]  # where in the source each came from: more bytes than the small layers
     onnx.checker.check_model(graph)
-    with files.replacing(Path(path)) as temporary:
+    with files.replacing(path) as temporary:
         onnx.save(graph, temporary)
-    return Path(path)
+    return files.expanded(path)
 
 
 def to_program(network: nn.Module, path: str | Path, shape: tuple[int, int, int]) -> Path:
@@ -79,9 +79,9 @@ def to_program(network: nn.Module, path: str | Path, shape: tuple[int, int, int]
     with _explained():
         example = _example(network, shape)
         program = torch.export.export(expand(network).eval(), (example,), dynamic_shapes=_FREE_BATCH)
-    with files.replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
         torch.export.save(program, file)
-    return Path(path)
+    return files.expanded(path)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ _GARBLED = "it is a terminal, and the content is binary; redirect it"
 
 def data_dir() -> Path:
     """Return the folder of models and data sets: ``$KCLIB_DATA``, else ``data/`` of the checkout."""
-    return Path(os.environ.get("KCLIB_DATA") or Path(__file__).parents[1] / "data").absolute()
+    return expanded(os.environ.get("KCLIB_DATA") or Path(__file__).parents[1] / "data").absolute()
 
 
 def expanded(path: str | os.PathLike) -> Path:
@@ -63,6 +63,19 @@ def _temporary_cache() -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise StorageError(f"{folder} is not this user's alone; set KCLIB_STORE to a folder that is.")
     return folder
+
+
+def located(value: object, folder: Path, *, is_path: bool = False) -> object:
+    """Return a value with the path in it, if it has one, as an absolute one that was relative to a folder.
+
+    ``folder:PATH`` has one; another text is one if `is_path` says so and it is not empty.
+    """
+    if not isinstance(value, str) or not value:
+        return value
+    kind, _, path = value.partition(":")
+    if kind == "folder" and path:
+        return f"folder:{(folder / expanded(path)).absolute()}"
+    return str((folder / expanded(value)).absolute()) if is_path else value
 
 
 def sha256(path: Path) -> str:
@@ -164,7 +177,7 @@ def replacing(path: Path) -> Iterator[Path]:
         It is a folder, a socket or a block device, or the file system refuses (full disk, permission,
         missing folder that cannot be made).
     """
-    path = Path(path)
+    path = expanded(path)
     check_output(path)
     try:
         if is_stream(path):

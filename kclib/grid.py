@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kclib import bars, clusterings, estimates, jobs, reports, sources
+from kclib import bars, clusterings, estimates, files, jobs, reports, sources
 from kclib.errors import InvalidValueError
 from kclib.jobs import Workers
 from kclib.profiles import Grid, Profile
@@ -126,7 +126,7 @@ def report(
 
     What a batch wrote there is kept.
     """
-    folder, results = Path(out) / profile.name, table(tasks, store)
+    folder, results = files.expanded(out) / profile.name, table(tasks, store)
     missing, about = len(tasks) - len(results), _levels(profile) | _origin(results)
     picture = reports.picture(results) if len(results) else ""
     old = reports.read(folder, profile.name)  # so late because a batch may be at it

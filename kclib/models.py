@@ -1,7 +1,6 @@
 """Networks by name: the shipped VGG-16, torchvision's classifiers, or the user's own factory."""
 
 import hashlib
-import importlib
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms import v2
 
-from kclib import checks, datasets, files, inference, inputs, state_dicts
+from kclib import checkpoint_files, checks, datasets, factories, files, inference, inputs, state_dicts
 from kclib.errors import (
     DamagedFileError,
     InvalidValueError,
@@ -176,6 +175,11 @@ def architecture(name: str) -> Model:
         network = torchvision.models.get_model(name, weights=None, **_BUILDER_ARGUMENTS.get(name, {}))
         preprocess = v2.Compose([v2.RGB(), published.transforms()])
         return Model(name, network, preprocess, tuple(published.meta["categories"]))
+    if isinstance(name, str) and name.endswith((*checkpoint_files.SUFFIXES, ".onnx", ".py")):
+        raise InvalidValueError(
+            f"model {name!r} is a file's name; it must be the network's, such as resnet18, or "
+            "package.module:factory, and the file is given as weights."
+        )
     raise UnknownNameError("model", name, names())
 
 
@@ -337,20 +341,7 @@ def _published(name: str) -> dict[str, torch.Tensor]:
 
 
 def _from_factory(name: str) -> Model:
-    module_name, _, factory_name = name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise InvalidValueError(
-            f"model {name!r} could not be imported ({reason(error)}); "
-            "it must be package.module:factory, importable from where you run."
-        ) from error
-    try:
-        made = factory()
-    except TypeError as error:  # most likely it is no function, or one that wants arguments
-        raise InvalidValueError(
-            f"{name!r} could not be called without arguments ({reason(error)}); it must be a factory."
-        ) from error
+    made = factories.made(name)
     if isinstance(made, Model):
         return replace(made, name=name)  # one factory may be asked for under two names
     if not isinstance(made, nn.Module):

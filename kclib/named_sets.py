@@ -115,7 +115,7 @@ def folders(name: str) -> tuple[ImageSet, ImageSet]:
 
 
 def _root(name: str) -> Path:
-    return Path(name.partition(":")[2]).expanduser()
+    return files.expanded(name.partition(":")[2])
 
 
 def _of_found(

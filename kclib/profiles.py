@@ -8,11 +8,13 @@ from pathlib import Path
 
 import papermill
 
+from kclib import files
 from kclib.documents import Document
 from kclib.errors import DamagedFileError, MissingFileError, UnknownNameError, reason
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 _SECONDS = 60.0  # that a notebook takes if its profile says nothing
+_PATHS = ("weights", "report_dir")  # parameters whose values are paths; others may be folder:PATH
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,14 @@ def names(folder: Path = NOTEBOOKS) -> tuple[str, ...]:
 def load(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
     """Read a profile by name, or from the path of a YAML file.
 
-    ``profile.schema.json`` says what may be in it. Paths in it are relative to the file, but those among the
-    notebooks' parameters, which reach the notebooks as they are.
+    ``profile.schema.json`` says what may be in it. Paths in it are relative to the file, also those among the
+    notebooks' parameters: ``weights``, ``report_dir`` and ``folder:PATH``. ``~`` is the home folder.
 
     Parameters
     ----------
     changes : mapping, optional
         Parameters that replace the profile's, in every notebook that has them; the sweep stays as it is.
+        Paths in them are relative to the folder where one works.
 
     Raises
     ------
@@ -126,7 +129,7 @@ def load(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
         The file is not YAML, repeats a key, or has aliases; a notebook is not whole.
     MissingFileError
     """
-    path = Path(name)
+    path = files.expanded(name)
     if path.suffix not in (".yaml", ".yml"):
         if name not in names():
             raise UnknownNameError("profile", name, names())
@@ -134,12 +137,15 @@ def load(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
     document = Document.read(path)
     document.check(_schema())
     content, changes = document.content, dict(changes or {})
-    folder = (path.parent / content["folder"]).resolve() if "folder" in content else NOTEBOOKS
+    folder = (path.parent / files.expanded(content["folder"])).resolve() if "folder" in content else NOTEBOOKS
     notebooks = {stem: entry or {} for stem, entry in content.get("notebooks", {}).items()}
     known = {stem: _declared(document, folder, stem) for stem in notebooks}
     _check_parameters(document, notebooks, known, changes)
-    shared = content.get("parameters") or {}
-    given = {stem: shared | (entry.get("parameters") or {}) | changes for stem, entry in notebooks.items()}
+    shared, here = content.get("parameters") or {}, _located(changes, Path())
+    given = {
+        stem: _located(shared | (entry.get("parameters") or {}), path.parent) | here
+        for stem, entry in notebooks.items()
+    }
     note = content.get("note", "")
     if changes:
         note += " Changed for this run: " + ", ".join(f"{k} = {v}" for k, v in changes.items()) + "."
@@ -167,6 +173,11 @@ def declared(notebook: Path) -> tuple[str, ...]:
         return tuple(papermill.inspect_notebook(notebook))
     except Exception as error:  # JSON that is no notebook can make its reader raise almost anything
         raise DamagedFileError(f"{notebook} is not a whole notebook ({reason(error)}).") from error
+
+
+def _located(parameters: Mapping[str, object], folder: Path) -> dict[str, object]:
+    """Return parameters with their paths, which are relative to a folder, as absolute ones."""
+    return {name: files.located(x, folder, is_path=name in _PATHS) for name, x in parameters.items()}
 
 
 def _schema() -> dict:

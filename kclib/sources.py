@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from kclib import datasets, models
+from kclib import datasets, files, models
 from kclib.profiles import ModelSource
 from kclib.store import Store
 from kclib.sweep import Subject
@@ -55,13 +55,11 @@ def _subject(source: Source) -> Subject:
 
 @lru_cache(maxsize=2)
 def _model(source: ModelSource, folder: str) -> models.Model:
-    weights = Path(folder, source.weights).absolute() if source.weights else None
-    return models.load(source.name, weights=weights)
+    return models.load(source.name, weights=files.located(source.weights, Path(folder), is_path=True))
 
 
 @lru_cache(maxsize=16)
 def _data(name: str, folder: str, limit: int) -> datasets.ImageSet:
-    kind, _, path = name.partition(":")
-    where = f"folder:{Path(folder, path).absolute()}" if kind == "folder" and path else name
+    where = files.located(name, Path(folder))
     found = datasets.load(where, limit=limit or None)
     return replace(found, name=found.name.replace(where, name, 1))

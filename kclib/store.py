@@ -59,7 +59,7 @@ class Store:
     """
 
     def __init__(self, root: str | Path | None = None):
-        self.root = Path(root or os.environ.get("KCLIB_STORE") or _default()).absolute()
+        self.root = files.expanded(root or os.environ.get("KCLIB_STORE") or _default()).absolute()
 
     def has(self, key: dict) -> bool:
         """Tell whether there is a file for `key`; only `get` tells whether it is whole."""

@@ -47,6 +47,7 @@ NOTEBOOKS = {
         "Path(f'{said}.part').write_text(f'{get_connection_file()} {os.getpid()}')\n"
         "os.replace(f'{said}.part', said)\ntime.sleep(600)",
     ],
+    "imports": ["x = 0", "import kclib_test_here, kclib.reports as r\nr.headline(kclib_test_here.SAID)"],
     "no_headline": ["x = 0", "y = 1"],
     "foreign_kernel": ["x = 0", "y = 1"],
 }
@@ -185,6 +186,13 @@ def wait_until(true) -> None:
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_notebooks_import_modules_of_the_folder_where_one_works(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("kclib_test_here.py").write_text("SAID = 'found'")
+    batch.run(profiles.load(profile_file(folder, {"imports": None})), "out")
+    assert reports.read(tmp_path / "out" / "tiny", "tiny").chapters[0].headline == "found"
 
 
 def test_a_second_batch_into_one_report_is_refused(folder, tmp_path, monkeypatch):

@@ -126,6 +126,14 @@ def test_a_change_would_run_no_code(kclib, profile, tmp_path):
     assert (code, "Traceback" in said, target.exists()) == (2, False, False)
 
 
+def test_a_home_folder_is_understood_where_the_shell_leaves_it(kclib, ran, profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert kclib("batch", "--profile=~/tiny.yaml", "--out=~/out", "--set", "names=folder:~/x")[0] == 0
+    assert (ran[0][0].name, ran[0][1]) == ("tiny", tmp_path / "out")
+    assert ran[0][0].parameters["broken"]["names"] == f"folder:{tmp_path}/x"
+    assert kclib("inspect", "~/absent.safetensors")[2].startswith(f"kclib: {tmp_path}/absent.safetensors")
+
+
 def test_a_finished_batch_says_where_its_report_is(kclib, ran, profile, tmp_path):
     code, out, _ = kclib("batch", "--profile", profile, "--out", tmp_path / "out")
     assert (code, out.strip()) == (0, f"report: {(tmp_path / 'index.html').resolve()}")

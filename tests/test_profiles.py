@@ -52,6 +52,37 @@ def test_a_change_wins_over_a_notebooks_own_value_and_that_over_the_shared_one(f
     assert "count = 4" in changed.note
 
 
+def test_paths_in_a_profile_are_beside_it_and_those_of_a_change_where_one_works(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    source = (
+        'weights: str = ""\ndata: str = "fashion-mnist"\nreport_dir: str = ""\nmodel: str = "a:b"\nn: int = 1'
+    )
+    cell = v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    kernel = {"name": "python3", "display_name": "Python", "language": "python"}
+    nbformat.write(v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), tmp_path / "own.ipynb")
+
+    def given(shared, changes):
+        return load_notebooks(tmp_path, {"own": None}, shared, changes=changes).parameters["own"]
+
+    relative = {"weights": "w.pt::ema", "data": "folder:images", "report_dir": "out", "model": "a:b", "n": 2}
+    for folder, found in ((tmp_path, given(relative, {})), (here, given({}, relative))):
+        assert found == relative | {
+            "weights": f"{folder}/w.pt::ema", "data": f"folder:{folder}/images", "report_dir": f"{folder}/out"
+        }  # fmt: skip
+    home = {"weights": "~/w.pt", "data": "folder:~/images"}
+    at_home = {"weights": f"{tmp_path}/home/w.pt", "data": f"folder:{tmp_path}/home/images"}
+    assert given(home, {}) == given({}, home) == at_home
+    plain = {"weights": "", "data": "cifar10", "model": "vgg16"}
+    assert given(plain, {}) == given({}, plain) == plain
+    (tmp_path / "home").mkdir()
+    (tmp_path / "p.yaml").rename(tmp_path / "home" / "p.yaml")
+    (tmp_path / "home" / "p.yaml").write_text("folder: ..\nnotebooks: {own: }")
+    assert profiles.load("~/p.yaml").folder == tmp_path
+
+
 def test_a_notebook_has_its_expected_seconds_and_its_timeout(folder):
     loaded = load_notebooks(folder, {"good": {"seconds": 5, "timeout": 7}, "other": None})
     assert dict(loaded.seconds) == {"good": 5.0, "other": 60.0}
