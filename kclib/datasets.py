@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Subset
 
-from kclib import checks, class_names, files, labelled, named_sets, preprocessing
+from kclib import checks, class_names, labelled, named_sets, preprocessing
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.image_set import ImageSet
 from kclib.named_sets import FASHION_FILES, LOADERS
@@ -45,8 +45,6 @@ def load(name: str = "fashion-mnist", split: str = "test", *, limit: int | None 
     elif isinstance(name, str) and Path(name).expanduser().is_dir():
         raise InvalidValueError(f"{name!r} is a folder; as a data set, its name is {f'folder:{name}'!r}.")
     else:
-        if isinstance(name, str) and name and files.expanded(name).is_dir():
-            raise InvalidValueError(f"data set {name!r} is a folder; give folder:{name}.")
         raise UnknownNameError("data set", name, names())
     return loaded if limit is None else limited(loaded, limit)
 

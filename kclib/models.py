@@ -100,7 +100,8 @@ def load(
 
         return checkpoint.load(files.expanded(weights), architecture=model, resident="dense", device=device)
     if weights is not None:
-        state_dicts.fill(model.network, state_dicts.found(weights), str(weights))
+        source = "the mapping of weights" if isinstance(weights, Mapping) else str(weights)
+        state_dicts.fill(model.network, state_dicts.found(weights), source)
     elif name == "vgg16-fashion":
         shipped = files.shipped(files.data_dir() / FASHION_FILE, FASHION_SHA256)
         state_dicts.fill(model.network, state_dicts.found(shipped), name)
