@@ -232,18 +232,12 @@ def paired(before: np.ndarray, after: np.ndarray) -> Drop:
 def _running(network: torch.nn.Module, device, precision: str) -> Iterator[Callable]:
     """Yield what answers inputs with a network's logits, in eval mode; a copy is for another device alone."""
     if not inference.on_device(network, device):
-        network = models.moved(kernels.copied(network), device).to(memory_format=torch.channels_last)
+        network = models.moved(kernels.copied(network), device)
     dtype, kind = inference.precision_of(network), torch.device(device).type
-    layouts = [torch.channels_last, torch.contiguous_format]
 
     def answers(inputs: torch.Tensor) -> torch.Tensor:
-        inputs = inputs.to(device, dtype)
-        if inputs.ndim == 4 and len(layouts) == 2:
-            try:
-                return models.answers(network, inputs.contiguous(memory_format=layouts[0]))
-            except InvalidValueError:
-                del layouts[0]  # a network that cannot flatten such inputs, or that cannot run on any
-        return models.answers(network, inputs.contiguous())
+        layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
+        return models.answers(network, inputs.to(device, dtype).contiguous(memory_format=layout))
 
     # no_grad: what a network keeps for itself must not be an inference tensor, which no training takes
     with (

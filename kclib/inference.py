@@ -1,6 +1,7 @@
 """Networks of other people run: what they answer made logits, and what they raise made one sentence."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ from kclib.errors import InvalidValueError, KclibError, NotEnoughMemoryError, re
 
 _NAMES = ("logits", "out")  # of what networks of several answers call the one that counts
 _CONVOLUTION = ("in_channels", "out_channels", "kernel_size")  # what convolutions have, clustered ones too
+
+_CONTIGUOUS = weakref.WeakSet()  # networks that stand no other layout
 
 
 def answers(network: nn.Module, inputs: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ def picked(network: nn.Module, answer, n_images: int) -> Tensor:
     InvalidValueError
         There are none.
     """
-    logits = _picked(answer)
+    logits = counting(answer)
     if logits is None or logits.is_complex():
         raise InvalidValueError(
             f"{_called(network)} answers {described(answer)}; it must answer logits: a tensor (b, n), or one "
@@ -73,6 +76,9 @@ def picked(network: nn.Module, answer, n_images: int) -> Tensor:
 def run(network: nn.Module, inputs: Tensor, how: Callable | None = None):
     """Return what a network answers to a batch, of whatever kind it is.
 
+    A network that does not stand the layout of the inputs, such as channels_last where it calls ``view``, is
+    given contiguous ones from then on.
+
     Parameters
     ----------
     network : torch.nn.Module
@@ -86,21 +92,18 @@ def run(network: nn.Module, inputs: Tensor, how: Callable | None = None):
         The network raises: the sentence says where, with what input, and what may help.
     NotEnoughMemoryError
     """
+    if network in _CONTIGUOUS:
+        inputs = inputs.contiguous()
     try:
         return (how or network)(inputs)
     except KclibError:
         raise
     except Exception as error:  # other people's code can raise anything
-        if _is_memory(error):
-            raise NotEnoughMemoryError(
-                f"a batch of {len(inputs)} images does not fit into memory ({reason(error)}); "
-                "give a smaller batch_size."
-            ) from error
-        kind = str(inputs.dtype).removeprefix("torch.")
-        raise InvalidValueError(
-            f"{_called(network)} does not run on inputs of shape {tuple(inputs.shape)}, {kind}: "
-            f"{type(error).__name__}{where(error)} ({reason(error)}); {_advice(network, inputs, error)}."
-        ) from error
+        if inputs.is_contiguous() or _is_memory(error):
+            raise _told(network, inputs, error) from error
+    answer = run(network, inputs.contiguous(), how)
+    _CONTIGUOUS.add(network)
+    return answer
 
 
 @contextmanager
@@ -168,8 +171,8 @@ def _part(value) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _picked(answer) -> Tensor | None:
-    """Return the tensor that counts of what a network answered; None if that would be a guess."""
+def counting(answer) -> Tensor | None:
+    """Return the tensor that counts among what a network answered; None if that would be a guess."""
     if isinstance(answer, Tensor):
         return answer
     for name in _NAMES:
@@ -179,7 +182,21 @@ def _picked(answer) -> Tensor | None:
     if isinstance(answer, Mapping):
         tensors = [value for value in answer.values() if value is not None]
         return tensors[0] if len(tensors) == 1 and isinstance(tensors[0], Tensor) else None
-    return _picked(answer[0]) if isinstance(answer, tuple | list) and len(answer) else None
+    return counting(answer[0]) if isinstance(answer, tuple | list) and len(answer) else None
+
+
+def _told(network: nn.Module, inputs: Tensor, error: Exception) -> KclibError:
+    """Return in one sentence what a network raised, where, on what, and what may help."""
+    if _is_memory(error):
+        return NotEnoughMemoryError(
+            f"a batch of {len(inputs)} images does not fit into memory ({reason(error)}); "
+            "give a smaller batch_size."
+        )
+    kind = str(inputs.dtype).removeprefix("torch.")
+    return InvalidValueError(
+        f"{_called(network)} does not run on inputs of shape {tuple(inputs.shape)}, {kind}: "
+        f"{type(error).__name__}{where(error)} ({reason(error)}); {_advice(network, inputs, error)}."
+    )
 
 
 def _called(network: nn.Module) -> str:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kclib import checks, compression, convolutions, datasets, kernels, models
+from kclib import checks, compression, convolutions, datasets, inference, kernels, models
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 
@@ -133,10 +133,13 @@ class _Run:
 
     def answers(self, inputs: Tensor) -> Tensor:
         """Return the logits ``(b, n_classes)``."""
-        logits = models.answers(self.network, inputs)
-        if not torch.isfinite(logits).all():
+        return self.finite(models.answers(self.network, inputs))
+
+    def finite(self, answer: Tensor) -> Tensor:
+        """Return an answer; raise InvalidValueError unless it is finite."""
+        if not torch.isfinite(answer).all():
             raise InvalidValueError(f"model {self.model.name} answers NaN or infinity; it must be finite.")
-        return logits
+        return answer
 
     def gradients(self, value: Tensor, **options) -> dict[str, Tensor]:
         """Return the gradient of a scalar by the kernels of each layer that has one."""
@@ -232,7 +235,9 @@ def _input(run: _Run) -> dict[str, Tensor]:
     calls = _Calls(run)
     for inputs, _ in run.batches():
         calls.number.clear()
-        run.answers(inputs)
+        answer = inference.counting(inference.run(run.network, inputs))
+        if answer is not None:  # logits, or a map, or what else matters elsewhere
+            run.finite(answer)
     run.reached.update(layer for layer, *_ in calls.reads)
     return calls.by_kernel(answered=False)
 

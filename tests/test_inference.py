@@ -1,12 +1,26 @@
 import threading
 from collections import OrderedDict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from kclib import datasets, evaluation, inference, models
+from kclib import (
+    attribution,
+    clustering,
+    damage,
+    datasets,
+    evaluation,
+    footprint,
+    inference,
+    kernels,
+    models,
+    peers,
+    sensitivity,
+)
 from kclib.errors import InvalidValueError, NotEnoughMemoryError
 
 Pair = namedtuple("Pair", "logits aux_logits")
@@ -258,3 +272,81 @@ def test_one_output_names_no_class():
     network = nn.Sequential(nn.Conv2d(3, 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Sigmoid())
     with pytest.raises(InvalidValueError, match="one logit"):
         evaluated(network)
+
+
+def test_a_network_that_was_given_up_on_is_tried_in_no_other_layout_again():
+    network = LeNet().eval()
+    x = torch.rand(2, 3, 28, 28).contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        inference.answers(network, x)
+    assert network.seen == [True, False, False, False]
+    other = Sized()
+    for _ in range(2):  # what runs in no layout is no reason to give one up
+        with pytest.raises(InvalidValueError, match="not 224"):
+            inference.run(other, x)
+    assert network in inference._CONTIGUOUS
+    assert other not in inference._CONTIGUOUS
+
+
+def test_power_of_what_kernels_read_needs_no_logits():
+    segmenting = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
+    bank = kernels.extract(segmenting)
+    found = sensitivity.weights(segmenting, images(), bank, kind="input", progress=False)
+    assert len(found) == len(bank)
+    assert found[:3] == pytest.approx(float((images().images / 255).square().mean()), rel=0.1)
+
+
+def test_every_verb_takes_a_network_and_images_however_they_come():
+    network = Net().eval()
+    with torch.no_grad():
+        network.conv.weight.mul_(20)
+    model, data = models.plain("net", network), images()
+    pairs = list(zip(data.images, data.labels.tolist(), strict=True))
+    loader = DataLoader(TensorDataset(data.images.float() / 255, data.labels), batch_size=7)
+    expected = evaluated(model, data)
+    for one in (network, model):
+        for some in (data, pairs, loader, (data.images, data.labels)):
+            found = evaluation.evaluate(one, some, classes="by position", progress=False)
+            assert found.predictions.tolist() == expected.predictions.tolist()
+    bank = kernels.extract(network)
+    made = clustering.cluster(bank, 2, progress=False)
+    table = damage.by_cluster(bank, made)
+    calls = [
+        lambda x: attribution.by_layer(x, made, data, progress=False),
+        lambda x: damage.won_back(x, made, table, data, [1], progress=False),
+        lambda x: footprint.ledger(x, made),
+        lambda x: pd.Series(sensitivity.weights(x, data, bank, progress=False)),
+        lambda x: peers.quantized(x, 4).bytes,
+        lambda x: models.fingerprint(x),
+    ]
+    for call in calls:
+        first, second = call(network), call(model)
+        assert first.equals(second) if hasattr(first, "equals") else first == second
+
+
+def test_images_of_unknown_class_are_counted_nowhere():
+    data = images()
+    right = evaluated(Net().eval(), data)
+    unknown = replace(data, labels=torch.where(torch.arange(40) < 15, -1, data.labels))
+    network = Net().eval()
+    whole, part = evaluated(network, data), evaluated(network, unknown)
+    assert part.predictions.tolist() == whole.predictions.tolist()
+    assert len(part.correct) == 25
+    assert part.correct.tolist() == whole.correct[15:].tolist()
+    assert part.top1.estimate == pytest.approx(100 * whole.correct[15:].mean())
+    assert part.top5.estimate == pytest.approx(100 * whole.in_top5[15:].mean())
+    assert any("15 of 40" in note for note in part.notes)
+    assert not any("known" in note for note in whole.notes)
+    lost = evaluation.drop(part, part)
+    assert lost.points.high == pytest.approx(evaluation.paired(part.correct, part.correct).points.high)
+    assert attribution.flipped(part, replace(part, predictions=(part.predictions + 1) % 10)).image.min() == 15
+    assert attribution.by_class(part, part).images.sum() == 25
+    assert right.classes == part.classes
+
+
+def test_classes_of_one_name_stay_two():
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    data = replace(images(), classes=("crane", "cat", "crane"), labels=torch.arange(40) % 3)
+    found = evaluated(models.Model("m", network, models.plain("m", network).preprocess, data.classes), data)
+    assert list(found.per_class) == ["crane (0)", "cat", "crane (2)"]
+    assert attribution.by_class(found, found)["name"].tolist() == ["crane (0)", "cat", "crane (2)"]
