@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from kclib.errors import InvalidValueError
 
-_COLOURS = {1: v2.Grayscale(), 3: v2.RGB()}
+_COLOURS = {1: ("L", v2.Grayscale()), 3: ("RGB", v2.RGB())}
 _PROBES = ((40, 40), (48, 72), (300, 260))  # heights and widths of images of every kind
 
 
@@ -37,11 +37,13 @@ class Plain:
                 f"the network's first convolution reads {self.channels} channels, and images have 1 or 3; "
                 "give a Model with a preprocess of its own."
             )
-        colours = _COLOURS[self.channels]
-        steps = [colours, v2.ToImage(), colours]
+        mode, colours = _COLOURS[self.channels]
+        if isinstance(image, Image.Image):
+            image = image.convert(mode)
+        steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), colours]  # of floats: none is cut off
         if self.size:
             steps.append(v2.Resize(self.size, antialias=True))
-        return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])(image)
+        return v2.Compose([*steps, v2.ToPureTensor()])(image)
 
 
 def known_shape(preprocess: Callable) -> tuple[int, ...] | None:

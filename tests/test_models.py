@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torchvision import transforms
 from torchvision.models import get_model, get_model_weights
 
-from kclib import files, models
+from kclib import datasets, evaluation, files, kernels, models
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, UnknownNameError
 
 SHIPPED = files.data_dir() / "vgg16_fashion.fp16.safetensors"
@@ -270,3 +271,75 @@ def test_fashion_preprocessing_of_tensor_picture_and_batch_is_as_computed_by_han
     for inputs in (preprocess(Image.fromarray(pixels)), preprocess(tensor), *preprocess(tensor[None])):
         assert type(inputs) is torch.Tensor
         torch.testing.assert_close(inputs, expected, atol=1e-4, rtol=0)
+
+
+def test_the_input_shape_is_known_where_preprocessing_fixes_it():
+    assert models.input_shape(models.architecture("vgg16-fashion")) == (3, 32, 32)
+    assert models.input_shape(models.architecture("resnet18")) == (3, 224, 224)
+    old = transforms.Compose([transforms.Resize((40, 50)), transforms.ToTensor()])  # takes PIL images alone
+    assert models.input_shape(models.Model("old", nn.Flatten(), old)) == (3, 40, 50)
+    assert models.input_shape(models.plain("mine", nn.Flatten(), (1, 9, 7))) == (1, 9, 7)
+
+
+def test_an_input_shape_that_is_that_of_the_image_is_asked_for():
+    network = nn.Conv2d(3, 4, 3)
+    for given in (network, models.plain("mine", network)):
+        with pytest.raises(InvalidValueError, match="input_shape"):
+            models.input_shape(given)
+        images = torch.zeros(2, 3, 11, 13, dtype=torch.uint8)
+        assert models.input_shape(given, (images, torch.zeros(2, dtype=torch.int64))) == (3, 11, 13)
+    for shortest in (transforms.Resize(40), transforms.Pad(2)):  # one side, or none, is fixed
+        keeping = transforms.Compose([shortest, transforms.ToTensor()])
+        with pytest.raises(InvalidValueError, match="input_shape"):
+            models.input_shape(models.Model("mine", network, keeping))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_plain_network_reads_images_of_as_many_channels_as_its_first_convolution(channels):
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.Conv2d(channels, 4, 3)), nn.Conv2d(4, 2, 3))
+    grey = torch.arange(4 * 16 * 16, dtype=torch.uint8).reshape(4, 1, 16, 16)
+    colour = grey.expand(-1, 3, -1, -1)
+    for images in (grey, colour):
+        found = models.plain("mine", network).preprocess(images)
+        torch.testing.assert_close(found, grey.expand(-1, channels, -1, -1) / 255, rtol=2e-4, atol=0)
+        picture = models.plain("mine", network).preprocess(Image.fromarray(grey[0, 0].numpy()))
+        torch.testing.assert_close(picture, found[0], rtol=2e-4, atol=0)
+
+
+def test_a_plain_network_is_given_images_of_the_shape_asked_for():
+    model = models.plain("mine", nn.Conv2d(3, 4, 3), (1, 8, 6))
+    red = torch.zeros(2, 3, 16, 12, dtype=torch.uint8)
+    red[:, 0] = 255
+    found = model.preprocess(red)
+    assert found.shape == (2, 1, 8, 6)
+    assert found.flatten().tolist() == pytest.approx([0.299] * 96, abs=0.005)  # luma of red
+
+
+def test_channels_that_images_do_not_have_are_asked_for_when_an_image_comes():
+    model = models.plain("satellite", nn.Conv2d(12, 4, 3))
+    assert kernels.extract(model).weights.shape == (48, 3, 3)
+    with pytest.raises(InvalidValueError, match="reads 12 channels"):
+        evaluation.evaluate(model, datasets.load(limit=2), progress=False)
+
+
+@pytest.fixture
+def shaped(tmp_path, monkeypatch):
+    (tmp_path / "shaped_models.py").write_text(
+        "from torch import nn\n"
+        "from torchvision.transforms import v2\n"
+        "from kclib.models import Model\n"
+        "def alone():\n    return nn.Conv2d(1, 4, 3)\n"
+        "def keeping():\n    return Model('mine', nn.Conv2d(3, 4, 3), v2.ToImage())\n"
+        "def fixing():\n    return Model('mine', nn.Conv2d(3, 4, 3), v2.Resize((40, 40)))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_an_input_shape_is_taken_where_none_is_known(shaped):
+    alone = models.load("shaped_models:alone", input_shape=(1, 9, 8))
+    assert models.input_shape(alone) == (1, 9, 8)
+    assert alone.preprocess(torch.zeros(2, 3, 30, 30, dtype=torch.uint8)).shape == (2, 1, 9, 8)
+    assert models.input_shape(models.load("shaped_models:keeping", input_shape=(3, 9, 8))) == (3, 9, 8)
+    assert models.input_shape(models.load("shaped_models:fixing", input_shape=(3, 40, 40))) == (3, 40, 40)
+    with pytest.raises(InvalidValueError, match=r"\(3, 9, 8\), but .* makes \(3, 40, 40\)"):
+        models.load("shaped_models:fixing", input_shape=(3, 9, 8))
