@@ -264,7 +264,8 @@ def _checked(logits: torch.Tensor) -> torch.Tensor:
     """Return logits on the CPU; raise InvalidValueError if no class can be read from them."""
     if logits.shape[1] < 2:
         raise InvalidValueError(
-            "the model answers one logit for each image, which names no class; it must answer one for each."
+            "the model answers one number for each image, which names no class; it must answer a logit for "
+            "each class, as torch.cat((-x, x), 1) makes of one for yes."
         )
     logits = logits.cpu()
     if logits.isnan().any():

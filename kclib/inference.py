@@ -53,7 +53,7 @@ def picked(network: nn.Module, answer, n_images: int) -> Tensor:
         There are none.
     """
     logits = counting(answer)
-    if logits is None or logits.is_complex():
+    if logits is None or logits.is_complex() or logits.layout is not torch.strided:
         raise InvalidValueError(
             f"{_called(network)} answers {described(answer)}; it must answer logits: a tensor (b, n), or one "
             "that is first in a tuple or has the name logits or out."
@@ -109,11 +109,10 @@ def run(network: nn.Module, inputs: Tensor, how: Callable | None = None):
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[nn.Module]:
     """While it lasts, a network is in eval mode; afterwards each of its modules is in the mode it was in."""
-    modes = [(module, module.training) for module in network.modules()]
-    if not any(training for _, training in modes):
+    modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]
+    if not any(training for _, training in modes) or not _switched(network, False):
         yield network
         return
-    _switched(network, False)
     try:
         yield network
     finally:
@@ -203,9 +202,13 @@ def _called(network: nn.Module) -> str:
     return f"the network ({type(network).__name__})"
 
 
-def _switched(network: nn.Module, training: bool) -> None:
+def _switched(network: nn.Module, training: bool) -> bool:
+    """Put a network into a mode; return whether it has one, as exported programs have not."""
     try:
         network.train(training)
+        return True
+    except NotImplementedError:
+        return False
     except Exception as error:  # other people's train() can raise anything
         raise InvalidValueError(
             f"{_called(network)} cannot be put into {'training' if training else 'eval'} mode "
@@ -230,9 +233,10 @@ def _advice(network: nn.Module, inputs: Tensor, error: Exception) -> str:
         )
     if inputs.dtype != torch.float32 and "not implemented for" in text:
         return "this device cannot run it in this precision: give network.float()"
-    if "dtype" in text or "scalar type" in text or ("should be the same" in text and "type" in text):
+    kinds = {x.dtype for x in (*network.parameters(), *network.buffers(), inputs) if x.is_floating_point()}
+    if len(kinds) > 1 and "type" in text:
         return "its values are of several dtypes: give network.float()"
-    if "same device" in text:
+    if "same device" in text or "expected device" in text:
         return "it holds a tensor that does not move with it: register that as a buffer"
     return "give images of the kind and size it was made for (a Model with its preprocess, or input_shape)"
 

@@ -74,6 +74,15 @@ class Two(nn.Module):
         return x * mask
 
 
+class OnMeta(Net):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.ones(1, device="meta")
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
 class Raising(nn.Module):
     def __init__(self, error):
         super().__init__()
@@ -136,6 +145,8 @@ def test_logits_are_found_in_whatever_they_are_wrapped_in():
         (lambda y: (), "tuple"),
         (lambda y: {}, "dict"),
         (lambda y: y + 1j, "logits"),
+        (lambda y: y.to_sparse(), "logits"),
+        (lambda y: y.tolist(), "list"),
     ],
 )
 def test_other_answers_are_refused_with_what_came(wrap, says):
@@ -156,6 +167,8 @@ def test_other_answers_are_refused_with_what_came(wrap, says):
         (Net(channels=4), "reads 4 channels and the images have 3"),
         (nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), "size it was made for"),
         (Net().double(), r"network.float\(\)"),
+        (nn.Embedding(10, 10), "size it was made for"),
+        (OnMeta(), "register that as a buffer"),
     ],
 )
 def test_whatever_a_network_raises_is_one_sentence_with_its_cause(network, says):
@@ -270,7 +283,7 @@ def test_a_network_without_values_is_refused():
 
 def test_one_output_names_no_class():
     network = nn.Sequential(nn.Conv2d(3, 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Sigmoid())
-    with pytest.raises(InvalidValueError, match="one logit"):
+    with pytest.raises(InvalidValueError, match=r"torch.cat\(\(-x, x\), 1\)"):
         evaluated(network)
 
 
@@ -350,3 +363,20 @@ def test_classes_of_one_name_stay_two():
     found = evaluated(models.Model("m", network, models.plain("m", network).preprocess, data.classes), data)
     assert list(found.per_class) == ["crane (0)", "cat", "crane (2)"]
     assert attribution.by_class(found, found)["name"].tolist() == ["crane (0)", "cat", "crane (2)"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_networks_that_torch_made_of_others_are_evaluated():
+    network = Net(wrap=nn.Identity()).eval()
+    x = torch.rand(40, 3, 28, 28)
+    made = {
+        "scripted": torch.jit.script(network),
+        "frozen": torch.jit.freeze(torch.jit.script(network)),
+        "traced": torch.jit.trace(network, x),
+        "fx": torch.fx.symbolic_trace(network),
+        "exported": torch.export.export(network, (x,)).module(),
+        "data parallel": nn.DataParallel(network),
+    }
+    expected = evaluated(network).predictions.tolist()
+    for name, one in made.items():
+        assert evaluated(one).predictions.tolist() == expected, name
