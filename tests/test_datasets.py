@@ -78,8 +78,8 @@ def test_one_changed_byte_of_a_shipped_file_is_named(copied):
 
 
 def test_a_missing_shipped_file_is_named(copied):
-    (copied / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(MissingFileError, match=r"train-labels.* is missing"):
+    (copied / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(MissingFileError, match=r"t10k-labels.* is missing"):
         datasets.load()
 
 
@@ -110,6 +110,29 @@ def test_a_smaller_limit_is_an_ordered_subset_of_a_larger_one():
     rows = [match[0] for match in found]
     assert rows == sorted(set(rows))
     assert torch.equal(more.labels[rows], few.labels)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(100), "black", "longer"])
+def test_what_was_unpacked_and_changed_since_is_unpacked_again(copied, fashion, caplog, content):
+    datasets.load()
+    path = copied.parents[1] / "cache" / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte"
+    whole = path.read_bytes()
+    longer, black = whole + b"0", whole[:16] + bytes(len(whole) - 16)  # as long as it was, and an image set
+    path.write_bytes({"black": black, "longer": longer}.get(content, content))
+    assert torch.equal(datasets.load().images, fashion.images)
+    assert f"{path} is damaged" in caplog.text
+    assert path.read_bytes() == whole
+
+
+def test_images_are_read_where_nothing_can_be_unpacked(copied, fashion):
+    (copied.parents[1] / "cache").write_text("in the way")
+    (copied.parents[1] / "home").write_text("in the way")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(copied.parents[1] / "home"))
+        patch.setattr(files.tempfile, "gettempdir", lambda: str(copied.parents[1] / "home"))
+        found = datasets.load()
+    assert torch.equal(found.images, fashion.images)
+    assert torch.equal(found.labels, fashion.labels)
 
 
 def test_a_limit_draws_the_same_images_every_time_and_has_its_own_fingerprint(fashion):
