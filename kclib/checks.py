@@ -22,16 +22,24 @@ def said(value: object) -> str:
     return textwrap.shorten(repr(value), 60, placeholder=" ...")
 
 
-def check_whole(name: str, value: int, least: int, most: float = math.inf) -> None:
-    """Raise an `InvalidValueError` unless a value is a whole number in a range."""
+def check_whole(name: str, value: int, least: int, most: float = math.inf) -> int:
+    """Return a whole number, numpy's too, as Python's; InvalidValueError if it is none in a range."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
         limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
         raise InvalidValueError(f"{name} is {said(value)}; it must be a whole number, {limits}.")
+    return int(value)
 
 
-def check_seed(seed: int) -> None:
-    """Raise an `InvalidValueError` unless a value is a seed, for numpy as for torch."""
-    check_whole("seed", seed, 0, 2**32 - 1)
+def check_seed(seed: int) -> int:
+    """Return a seed, for numpy as for torch, as Python's number; InvalidValueError if it is none."""
+    return check_whole("seed", seed, 0, 2**32 - 1)
+
+
+def several(name: str, values: Iterable) -> list:
+    """Return several values as a list; raise an `InvalidValueError` for text, whose parts are letters."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise InvalidValueError(f"{name} is {said(values)}; it must be a list of them.")
+    return list(values)
 
 
 def check_share(name: str, value: float) -> None:

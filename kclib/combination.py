@@ -107,6 +107,11 @@ class Cluster(Step):
     weighted: bool = False
     corrected: bool = False
 
+    def __post_init__(self):
+        each = self.n_clusters.values() if isinstance(self.n_clusters, Mapping) else [self.n_clusters]
+        for k in each:
+            checks.check_whole("n_clusters", k, 1)
+
     @property
     def needs(self) -> tuple[str, ...]:
         """What `Pipeline.run` must be given for it."""

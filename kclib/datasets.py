@@ -199,7 +199,8 @@ def batches(
     DamagedFileError
         An image cannot be read; it is named by its file.
     """
-    checks.check_whole("batch_size", batch_size, 1)
+    batch_size = checks.check_whole("batch_size", batch_size, 1)
+    workers = checks.check_whole("workers", workers, 0)
     data = as_image_set(data)
     start = 0
     for inputs in preprocessing.batches(data.images, data.name, preprocess, batch_size, workers):

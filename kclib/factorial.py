@@ -61,14 +61,16 @@ def cells(
     UnknownNameError
     """
     found = {}
-    levels = (sparsities, clusters, scopes, precisions, orders, seeds)
-    for sparsity, k, scope, precision, order, seed in itertools.product(*map(tuple, levels)):
+    names = ("sparsities", "clusters", "scopes", "precisions", "orders", "seeds")
+    levels = map(checks.several, names, (sparsities, clusters, scopes, precisions, orders, seeds))
+    for sparsity, k, scope, precision, order, seed in itertools.product(*levels):
         checks.check_known("order", order, ORDERS)
-        order = order if sparsity and k is not None else None
-        scope, seed = (None, None) if k is None else (scope, seed)
         checks.check_share("sparsity", sparsity)
-        if k is not None:
-            checks.check_whole("clusters", k, 1)
+        order = order if sparsity and k is not None else None
+        if k is None:
+            scope, seed = None, None
+        else:
+            k, seed = checks.check_whole("clusters", k, 1), checks.check_seed(seed)
         values = float(sparsity), k, scope, precision, order, seed
         found[values] = dict(zip(_CELL, values, strict=True))
     return list(found.values())

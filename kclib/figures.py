@@ -47,7 +47,7 @@ def kernel_sheet(
         raise InvalidValueError(
             f"kernels have shape {np.shape(weights)}; it must be (m, kh, kw), m at least 1."
         )
-    checks.check_whole("columns", columns, 1)
+    columns = checks.check_whole("columns", columns, 1)
     m, height, width = weights.shape
     rows = -(-m // columns)
     if counts is not None:

@@ -58,12 +58,12 @@ class Options:
     n_threads: int | None
 
     def __post_init__(self):
-        checks.check_whole("max_iter", self.max_iter, 0)
+        object.__setattr__(self, "max_iter", checks.check_whole("max_iter", self.max_iter, 0))
         if self.tol is not None and not (checks.is_real(self.tol) and self.tol >= 0):
             raise InvalidValueError(f"tol is {self.tol!r}; it must be a share of the inertia, at least 0.")
         if self.reach is not None and not (checks.is_real(self.reach) and self.reach > 0):
             raise InvalidValueError(f"reach is {self.reach!r}; it must be above 0, or None for exact rounds.")
-        checks.check_seed(self.seed)
+        object.__setattr__(self, "seed", checks.check_seed(self.seed))
         if self.n_threads is not None:
             checks.check_whole("n_threads", self.n_threads, 1)
 
@@ -124,13 +124,14 @@ class Progress:
         return lambda share: self(share * weight)
 
 
-def check_k(n_clusters: int, n: int) -> None:
-    """Raise InvalidValueError unless K is a whole number from 1 to n."""
+def check_k(n_clusters: int, n: int) -> int:
+    """Return K as Python's own number; raise InvalidValueError unless it is a whole one from 1 to n."""
     whole = isinstance(n_clusters, (int, np.integer)) and not isinstance(n_clusters, bool)
     if not (whole and 1 <= n_clusters <= n):
         raise InvalidValueError(
             f"n_clusters is {checks.said(n_clusters)}; with {n} kernels it must be 1 to {n}."
         )
+    return int(n_clusters)
 
 
 def checked_points(points) -> np.ndarray:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import joblib
 from threadpoolctl import threadpool_limits
 
-from kclib import parallel
-from kclib.errors import InvalidValueError, MissingPackageError, UnknownNameError
+from kclib import checks, parallel
+from kclib.errors import InvalidValueError, MissingPackageError
 
 BACKENDS = ("loky", "dask", "ray")
 _DIED = "its process died (killed, or out of memory), also when it ran alone"
@@ -39,10 +39,8 @@ class Workers:
     scheduler: str = ""
 
     def __post_init__(self):
-        if self.backend not in BACKENDS:
-            raise UnknownNameError("backend", self.backend, BACKENDS)
-        if self.n_jobs < 1:
-            raise InvalidValueError(f"jobs is {self.n_jobs}; it must be at least 1.")
+        checks.check_known("backend", self.backend, BACKENDS)
+        object.__setattr__(self, "n_jobs", checks.check_whole("jobs", self.n_jobs, 1))
         if self.scheduler and self.backend == "loky":
             raise InvalidValueError("a scheduler is for the backends dask and ray; loky has none.")
 

@@ -77,7 +77,7 @@ def kmeans(
     if not isinstance(points, np.ndarray) or len(points) > _IN_MEMORY or device != "cpu":
         return _streamed(points, n_clusters, weights, init, device, options, report)
     points = fitting.checked_points(points)
-    fitting.check_k(n_clusters, len(points))
+    n_clusters = fitting.check_k(n_clusters, len(points))
     weights = fitting.checked_weights(weights, len(points))
     _room(lloyd.memory(*points.shape, n_clusters, options.threads), len(points), n_clusters)
     if 2 * n_clusters > len(points) and init is None:
@@ -180,8 +180,7 @@ def ladder(
 def checked_ks(ks: Iterable[int]) -> list[int]:
     """Return numbers of clusters, each once, ascending; raise InvalidValueError if they are none."""
     ks = list(ks) if isinstance(ks, Iterable) else []
-    for k in ks:
-        checks.check_whole("a number of clusters", k, 1)
+    ks = [checks.check_whole("a number of clusters", k, 1) for k in ks]
     if not ks:
         raise InvalidValueError("there are no numbers of clusters; give at least one, in a list.")
     return sorted(set(ks))
@@ -198,7 +197,7 @@ def memory(n: int, d: int, n_clusters: int, n_threads: int | None = None) -> int
 def _streamed(points, n_clusters, weights, init, device, options, report) -> KMeans:
     """Return a clustering of points that are read block by block."""
     parts = streaming.Parts(points)
-    fitting.check_k(n_clusters, parts.n)
+    n_clusters = fitting.check_k(n_clusters, parts.n)
     weights = fitting.checked_weights(weights, parts.n)
     _room(streaming.memory(parts.n, parts.d, n_clusters, options.threads), parts.n, n_clusters)
     if init is not None:

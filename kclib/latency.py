@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kclib import inference, kernels, models
+from kclib import checks, inference, kernels, models
 from kclib.compression import expand
 from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
@@ -41,6 +41,11 @@ def of_network(
     InvalidValueError
         The network does not run on such images.
     """
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        raise InvalidValueError(f"shape is {checks.said(shape)}; it must be (channels, height, width).")
+    shape = [checks.check_whole("a side of shape", x, 1) for x in shape]
+    batches = [checks.check_whole("a batch", x, 1) for x in checks.several("batches", batches)]
+    seed = checks.check_seed(seed)
     network, rows = kernels.copied(models.network_of(network)).eval(), {}
     dense, dtype = expand(network), inference.precision_of(network)
     for batch in batches:

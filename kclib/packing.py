@@ -13,7 +13,7 @@ MAX_BITS = 24
 
 def index_bits(n_clusters: int) -> int:
     """Return the bits of a fixed-width index into K entries, ceil(log2 K); 0 for a single entry."""
-    return (n_clusters - 1).bit_length()
+    return (int(n_clusters) - 1).bit_length()
 
 
 def index_bytes(n: int, bits: int) -> int:
@@ -41,7 +41,7 @@ def pack(indices: np.ndarray, bits: int) -> np.ndarray:
     InvalidValueError
     """
     indices = np.ascontiguousarray(indices)
-    _check_bits(bits)
+    bits = _check_bits(bits)
     if indices.ndim != 1 or indices.dtype.kind not in "iu":
         raise InvalidValueError(
             f"indices are {indices.dtype} {indices.shape}; they must be whole numbers (n,)."
@@ -130,8 +130,8 @@ def _unpack(packed, bits, start, result):
         result[i] = (word >> np.uint32(bit & np.uint64(7))) & mask
 
 
-def _check_bits(bits: int) -> None:
-    checks.check_whole("bits of an index", bits, 0, MAX_BITS)
+def _check_bits(bits: int) -> int:
+    return checks.check_whole("bits of an index", bits, 0, MAX_BITS)
 
 
 def _check_window(bits: int, start: int, count: int) -> None:

@@ -16,10 +16,8 @@ FAST = {"reassoc", "contract", "nnan", "nsz"}
 def threads(n_threads: int | None = None) -> int:
     """Return `n_threads`, or by default the number of processors this process may use."""
     if n_threads is not None:
-        checks.check_whole("n_threads", n_threads, 1)
-    return n_threads or len(
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    )
+        return checks.check_whole("n_threads", n_threads, 1)
+    return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
 
 
 def side_by_side(

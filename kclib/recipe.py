@@ -47,8 +47,8 @@ class Recipe:
 
     def __post_init__(self):
         for name, least in _LEAST.items():
-            checks.check_whole(name, getattr(self, name), least)
-        checks.check_seed(self.seed)
+            object.__setattr__(self, name, checks.check_whole(name, getattr(self, name), least))
+        object.__setattr__(self, "seed", checks.check_seed(self.seed))
         for name in ("peak_rate", "temperature"):
             if not (checks.is_real(getattr(self, name)) and getattr(self, name) > 0):
                 raise InvalidValueError(f"{name} is {getattr(self, name)!r}; it must be finite and above 0.")

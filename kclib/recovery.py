@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kclib import (
     budget,
+    checks,
     datasets,
     kernels,
     layers,
@@ -23,7 +24,6 @@ from kclib import (
 )
 from kclib.budget import Allocation
 from kclib.calibration import calibrate
-from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
 from kclib.training import Recipe, Trained
 
@@ -156,8 +156,7 @@ def finetune(
         As `training.train`; values that the precision of a codebook cannot hold.
     """
     model = models.as_model(model)
-    if isinstance(reassigned, bool) or not isinstance(reassigned, int) or reassigned < 0:
-        raise InvalidValueError(f"reassigned is {reassigned!r}; it must be a whole number, at least 0.")
+    reassigned = checks.check_whole("reassigned", reassigned, 0)
     if model.classes and teacher is None:
         data = datasets.aligned(data, model.classes, len(model.classes))
     options, checkpoint = {"teacher": teacher, "device": device}, Path(checkpoint)

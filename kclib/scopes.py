@@ -60,7 +60,7 @@ def wanted(
             )
         for name, k in n_clusters.items():
             _check(k, counts[name], f"group {name}")
-        return dict(n_clusters)
+        return {name: int(k) for name, k in n_clusters.items()}
     _check(n_clusters, max(counts.values()), "the largest group")
     return dict.fromkeys(counts, int(n_clusters))
 

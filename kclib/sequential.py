@@ -119,7 +119,7 @@ def cluster(
     calibration.check_damping(damping)
     given, model, images = model, models.as_model(model), datasets.as_image_set(images)
     bank = kernels.extract(model.network, size=size)
-    checks.check_seed(seed)
+    seed = checks.check_seed(seed)
     dense = model.network if dense is None else models.network_of(dense)
     kernels.matched(dense, bank.layers)
     small, dense = (models.moved(kernels.copied(x).eval(), device) for x in (model.network, dense))

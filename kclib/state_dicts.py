@@ -109,6 +109,12 @@ def fill(network: nn.Module, states: Mapping[str, State], source: str) -> None:
         if len(states) > 1 or _differing(given, expected) or set(given) == set(expected):
             raise InvalidValueError(_misfit(source, states, expected))
     on_meta = any(torch.is_tensor(x) and x.is_meta for x in expected.values())
+    for name, value in given.items():
+        if _overflows(value, expected.get(name)):
+            raise InvalidValueError(
+                f"{name} in {source} has values above what the network holds there, "
+                f"{expected[name].dtype}; build it in float32."
+            )
     try:
         network.load_state_dict(given, strict=not fitting, assign=on_meta)
     except Exception as error:  # also of the user's own code
@@ -253,6 +259,16 @@ def _kind(value: Tensor) -> str:
     if value.is_complex():
         return "complex"
     return "real" if value.is_floating_point() else "whole"
+
+
+def _overflows(value: object, other: object) -> bool:
+    """Tell whether finite values of one tensor are infinite in the type of another."""
+    if not (torch.is_tensor(value) and torch.is_tensor(other)) or value.is_meta:
+        return False
+    if not (value.is_floating_point() and other.is_floating_point()):
+        return False
+    narrower = torch.finfo(other.dtype).max < torch.finfo(value.dtype).max
+    return narrower and bool((value.to(other.dtype).isinf() & value.isfinite()).any())
 
 
 def _misfit(source: str, states: Mapping[str, State], expected: Mapping) -> str:

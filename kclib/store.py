@@ -86,7 +86,7 @@ class Store:
         """
         path = self.path(entry.key)
         arrays = {name: np.asarray(array, order="C") for name, array in entry.arrays.items()}
-        texts = {"key": json.dumps(entry.key), "row": json.dumps(entry.row)}
+        texts = {"key": _json(entry.key), "row": _json(entry.row)}
         with files.replacing(path) as temporary:
             save_file(arrays, temporary, metadata=texts | {"sha256": _digest(texts, arrays)})
         return path
@@ -213,7 +213,7 @@ class Store:
         """Return where the entry of `key` is, or would be."""
         if key.get("kind") not in VERSIONS:
             raise UnknownNameError("kind of entry", str(key.get("kind")), VERSIONS)
-        text = json.dumps(key | {"version": VERSIONS[key["kind"]]}, sort_keys=True, separators=(",", ":"))
+        text = _json(key | {"version": VERSIONS[key["kind"]]}, sort_keys=True, separators=(",", ":"))
         return self.root / key["kind"] / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
 
     def _removed(self, path: Path, days: float | None) -> bool:
@@ -306,6 +306,11 @@ def _read(path: Path) -> Entry | None:
         return entry if entry.key["kind"] in VERSIONS and isinstance(entry.row, dict) else None
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError):
         return None
+
+
+def _json(value: object, **options) -> str:
+    """Return JSON, in which numpy's numbers are as Python's."""
+    return json.dumps(value, default=np.generic.item, **options)
 
 
 def _digest(texts: dict[str, str], arrays: dict[str, np.ndarray]) -> str:

@@ -55,7 +55,7 @@ class Palette:
     per: str
 
     def __post_init__(self):
-        check_whole("bits", self.n_bits, 1, 8)
+        object.__setattr__(self, "n_bits", check_whole("bits", self.n_bits, 1, 8))
         check_known("kind of palette", self.kind, KINDS)
         check_known("granularity", self.per, PER)
 
@@ -89,8 +89,8 @@ class Product:
     seed: int = 0
 
     def __post_init__(self):
-        check_whole("n_clusters", self.n_clusters, 1, 1 << MAX_BITS)
-        check_whole("width", self.width, 1)
+        object.__setattr__(self, "n_clusters", check_whole("n_clusters", self.n_clusters, 1, 1 << MAX_BITS))
+        object.__setattr__(self, "width", check_whole("width", self.width, 1))
 
     def fits(self, layer: Layer) -> bool:
         """Tell whether a layer's inputs can be divided."""
@@ -126,7 +126,7 @@ class Rounded:
     n_bits: int
 
     def __post_init__(self):
-        check_whole("bits", self.n_bits, 2, 8)
+        object.__setattr__(self, "n_bits", check_whole("bits", self.n_bits, 2, 8))
 
     def bytes(self, layer: Layer) -> int:
         """Return what a layer takes."""

@@ -107,9 +107,9 @@ class Subject:
         InvalidValueError, UnknownNameError
             No K fits the model, K below 1, an unknown scope or method.
         """
-        ks, methods, seeds = [int(k) for k in ks], list(methods), list(seeds)
-        if ks and min(ks) < 1:
-            raise InvalidValueError(f"n_clusters is {min(ks)}; every K must be at least 1.")
+        ks = [checks.check_whole("n_clusters", k, 1) for k in checks.several("ks", ks)]
+        seeds = [checks.check_seed(seed) for seed in checks.several("seeds", seeds)]
+        scopes, methods = checks.several("scopes", scopes), checks.several("methods", methods)
         for method in methods:
             checks.check_known("method", method, clusterings.METHODS)
         fitting = [(s, k) for s in scopes for k in ks if _fits(self.bank, s, k)]

@@ -109,6 +109,7 @@ def kmeans(
     """
     options = Options(max_iter, tol, None, seed, n_threads)
     points, weights = _checked(points, weights, n_clusters, turned)
+    n_clusters = int(n_clusters)
     frame = framing.Frame.of([points], shifted=False)
     orbits = _Orbits.of(frame.into(points), weights, scaled, turned)
     report = Progress(progress)

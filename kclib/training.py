@@ -131,6 +131,8 @@ def train_fashion(out: Path, start: Path | None, recipe: Recipe, device: str = "
 def save_half(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """Write a network's state as fp16 safetensors, whole or not at all."""
     state = {k: v.detach().cpu().half().contiguous() for k, v in network.state_dict().items()}
+    if lost := [k for k, v in state.items() if not v.isfinite().all()]:
+        raise InvalidValueError(f"{lost[0]} has values that are no finite fp16, so {path} is not written.")
     with files.replacing(path) as temporary:
         save_file(state, temporary, metadata=metadata)
 

@@ -79,6 +79,14 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(tmp_path, interr
         assert equal(resumed.network.state_dict(), whole.network.state_dict())
 
 
+def test_weights_that_half_precision_cannot_hold_are_not_written(tmp_path):
+    network = nn.Linear(2, 2)
+    network.weight.data[0, 1] = 1e6
+    with pytest.raises(InvalidValueError, match="weight has values"):
+        training.save_half(network, tmp_path / "x.safetensors", {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_callers_network_is_untouched(tmp_path):
     net = network().eval()
     before = models.fingerprint(net)

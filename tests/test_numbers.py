@@ -1,0 +1,139 @@
+"""Numbers are what they are: no whole number is made of 2.7, "23" or True, and numpy's count as Python's."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_data, tiny_model
+
+from kclib import (
+    clustering,
+    clusterings,
+    combination,
+    datasets,
+    embedding,
+    evaluation,
+    factorial,
+    figures,
+    jobs,
+    kernels,
+    kmeans,
+    latency,
+    neighbours,
+    packing,
+    recipe,
+    sequential,
+    stored,
+    sweep,
+    symmetry,
+    tradeoff,
+)
+from kclib.errors import InvalidValueError
+from kclib.kernels import KernelBank
+from kclib.store import Entry, Store
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Given:
+    """What is computed once for all."""
+
+    model, data = tiny_model(), tiny_data()
+    bank: KernelBank = kernels.extract(model.network)
+    points = bank.points
+
+
+@pytest.fixture
+def given(tmp_path):
+    given = Given()
+    given.store = Store(tmp_path)
+    given.subject = sweep.Subject(given.model, given.data, given.store)
+    return given
+
+
+# What is called with a whole number, and one that is right.
+WHOLE = {
+    "cluster, K": (lambda g, x: clustering.cluster(g.bank, x, progress=False), 3),
+    "cluster, K of a group": (lambda g, x: clustering.cluster(g.bank, {"0": x, "2": 2}, progress=False), 3),
+    "cluster, seed": (lambda g, x: clustering.cluster(g.bank, 3, seed=x, progress=False), 1),
+    "cluster, threads": (lambda g, x: clustering.cluster(g.bank, 3, n_threads=x, progress=False), 1),
+    "clusterings, K": (lambda g, x: clusterings.cluster(g.bank, x, store=g.store, progress=False), 3),
+    "clusterings, seed": (
+        lambda g, x: clusterings.cluster(g.bank, 3, seed=x, store=g.store, progress=False), 1,
+    ),
+    "kmeans, K": (lambda g, x: kmeans.kmeans(g.points, x), 3),
+    "kmeans, max_iter": (lambda g, x: kmeans.kmeans(g.points, 3, max_iter=x), 3),
+    "ladder": (lambda g, x: kmeans.ladder(g.points, [x]), 3),
+    "symmetry, K": (lambda g, x: symmetry.kmeans(g.points, x, turned=True), 3),
+    "neighbours": (lambda g, x: neighbours.nearest(g.points, k=x), 3),
+    "graph": (lambda g, x: embedding.graph(g.points, n_neighbors=x, store=g.store), 4),
+    "curves": (
+        lambda g, x: tradeoff.curves(
+            g.bank, np.ones(len(g.bank), np.float32), ks=[x], seed=x, store=g.store, progress=False
+        ),
+        3,
+    ),
+    "sweep, K": (lambda g, x: g.subject.entry(g.subject.cells([x], ["layer"])[1]), 3),
+    "sweep, seed": (lambda g, x: g.subject.entry(g.subject.cells([3], ["layer"], seeds=[x])[1]), 1),
+    "factorial, K": (lambda g, x: factorial.cells([0], [x], ["layer"], [None], factorial.ORDERS, [0]), 3),
+    "factorial, seed": (lambda g, x: factorial.cells([0], [3], ["layer"], [None], factorial.ORDERS, [x]), 3),
+    "Cluster": (lambda g, x: combination.Cluster(x), 64),
+    "Cluster, K of a group": (lambda g, x: combination.Cluster({"0": x}), 64),
+    "Workers": (lambda g, x: jobs.Workers(x), 2),
+    "batches": (lambda g, x: list(datasets.batches(g.data, g.model.preprocess, x)), 9),
+    "batches, workers": (lambda g, x: list(datasets.batches(g.data, g.model.preprocess, 40, workers=x)), 0),
+    "limit": (lambda g, x: datasets.limited(g.data, x), 9),
+    "evaluate": (lambda g, x: evaluation.evaluate(g.model, g.data, batch_size=x, progress=False), 20),
+    "sequential, seed": (
+        lambda g, x: sequential.cluster(g.model, g.data, 3, seed=x, progress=False).network, 1,
+    ),
+    "latency, batch": (lambda g, x: latency.of_network(g.model, (3, 8, 8), [x]), 1),
+    "latency, side": (lambda g, x: latency.of_network(g.model, (3, x, 8), [1], seed=x), 8),
+    "figures": (lambda g, x: figures.kernel_sheet(g.bank.weights[:5], columns=x), 2),
+    "pack": (lambda g, x: packing.pack(np.arange(4), x), 3),
+    "palette": (lambda g, x: stored.Palette(x, "kmeans", "tensor"), 3),
+    "product": (lambda g, x: stored.Product(x, 1).bytes(g.bank.layers[0]), 3),
+    "Recipe, epochs": (lambda g, x: recipe.Recipe(epochs=x), 3),
+    "Recipe, seed": (lambda g, x: recipe.Recipe(seed=x), 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_numpys_whole_numbers_are_whole_numbers(given, monkeypatch, name):
+    monkeypatch.setattr(latency, "_SECONDS", 0.0)
+    call, right = WHOLE[name]
+    for kind in (np.int64, np.uint8):
+        call(given, kind(right))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_no_whole_number_is_made_of_what_is_none(given, name):
+    call, right = WHOLE[name]
+    for wrong in (right + 0.7, float(right) + 0.5, str(right), True, np.float32(2.7), -1, None):
+        if wrong is None and name in ("cluster, threads", "factorial, K"):
+            continue  # by default
+        with pytest.raises(InvalidValueError):
+            call(given, wrong)
+
+
+@pytest.mark.parametrize("ks", ["23", b"23", 3, None])
+def test_what_is_no_list_is_no_list_of_one_digit_numbers(given, ks):
+    with pytest.raises(InvalidValueError, match="ks is"):
+        sweep.run(given.model, given.data, ks, store=given.store)
+
+
+def test_text_is_no_list_of_its_letters(given):
+    with pytest.raises(InvalidValueError, match="scopes is 'layer'"):
+        sweep.run(given.model, given.data, [3], scopes="layer", store=given.store)
+    with pytest.raises(InvalidValueError, match="methods is 'plain'"):
+        sweep.run(given.model, given.data, [3], methods="plain", store=given.store)
+    with pytest.raises(InvalidValueError, match="clusters is '64'"):
+        factorial.cells([0], "64", ["layer"], [None], factorial.ORDERS, [0])
+
+
+def test_a_key_with_numpys_numbers_is_that_with_pythons(given):
+    key = {"kind": "evaluation", "k": 3, "x": 0.5}
+    given.store.put(Entry(key, {"top1": np.float32(0.5), "n": np.int64(3)}, {}))
+    found = given.store.get({"kind": "evaluation", "k": np.int64(3), "x": np.float64(0.5)})
+    assert found.row == {"top1": 0.5, "n": 3}
+    with pytest.raises(TypeError):
+        given.store.put(Entry(key, {"top1": torch.zeros(2)}, {}))
