@@ -449,7 +449,7 @@ def test_a_compressed_file_is_taken_as_weights_that_are_dense(factory, tmp_path,
 def test_values_that_the_networks_type_cannot_hold_are_no_infinities():
     state = {name: value.clone() for name, value in Net().state_dict().items()}
     state["head.2.weight"][0, 0] = 1e6
-    with pytest.raises(InvalidValueError, match=r"head\.2\.weight in here .* float16"):
+    with pytest.raises(InvalidValueError, match=r"head\.2\.weight in here .*float16"):
         state_dicts.fill(Net().half(), {"": state}, "here")
     network = Net().bfloat16()
     state_dicts.fill(network, {"": state}, "here")
