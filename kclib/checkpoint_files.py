@@ -93,6 +93,11 @@ def is_compressed(path: Path) -> bool:
         return False
 
 
+def is_torchs(path: Path) -> bool:
+    """Tell whether a file looks like one that torch.save wrote: a zip archive or a pickle."""
+    return _head(path).startswith((b"PK\3\4", b"\x80"))
+
+
 def is_safetensors(head: bytes) -> bool:
     """Tell whether a file with these first bytes is one: the length of a JSON object, and its brace."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kclib import __version__, files
+from kclib import __version__, checkpoint_files, files
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, reason
 
 FORMAT = 2  # 1 knew neither int4, nor other tensors in a precision of their own, nor activations
@@ -111,6 +111,10 @@ def read(path: Path) -> tuple[dict, str, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if checkpoint_files.is_torchs(path):
+            raise DamagedFileError(
+                f"{path} is a checkpoint and no compressed model; `kclib compress --weights {path}` makes one."
+            ) from error
         raise DamagedFileError(f"{path} is truncated or no safetensors file ({reason(error)}).") from error
     if "kclib" not in metadata:
         raise DamagedFileError(f"{path} holds no compressed model; `kclib compress` writes such files.")
