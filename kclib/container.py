@@ -113,7 +113,7 @@ def read(path: Path) -> tuple[dict, str, dict[str, Tensor]]:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         if checkpoint_files.is_torchs(path):
             raise DamagedFileError(
-                f"{path} is no safetensors file but a checkpoint; `kclib compress --weights {path}` compresses it."
+                f"{path} is no safetensors file but a checkpoint; `kclib compress --weights {path}` takes it."
             ) from error
         raise DamagedFileError(f"{path} is truncated or no safetensors file ({reason(error)}).") from error
     if "kclib" not in metadata:

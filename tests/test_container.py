@@ -263,5 +263,5 @@ def test_whatever_the_reader_behind_it_raises_is_damage(path, monkeypatch):
 def test_a_checkpoint_in_place_of_a_compressed_file_is_told_with_what_makes_one(tmp_path):
     for zipped in (True, False):
         torch.save({"a": torch.ones(2)}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(DamagedFileError, match=r"w\.pt is no safetensors file but a checkpoint.*kclib compress --weights"):
+        with pytest.raises(DamagedFileError, match=r"w\.pt is no .* but a checkpoint.*kclib compress"):
             inspect(tmp_path / "w.pt")
