@@ -166,9 +166,10 @@ def known(kind: str, name: str, names: Iterable[str]) -> None:
 
 
 def between(n_clusters: int, largest: int) -> None:
-    """Raise InvalidValueError if a number of clusters is not from 2 to `largest`."""
-    if not isinstance(n_clusters, Integral) or not 2 <= n_clusters <= largest:
-        raise InvalidValueError(f"K is {n_clusters}; it must be from 2 to {largest:,}.")
+    """Raise InvalidValueError if a number of clusters is not from 2 to `largest`; one kernel is one cluster."""
+    least = min(2, largest)
+    if not isinstance(n_clusters, Integral) or not least <= n_clusters <= largest:
+        raise InvalidValueError(f"K is {n_clusters}; it must be from {least} to {largest:,}.")
 
 
 def called(bank: KernelBank, layers: tuple[str, ...]) -> str:

@@ -66,25 +66,30 @@ class _Count:
 
     def __init__(self, description: str, largest: int):
         self.slider = widgets.FloatLogSlider(
-            base=2, min=1, max=math.log2(max(2, largest)), step=1 / _STEPS, readout=False,
+            base=2, min=math.log2(min(2, largest)), max=math.log2(largest), step=1 / _STEPS, readout=False,
             description=description, continuous_update=False, style=_LABELS,
             layout=widgets.Layout(width="520px"),
         )  # fmt: skip
         self.entry = widgets.BoundedIntText(
-            min=2, max=max(2, largest), description="K", style={"description_width": "20px"},
+            min=min(2, largest), max=largest, description="K", style={"description_width": "20px"},
             layout=widgets.Layout(width="140px"),
         )  # fmt: skip
         self.box = widgets.HBox([self.slider, self.entry])
 
     def show(self, value: int, largest: int) -> None:
-        self.entry.max, self.slider.max = max(2, largest), math.log2(max(2, largest))
+        least = min(2, largest)
+        for box, ends in (
+            (self.entry, (least, largest)), (self.slider, (math.log2(least), math.log2(largest)))
+        ):  # fmt: skip
+            with box.hold_trait_notifications():
+                box.min, box.max = ends
         self.entry.value = value
         if round(self.slider.value) != value:
             self.slider.value = value
 
     def observe(self, call: Callable[[int], None]) -> None:
         def changed(change) -> None:
-            call(min(max(round(change.new), 2), self.entry.max))
+            call(min(max(round(change.new), self.entry.min), self.entry.max))
 
         self.slider.observe(changed, "value")
         self.entry.observe(changed, "value")

@@ -6,6 +6,7 @@ import pytest
 from scipy.spatial import cKDTree
 from sklearn import datasets, manifold
 from sklearn.metrics import pairwise_distances
+from threadpoolctl import threadpool_limits
 
 from kclib import distances, embedding, neighbours
 from kclib.errors import InvalidValueError, UnknownNameError
@@ -287,3 +288,61 @@ def test_a_layout_that_cannot_be_is_refused_and_so_are_places_on_it(graph, store
 def test_kernels_are_not_placed_on_a_symmetric_map(symmetric):
     with pytest.raises(InvalidValueError, match="on a raw or a unit map, not on a symmetric one"):
         embedding.placed(symmetric, COPIES)
+
+
+@pytest.mark.parametrize("kind", embedding.named_maps)
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_few_kernels_lie_as_their_distances_say(kind, n, store):
+    graph = embedding.graph(cloud(n, 0), kind=kind, n_neighbors=n, store=store)
+    found = embedding.layout(graph, n_neighbors=n, store=store)
+    assert found.shape == (n, 2)
+    np.testing.assert_array_equal(found, embedding.layout(graph, n_neighbors=n, seed=1, store=store))
+    wanted, ours = apart(kind, cloud(n, 0)), pairwise_distances(found)
+    assert (ours <= wanted + 1e-5).all()
+    if n < 4:  # a triangle fits into a plane
+        np.testing.assert_allclose(ours, wanted, atol=1e-5)
+    assert 0 <= embedding.trustworthiness(graph, found) <= 1
+
+
+@pytest.mark.parametrize("n", [5, 7, 16])
+def test_few_kernels_more_have_a_map_of_as_many_neighbours_as_there_are(n, store):
+    graph = embedding.graph(cloud(n, 0), n_neighbors=min(n, 15), store=store)
+    found = embedding.layout(graph, n_neighbors=min(n, 15), store=store)
+    assert found.shape == (n, 2)
+    assert np.isfinite(found).all()
+
+
+def test_places_are_only_found_on_a_map_that_umap_made(store):
+    graph = embedding.graph(cloud(4, 0), n_neighbors=4, store=store)
+    with pytest.raises(InvalidValueError, match="has 4 kernels; UMAP places others on one of at least 5"):
+        embedding.placed(graph, cloud(2, 1), n_neighbors=4)
+
+
+@pytest.mark.parametrize("kind", ["unit", "symmetric"])
+@pytest.mark.parametrize("others", [0, 40], ids=["all", "some"])
+def test_equal_kernels_have_the_same_map_again_for_any_number_of_threads(kind, others, tmp_path, monkeypatch):
+    points = np.concatenate([np.ones((40, 9), np.float32), cloud(others, 0)])
+    found = []
+    for n_threads in (1, 2):
+        monkeypatch.setattr(embedding.neighbours.parallel, "threads", lambda *_, n=n_threads: n)
+        new = Store(tmp_path / str(n_threads))
+        with threadpool_limits(n_threads):
+            graph = embedding.graph(points, kind=kind, store=new)
+            found.append((graph.indices, embedding.layout(graph, store=new)))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert np.isfinite(found[0][1]).all()
+
+
+@pytest.mark.parametrize("factor", [2.0**-90, 2.0**70])
+def test_huge_and_tiny_kernels_have_the_map_of_ordinary_ones(factor, tmp_path):
+    points = cloud(60, 0) / 8  # within what is scaled to 1
+    graphs = [
+        embedding.graph(scale * points, kind="raw", store=Store(tmp_path / str(i)))
+        for i, scale in enumerate((2.0**60, factor))
+    ]
+    np.testing.assert_array_equal(graphs[0].indices, graphs[1].indices)
+    np.testing.assert_array_equal(graphs[0].distances, graphs[1].distances)
+    assert graphs[0].unit / graphs[1].unit == 2.0**60 / factor
+    one, other = (embedding.layout(graph, store=Store(tmp_path / "maps")) for graph in graphs)
+    np.testing.assert_array_equal(one, other)
