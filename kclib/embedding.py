@@ -190,8 +190,8 @@ def trustworthiness(graph: Graph, layout: np.ndarray, *, limit: int = 2000, seed
     """Return how far neighbours on the map are neighbours in kernel space, 0 to 1.
 
     Venna and Kaski 2001, over 15 neighbours (fewer than half the points where those are few), in the graph's
-    own distance, on at most `limit` points drawn at random (its cost in memory grows with their square). It is
-    1 for fewer than three points, of which none can be a wrong neighbour.
+    own distance, on at most `limit` points drawn at random (its cost in memory grows with their square).
+    Fewer than three points have no wrong neighbours: 1.
     """
     checks.check_whole("limit", limit, 4)
     layout = checks.points("places on the map", layout, 2)

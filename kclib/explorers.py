@@ -166,7 +166,7 @@ def known(kind: str, name: str, names: Iterable[str]) -> None:
 
 
 def between(n_clusters: int, largest: int) -> None:
-    """Raise InvalidValueError if a number of clusters is not from 2 to `largest`; one kernel is one cluster."""
+    """Raise InvalidValueError unless a number of clusters is from 2 (1, of one kernel) to `largest`."""
     least = min(2, largest)
     if not isinstance(n_clusters, Integral) or not least <= n_clusters <= largest:
         raise InvalidValueError(f"K is {n_clusters}; it must be from {least} to {largest:,}.")
