@@ -237,13 +237,14 @@ def _running(network: torch.nn.Module, device, precision: str) -> Iterator[Calla
 
     def answers(inputs: torch.Tensor) -> torch.Tensor:
         layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
-        return models.answers(network, inputs.to(device, dtype).contiguous(memory_format=layout))
+        return answer(inputs.to(device, dtype).contiguous(memory_format=layout))
 
     # no_grad: what a network keeps for itself must not be an inference tensor, which no training takes
     with (
         torch.no_grad(),
         torch.autocast(kind, _AUTOCAST[precision], enabled=precision != "fp32" and dtype == torch.float32),
         inference.evaluating(network),
+        inference.answering(network) as answer,
     ):
         yield answers
 

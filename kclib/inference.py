@@ -3,7 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,49 @@ def run(network: nn.Module, inputs: Tensor, how: Callable | None = None):
     answer = run(network, inputs.contiguous(), how)
     _CONTIGUOUS.add(network)
     return answer
+
+
+@contextmanager
+def answering(network: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yield `answers` of a network for one batch after the other, in channels_last layout if they come so.
+
+    From the second batch on, its convolutions' weights are in that layout too, where the network stands it;
+    afterwards they are what they were.
+    """
+    with ExitStack() as layout:
+        tried = False
+
+        def answer(inputs: Tensor) -> Tensor:
+            nonlocal tried
+            try:
+                logits = answers(network, inputs)
+            except InvalidValueError:
+                if not tried:
+                    raise
+                layout.close()  # some networks reshape their weights
+                return answers(network, inputs)
+            if not tried and not inputs.is_contiguous() and network not in _CONTIGUOUS:
+                layout.enter_context(_channels_last(network))
+            tried = True
+            return logits
+
+        yield answer
+
+
+@contextmanager
+def _channels_last(network: nn.Module) -> Iterator[None]:
+    """While it lasts, the weights of convolutions have the layout that torch would give them at each call."""
+    weights = [x for x in network.parameters() if x.ndim == 4 and not x.is_inference()]
+    before = [x.data for x in weights]
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        for weight, data in zip(weights, before, strict=True):
+            weight.data = data
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from kclib import (
     peers,
     sensitivity,
 )
-from kclib.errors import InvalidValueError, NotEnoughMemoryError
+from kclib.errors import InvalidValueError, NotEnoughMemoryError, StoppedError
 
 Pair = namedtuple("Pair", "logits aux_logits")
 Other = namedtuple("Other", "first second")
@@ -380,3 +380,37 @@ def test_networks_that_torch_made_of_others_are_evaluated():
     expected = evaluated(network).predictions.tolist()
     for name, one in made.items():
         assert evaluated(one).predictions.tolist() == expected, name
+
+
+def test_weights_are_laid_out_like_the_inputs_from_the_second_batch_on_and_given_back():
+    network, seen = Net().eval(), []
+    network.conv.register_forward_pre_hook(lambda module, _: seen.append(module.weight.is_contiguous()))
+    parameter, memory = network.conv.weight, network.conv.weight.data_ptr()
+    evaluated(network, batch_size=10)
+    assert seen == [True, False, False, False]
+    assert network.conv.weight is parameter
+    assert (parameter.data_ptr(), parameter.is_contiguous()) == (memory, True)
+
+    def stop(share):
+        return share > 0.5
+
+    with pytest.raises(StoppedError):
+        evaluation.evaluate(network, images(), batch_size=10, progress=stop)
+    assert network.conv.weight.is_contiguous()
+
+
+class Standardised(Net):
+    """A network that reshapes its weights, as weight standardisation does."""
+
+    def forward(self, x):
+        weight = self.conv.weight / self.conv.weight.view(8, -1).std(1)[:, None, None, None]
+        return self.head(nn.functional.conv2d(x, weight).mean((2, 3)))
+
+
+def test_a_network_that_reshapes_its_weights_keeps_their_layout():
+    network = Standardised().eval()
+    found = evaluated(network, batch_size=7)
+    with torch.no_grad():
+        expected = network(images().images.float() / 255).argmax(1)
+    assert found.predictions.tolist() == expected.tolist()
+    assert network.conv.weight.is_contiguous()
