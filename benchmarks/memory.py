@@ -57,7 +57,7 @@ def decoding(network: torch.nn.Module) -> dict[str, float]:
     modules = layers.clustered(network).values()
     tables = [module.codebook.table() for module in modules]
     indices = [torch.from_numpy(module.members()) for module in modules]
-    ours = median_ms(lambda: [module.weight().shape for module in modules])
+    ours = median_ms(lambda: [module.weight.shape for module in modules])
     peer = median_ms(lambda: [F.embedding(i, t).shape for i, t in zip(indices, tables, strict=True)])
     n_bytes = sum(4 * int(np.prod(module.shape)) for module in modules)
     return {

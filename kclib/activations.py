@@ -83,8 +83,7 @@ def quantize(
     times as much (99.95 %). A layer that does not run on the images, or gets its input by name, reads what it
     did.
 
-    The grid is in the layer's attribute ``input_grid``, which copies and `checkpoint` keep.
-    `compression.compress` and `compression.expand` make new convolutions, without it: come here last.
+    The grid is in the layer's attribute ``input_grid``, which copies, `compression` and `checkpoint` keep.
 
     Parameters
     ----------

@@ -65,7 +65,7 @@ def by_layer(
         checks.check_known("way to cluster a layer", way, WAYS)
     model, data = models.as_model(model), datasets.as_image_set(data)
     owners = kernels.matched(model.network, clustering.layers)
-    users = {name: tuple(compression.users(model.network, name, x.weight)) for name, x in owners.items()}
+    users = {name: tuple(compression.users(model.network, name)) for name, x in owners.items()}
     keys = [*((layer, way) for layer in users for way in ways), _ALL]
     found: dict[tuple[str, str], list[Tensor]] = {key: [] for key in keys}
 

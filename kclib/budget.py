@@ -153,7 +153,7 @@ def allocate(
     def clustered(scope: Scope, n_clusters: dict[str, int]) -> tuple[nn.Module, Clustering]:
         how = {"scope": scope, "weights": weights, "seed": seed, "progress": progress}
         made = clustering.cluster(bank, n_clusters, **how)
-        return compression.replaced(model.network, tradeoff.stored(made, precision)), made
+        return compression.inserted(model.network, tradeoff.stored(made, precision)), made
 
     build = build or clustered
     dense = evaluation.evaluate(model, data, device=device, progress=progress)

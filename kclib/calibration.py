@@ -77,7 +77,7 @@ def calibrate(
         read = moments.measure(dense, small, step, batches, n_images=len(images), seed=seed + i)
         about = read if module.bias is not None or norms else read.about_zero()
         _fit(module, original, about, damping, alone=sum(x is module.codebook for x in users) == 1)
-        absorb(read, moments.grouped(original, module.weight()), original, module, norms)
+        absorb(read, moments.grouped(original, module.weight), original, module, norms)
     return models.like(given, small.to("cpu"))
 
 

@@ -123,4 +123,4 @@ class Run:
 
 
 def _users(network: nn.Module, layer: str) -> dict[str, nn.Module]:
-    return compression.users(network, layer, network.get_submodule(layer).weight)
+    return compression.users(network, layer)

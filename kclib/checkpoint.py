@@ -14,12 +14,15 @@ from kclib import (
     coding,
     compression,
     container,
+    extra_state,
     files,
     kernels,
     layers,
     models,
     packing,
+    probe,
     quantization,
+    reach,
     skeleton,
 )  # fmt: skip
 from kclib.container import Contents, inspect
@@ -33,7 +36,7 @@ _RESIDENT = ("packed", "dense")
 
 
 def save(
-    network: nn.Module,
+    network: models.Model | nn.Module,
     path: str | Path,
     *,
     architecture: str | None = None,
@@ -44,13 +47,15 @@ def save(
 
     Parameters
     ----------
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
         From `compression.compress`. Its codebooks, and what `quantization.quantize` rounded, are rounded to
         their precision, which changes nothing unless they were trained since. What `activations.quantize`
-        put in is kept.
+        put in is kept, and so is the extra state of modules (``get_extra_state``): tensors, bytes, and what
+        JSON knows, in lists, tuples and dicts.
     path : path
     architecture : str, optional
-        A name that `models.load` knows, from which `load` can build the network.
+        A name that `models.load` knows, from which `load` can build the network; a Model's own by default,
+        where it is such a name.
     indices : {"entropy", "fixed"}
         Entropy-coded, or ceil(log2 K) bits each. A group that entropy-coded indices would make larger is
         written in fixed width.
@@ -60,10 +65,13 @@ def save(
     Raises
     ------
     InvalidValueError, UnknownNameError
-        A network that is not compressed; an unknown coding.
+        A network that is not compressed; an unknown coding; extra state of another kind.
     StorageError
         It could not be written; an older file of this name is then still whole.
     """
+    if isinstance(network, models.Model) and architecture is None:
+        architecture = network.name if ":" in network.name or network.name in models.names() else None
+    network = models.network_of(network)
     if not layers.clustered(network):
         raise InvalidValueError("the network has no clustered convolutions; compress it first.")
     if not isinstance(architecture, (str, type(None))):
@@ -89,6 +97,8 @@ def encoded(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict
     checks.check_known("coding of indices", indices, CODINGS)
     groups, described = {}, {}
     tensors, stored = skeleton.stored(network)
+    kept, extra = extra_state.stored(network)
+    tensors |= kept
     for codebook, members in layers.by_codebook(network):
         group = _unused(codebook.group, groups)
         groups[group] = _described(codebook, members)
@@ -99,7 +109,9 @@ def encoded(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict
         tensors |= named | _stored_scales(codebook, members)
         described |= _described_layers(network, group, codebook, members, codings)
     grids = {name: asdict(grid) for name, grid in activations.grids(network).items()}
-    return {"groups": groups, "layers": described, "stored": stored, "activations": grids}, tensors
+    return {
+        "groups": groups, "layers": described, "stored": stored, "activations": grids, "extra": extra,
+    }, tensors  # fmt: skip
 
 
 def load(
@@ -109,21 +121,27 @@ def load(
     resident: str = "packed",
     block_bytes: int = layers.BLOCK_BYTES,
     device: str | torch.device = "cpu",
+    inputs: probe.Inputs = None,
 ) -> models.Model:
     """Rebuild the network of a file, in eval mode; no dense weight is made on the way.
+
+    It has the hooks and attributes of the architecture, and is run once, to see that it uses each clustered
+    layer.
 
     Parameters
     ----------
     path : path
     architecture : str or torch.nn.Module or Model, optional
-        The network to rebuild, by name or as it is (unchanged; its weights do not matter). By default the one
-        that the file names, if it is one of torchvision's or the shipped one: no module is imported on a
-        file's word.
+        The network to rebuild, by name or as it is (unchanged; its weights do not matter, its hooks do). By
+        default the one that the file names, if it is one of torchvision's or the shipped one: no module is
+        imported on a file's word.
     resident : {"packed", "dense"}
         Whether it keeps packed indices while it runs, or ordinary weights (`compression.expand`).
     block_bytes : int
         As in `compression.compress`.
     device : str or torch.device
+    inputs
+        As in `compression.compress`.
 
     Raises
     ------
@@ -131,7 +149,8 @@ def load(
     DamagedFileError
         The file is truncated, tampered with, or no compressed model.
     InvalidValueError, UnknownNameError
-        It was written by a newer version; it does not fit the architecture; no architecture is known.
+        It was written by a newer version; it does not fit the architecture, or this does not use a layer; no
+        architecture is known.
     """
     checks.check_known("kind of residence", resident, _RESIDENT)
     path = files.expanded(path)
@@ -140,7 +159,10 @@ def load(
     try:
         network = _with_layers(path, model.network, description, tensors, block_bytes)
         skeleton.fill(path, network, tensors, description.get("stored", {}))
-        network = compression.expand(network) if resident == "dense" else network
+        extra_state.fill(path, network, tensors, description.get("extra", {}))
+        source = models.network_of(architecture) if not isinstance(architecture, str | None) else None
+        reach.check(network, layers.clustered(network), source=source, given=model, inputs=inputs)
+        network = compression.expanded(network) if resident == "dense" else network
         grids = description.get("activations", {})
         activations.put(network, {name: activations.Grid(**grid) for name, grid in grids.items()})
     except KclibError:
@@ -205,9 +227,7 @@ def _with_layers(path, network: nn.Module, description: dict, tensors, block_byt
             convolution, codebook, indices, scales=scales, bias=convolution.bias, block_bytes=block_bytes
         )
         replaced[id(convolution)] = clustered
-        if convolution.bias is not None:
-            replaced[id(convolution.bias)] = convolution.bias
-    return kernels.copied(network, replaced)
+    return compression.swapped(network, replaced)
 
 
 def _codebook(path, name: str, group: dict, size, tensors: Mapping[str, Tensor]) -> Codebook:

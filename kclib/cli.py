@@ -1,5 +1,6 @@
 """The command line, thin over the library: one function a command."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -94,25 +95,39 @@ def compress(
     turned: Annotated[bool, typer.Option("--turned", help="Kernels may be flipped and rotated.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     data: Annotated[
-        str | None, typer.Option(help="Evaluate on this data set first, and keep the accuracy in the file.")
+        str | None, typer.Option(help="Evaluate on this data set too, and keep the accuracy in the file.")
     ] = None,
 ) -> None:
     """Cluster a model's kernels and write it as a compressed file."""
-    from dataclasses import replace
-
-    from kclib import checkpoint, clustering, compression, kernels, models
+    from kclib import checkpoint, clustering, compression, datasets, kernels, models
 
     files.check_output(out, binary=True)
     loaded = models.load(model, weights=weights)
+    images = datasets.load(data) if data else None
     result = clustering.cluster(
         kernels.extract(loaded.network), clusters, scope=scope, scaled=scaled, turned=turned, seed=seed
     )
     for note in result.notes:
         typer.echo(note)
-    network = compression.compress(loaded.network, result, precision=precision)
-    accuracy = _accuracy(replace(loaded, network=network), data, None, "cpu") if data else None
-    contents = checkpoint.save(network, out, architecture=model, indices=indices, accuracy=accuracy)
-    dense = sum(x.nbytes for x in (*loaded.network.parameters(), *loaded.network.buffers()))
+    small = compression.compress(loaded, result, precision=precision)
+    accuracy, write = (
+        None,
+        functools.partial(checkpoint.save, small, out, architecture=model, indices=indices),
+    )
+    if not files.is_stream(out):  # which is written to once
+        _show_written(write(), loaded.network, out)
+    try:
+        accuracy = _accuracy(small, images, "cpu") if data else None  # other people's code, that may fail
+    finally:
+        if files.is_stream(out):
+            _show_written(write(accuracy=accuracy), loaded.network, out)
+        elif accuracy is not None:
+            write(accuracy=accuracy)
+
+
+def _show_written(contents, network, out: Path) -> None:
+    """Print a file's bytes, part by part, beside those of the dense network, and where it is."""
+    dense = sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
     _show_bytes(contents)
     typer.echo(
         f"{dense / contents.bytes.sum():.2f} times smaller than the {dense:,} bytes of the dense weights"
@@ -150,9 +165,10 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
 ) -> None:
     """Evaluate a compressed file's accuracy; its weights stay packed."""
-    from kclib import checkpoint
+    from kclib import checkpoint, datasets
 
-    _accuracy(checkpoint.load(file, architecture=model, device=device), data, limit, device)
+    loaded = checkpoint.load(file, architecture=model, device=device)
+    _accuracy(loaded, datasets.load(data, limit=limit), device)
 
 
 @app.command()
@@ -222,11 +238,11 @@ def _at_home(argument: str) -> str:
     return f"{name}{separator}{Path(value).expanduser()}" if value.startswith("~/") else argument
 
 
-def _accuracy(model, data: str, limit: int | None, device: str) -> float:
+def _accuracy(model, images, device: str) -> float:
     """Evaluate and print top-1 accuracy with its interval; return it in percent."""
-    from kclib import datasets, evaluation
+    from kclib import evaluation
 
-    answers = evaluation.evaluate(model, datasets.load(data, limit=limit), device=device)
+    answers = evaluation.evaluate(model, images, device=device)
     typer.echo(f"top-1 {answers.top1} % of {answers.known.sum():,} images, in {answers.seconds:.0f} s")
     for note in answers.notes:
         typer.echo(note)

@@ -1,8 +1,9 @@
 """Cluster the kernels of a bank: per layer, globally, or in any grouping of layers."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -71,12 +72,15 @@ class Clustering:
     seed : int
     notes : tuple of str
         One sentence for each group that has fewer clusters than asked for, and why.
+    origin : mapping of str to str
+        The SHA-256 of the kernels that were clustered, by layer; empty where these are not known.
     """
 
     groups: tuple[Group, ...]
     scope: str
     seed: int
     notes: tuple[str, ...] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_clusters(self) -> int:
@@ -210,7 +214,17 @@ def of_fits(
         for group in groups
         if group.n_clusters < wanted[group.name]
     )
-    return Clustering(groups, scope if isinstance(scope, str) else "mapping", seed, notes)
+    return Clustering(groups, scope if isinstance(scope, str) else "mapping", seed, notes, origin_of(bank))
+
+
+def origin_of(bank: KernelBank) -> dict[str, str]:
+    """Return the SHA-256 of each layer's kernels, by its name."""
+    return {layer.name: digest(bank.weights[layer.rows]) for layer in bank.layers}
+
+
+def digest(kernels: np.ndarray) -> str:
+    """Return the SHA-256 of kernels, float32 ``(n, kh, kw)``."""
+    return hashlib.sha256(np.ascontiguousarray(kernels)).hexdigest()
 
 
 def _method(bank: KernelBank, scaled: bool, turned: bool, price: float) -> Callable[..., Fit]:

@@ -104,4 +104,6 @@ def _clustering(entry: Entry, bank: KernelBank) -> Clustering:
         )
         for i, (name, layers, inertia) in enumerate(entry.row["groups"])
     )
-    return Clustering(groups, entry.key["scope"], entry.key["seed"], tuple(entry.row["notes"]))
+    return Clustering(
+        groups, entry.key["scope"], entry.key["seed"], tuple(entry.row["notes"]), clustering.origin_of(bank)
+    )

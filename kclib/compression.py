@@ -1,15 +1,22 @@
 """The compressed model and back: indices and codebooks in place of dense weights."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from kclib import kernels, packing, quantization
-from kclib.clustering import Clustering, Group, quantized
+from kclib import carrying, convolutions, kernels, packing, probe, quantization, reach
+from kclib.clustering import Clustering, Group, digest, quantized
 from kclib.errors import InvalidValueError
-from kclib.layers import BLOCK_BYTES, GEOMETRY, N_TURNS, ClusteredConv2d, Codebook, clustered
+from kclib.layers import BLOCK_BYTES, N_TURNS, ClusteredConv2d, Codebook, clustered, kind_of
+from kclib.models import Model, like, network_of
+
+# How `kernels.copied` names what `swapped` copies, and what must be left of it.
+_IN_WHOLE = re.compile(r"network\.(?:network\.?|attributes\['([^']*)'\]\['_?([^']*)'\](?:\['([^']*)'\])?)")
 
 
 @dataclass(frozen=True)
@@ -30,59 +37,144 @@ class Order:
 
 
 def compress(
-    network: nn.Module,
+    network: Model | nn.Module,
     clustering: Clustering,
     *,
     precision: str | None = None,
     block_bytes: int = BLOCK_BYTES,
-) -> nn.Module:
+    inputs: probe.Inputs = None,
+) -> Model | nn.Module:
     """Return a copy of `network` that keeps indices and codebooks in place of the clustered kernels.
 
-    No dense copy of them is made. Convolutions that share one weight share its indices.
+    No dense copy of them is kept. Convolutions that share one weight share its indices. What stands for a
+    convolution has its class, hooks, attributes and further buffers, and a `weight` to be read
+    (`layers.ClusteredConv2d`). A weight that is computed, by weight norm for example, is taken as it is.
+
+    The result is run once, hooks included, on one input (`reach.check`): each replaced layer must be used,
+    and the answers must be those of dense weights, but for rounding.
 
     Parameters
     ----------
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
+        A Model comes back as a Model.
     clustering : Clustering
+        Of this network's kernels, or of what has replaced them.
     precision : {"fp32", "fp16", "bf16", "int8", "int4"}, optional
         What the codebooks' values (and scales) are rounded to, so that a file holds what runs; the network's
         own by default. int8 and int4 need a float32 network.
     block_bytes : int
         What a layer may take above its packed form while it runs.
+    inputs : torch.Tensor or tuple or mapping or False, optional
+        What the network is tried on, by place or by name; by default random values in the shape of an image
+        that it takes. False does without the trial.
 
     Raises
     ------
     InvalidValueError, UnknownNameError
-        The clustering comes from another architecture; a group whose layers differ in device or floating
-        type; a weight that something other than a convolution shares; a convolution with a forward of its
-        own; values the precision cannot hold.
+        The clustering comes from another architecture or other weights; a group whose layers differ in device
+        or floating type; a weight that something other than a convolution shares; a convolution with a
+        forward of its own; values the precision cannot hold; a network that does not use a replaced layer.
     """
-    modules = dict(network.named_modules())
-    memo = {}
-    for name, layer in packed_layers(
-        network, clustering, precision=precision, block_bytes=block_bytes
-    ).items():
-        convolution = modules[name]
-        if not _computes_as_torch(convolution):
+    dense = network_of(network)
+    check_origin(dense, clustering)
+    modules = dict(dense.named_modules())
+    packed = packed_layers(dense, clustering, precision=precision, block_bytes=block_bytes)
+    replaced = {}
+    for name, layer in packed.items():
+        carrying.check_names(name, modules[name])
+        if not _computes_as_torch(modules[name]):
             raise InvalidValueError(
-                f"layer {name} is a {type(convolution).__name__} that computes in a way of its own; "
+                f"layer {name} is a {kind_of(modules[name]).__name__} that computes in a way of its own; "
                 "replace its kernels with compression.replaced instead."
             )
-        memo[id(convolution)] = layer
-        if layer.bias is not None:
-            memo[id(convolution.bias)] = layer.bias
-    return kernels.copied(network, memo)
+        replaced[id(modules[name])] = layer
+    result = swapped(dense, replaced)
+    if inputs is not False:
+        reference = kernels.copied(dense)
+        for name, convolution in kernels.matched(reference, clustering.layers).items():
+            kernels.set_weight(convolution, packed[name].weight.detach(), name=name)
+        reach.check(result, packed, source=dense, reference=reference, given=network, inputs=inputs)
+    return like(network, result)
 
 
-def replaced(network: nn.Module, clustering: Clustering) -> nn.Module:
+def replaced(
+    network: Model | nn.Module, clustering: Clustering, *, inputs: probe.Inputs = None
+) -> Model | nn.Module:
     """Return a copy of `network` whose kernels are those that stand for them, in ordinary dense weights.
+
+    Parameters
+    ----------
+    network, clustering, inputs
+        As in `compress`.
 
     Raises
     ------
     InvalidValueError
-        The clustering comes from another architecture.
+        The clustering comes from another architecture or other weights; a network that does not use a
+        replaced layer.
     """
+    dense = network_of(network)
+    check_origin(dense, clustering)
+    result = inserted(dense, clustering)
+    names = [layer.name for layer in clustering.layers]
+    reach.check(result, names, source=dense, given=network, inputs=inputs)
+    return like(network, result)
+
+
+def inserted(network: nn.Module, clustering: Clustering) -> nn.Module:
+    """Return what `replaced` does, unchecked: for a network that was checked, and is changed many times."""
     return kernels.insert(network, kernels.KernelBank(quantized(clustering), clustering.layers, {}))
+
+
+def check_origin(network: nn.Module, clustering: Clustering) -> None:
+    """Raise an error if a network's kernels are neither those that were clustered nor what stands for them.
+
+    A clustering that does not know of which it was made is taken.
+    """
+    if not clustering.origin:
+        return
+    found, rows = kernels.matched(network, clustering.layers), None
+    for layer in clustering.layers:
+        values = _rows(found[layer.name])
+        if digest(values) == clustering.origin.get(layer.name):
+            continue
+        rows = quantized(clustering) if rows is None else rows
+        if not np.array_equal(values, rows[layer.rows]):
+            raise InvalidValueError(
+                f"layer {layer.name or convolutions.ALONE} has other kernels than those that were clustered; "
+                "cluster the kernels of this network."
+            )
+
+
+def _rows(convolution: nn.Module) -> np.ndarray:
+    """Return a convolution's kernels as `kernels.extract` does."""
+    weight = convolutions.weight(convolution).detach().to("cpu", torch.float32)
+    return weight.reshape(-1, *weight.shape[2:]).numpy()
+
+
+def swapped(network: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
+    """Return a copy of a network with other modules in some places, and in these what the former had.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Unchanged.
+    replaced : mapping of int to torch.nn.Module
+        By the ``id`` of the convolution, dense or clustered, whose place it takes; not copied, but given
+        copies of all that the convolution has beside its weight and bias. Biases are theirs too.
+    """
+    places = {name: x for name, x in network.named_modules() if id(x) in replaced}
+    memo = {id(x): replaced[id(x)] for x in places.values()}
+    memo |= {id(x.bias): replaced[id(x)].bias for x in places.values() if x.bias is not None}
+    whole = nn.Module()  # one copy of all, so that what refers to something else refers to its copy
+    whole.network, whole.attributes = network, {name: carrying.own(x) for name, x in places.items()}
+    try:
+        copy = kernels.copied(whole, memo)
+    except InvalidValueError as error:
+        raise InvalidValueError(_IN_WHOLE.sub(_as_given, str(error))) from error
+    for name, attributes in copy.attributes.items():
+        carrying.give(replaced[id(places[name])], attributes)
+    return copy.network
 
 
 def packed_layers(
@@ -93,16 +185,16 @@ def packed_layers(
     block_bytes: int = BLOCK_BYTES,
 ) -> dict[str, ClusteredConv2d]:
     """Return what `compress` puts in place of convolutions, by their names."""
-    convolutions = kernels.matched(network, clustering.layers)
+    found = kernels.matched(network, clustering.layers)
     result, biases = {}, {}
     for group in clustering.groups:
-        members = [convolutions[layer.name] for layer in group.layers]
+        members = [found[layer.name] for layer in group.layers]
         codebook, ranks = _codebook(group, members, precision, clustering.seed)
         start = 0
-        for layer, member in zip(group.layers, members, strict=True):
+        for layer in group.layers:
             rows = slice(start, start := start + layer.n_kernels)
             packed = {}
-            for name, user in users(network, layer.name, member.weight).items():
+            for name, user in users(network, layer.name).items():
                 order = output_order(user)
                 if order not in packed:
                     packed[order] = _packed(group, rows, order, ranks, codebook)
@@ -110,43 +202,78 @@ def packed_layers(
                 result[name] = ClusteredConv2d(
                     user, codebook, indices, scales=scales, bias=_bias(user, biases), block_bytes=block_bytes
                 )
-                if result[name].shape != tuple(user.weight.shape):
+                shape, _ = kernels.form(user)
+                if result[name].shape != shape:
                     raise InvalidValueError(
                         f"layer {name} says that its weight has shape {result[name].shape}, "
-                        f"but it has {tuple(user.weight.shape)}; they must agree."
+                        f"but it has {shape}; they must agree."
                     )
     return result
 
 
-def expand(network: nn.Module) -> nn.Module:
-    """Return a copy of `network` whose clustered convolutions are ordinary ones with dense weights."""
-    ordinary, weights = {}, {}
+def expand(network: Model | nn.Module, *, inputs: probe.Inputs = None) -> Model | nn.Module:
+    """Return a copy of `network` whose clustered convolutions are ordinary ones with dense weights.
+
+    They are of the class that they were of, with all that they had. A weight that was computed when it was
+    compressed, by weight norm for example, is an ordinary parameter.
+
+    Parameters
+    ----------
+    network : Model or torch.nn.Module
+        A Model comes back as a Model.
+    inputs
+        As in `compress`.
+
+    Raises
+    ------
+    InvalidValueError
+        A network that does not use a replaced layer.
+    """
+    packed = network_of(network)
+    result = expanded(packed)
+    if inputs is not False and clustered(packed):
+        reference = kernels.copied(packed)
+        names = list(clustered(packed))
+        reach.check(result, names, source=packed, reference=reference, given=network, inputs=inputs)
+    return like(network, result)
+
+
+def expanded(network: nn.Module) -> nn.Module:
+    """Return what `expand` does, unchecked."""
+    ordinary, weights, biases = {}, {}, {}
     for module in clustered(network).values():
         if id(module.indices) not in weights:
             weights[id(module.indices)] = nn.Parameter(
-                module.weight().detach().contiguous(), module.codebook.values.requires_grad
+                module.weight.detach().contiguous(), module.codebook.values.requires_grad
             )
-        ordinary[id(module)] = _ordinary(module, weights[id(module.indices)], _bias(module, ordinary))
-    return kernels.copied(network, ordinary)
+        ordinary[id(module)] = _ordinary(module, weights[id(module.indices)], _bias(module, biases))
+    return swapped(network, ordinary)
 
 
-def users(network: nn.Module, name: str, weight: nn.Parameter) -> dict[str, nn.Module]:
-    """Return every convolution with this weight, by name."""
-    users = {}
+def users(network: nn.Module, name: str) -> dict[str, nn.Module]:
+    """Return every convolution that has the weight of the one called `name`, by name."""
+    wanted, result = _ids(network.get_submodule(name)), {}
     for owner, module in network.named_modules():
-        if any(value is weight for value in module._parameters.values()):
-            if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                raise InvalidValueError(
-                    f"layer {name} shares its weight with {owner}, which is no 2D convolution; "
-                    "it cannot be clustered."
-                )
-            users[owner] = module
-    return users
+        flat = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and not isinstance(module, ClusteredConv2d)
+        if flat and _ids(module) == wanted:
+            result[owner] = module
+        elif isinstance(module, ParametrizationList):
+            continue  # part of a convolution
+        elif any(id(value) in wanted for value in module._parameters.values()):
+            raise InvalidValueError(
+                f"layer {name} shares its weight with {owner}, which is no 2D convolution; "
+                "it cannot be clustered."
+            )
+    return result
+
+
+def _ids(convolution: nn.Module) -> set[int]:
+    return {id(value) for value in convolutions.parameters(convolution)}
 
 
 def output_order(convolution: nn.Module) -> Order:
     """Return the order in which a convolution's kernels are packed."""
-    first, second = convolution.weight.shape[:2]
+    (first, second, *_), _ = kernels.form(convolution)
     return Order((convolution.groups, -1, second) if convolution.transposed else (1, 1, first * second))
 
 
@@ -160,9 +287,9 @@ def _computes_as_torch(convolution: nn.Module) -> bool:
     )
 
 
-def _codebook(group: Group, convolutions, precision: str | None, seed: int) -> tuple[Codebook, np.ndarray]:
+def _codebook(group: Group, members, precision: str | None, seed: int) -> tuple[Codebook, np.ndarray]:
     """Return a group's codebook, the most used representative first, and the new place of each."""
-    kinds = {(x.weight.device, x.weight.dtype) for x in convolutions}
+    kinds = {(x.device, x.dtype) for x in map(convolutions.weight, members)}
     if len(kinds) > 1:
         raise InvalidValueError(
             f"the layers of group {group.name} are of several kinds, and one codebook needs one: "
@@ -180,7 +307,8 @@ def _codebook(group: Group, convolutions, precision: str | None, seed: int) -> t
     codebook = Codebook(
         values, group=group.name, precision=precision, turned=group.turns is not None, seed=seed
     )
-    return codebook.requires_grad_(convolutions[0].weight.requires_grad), np.argsort(order)
+    trained = any(x.requires_grad for x in convolutions.parameters(members[0]))
+    return codebook.requires_grad_(trained), np.argsort(order)
 
 
 def _packed(group: Group, rows: slice, order: "Order", ranks: np.ndarray, codebook: Codebook):
@@ -205,10 +333,14 @@ def _bias(convolution: nn.Module, made: dict[int, object]) -> nn.Parameter | Non
 
 
 def _ordinary(module: ClusteredConv2d, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
-    geometry = {name: getattr(module, name) for name in GEOMETRY if name != "transposed"}
-    if not module.transposed:
-        geometry.pop("output_padding")
-    kind = nn.ConvTranspose2d if module.transposed else nn.Conv2d
-    convolution = kind(**geometry, bias=bias is not None, device="meta")
+    """Return a convolution of the class that a clustered one stands for, with all else that this one has."""
+    convolution = module.stands_for.__new__(module.stands_for)
+    nn.Module.__init__(convolution)  # its own would want its arguments
     convolution.weight, convolution.bias = weight, bias
-    return convolution.train(module.training)
+    carrying.give(convolution, carrying.plain(module))
+    return convolution
+
+
+def _as_given(match: re.Match) -> str:
+    """Return what `kernels.copied` called a thing in `swapped` by its place in the network given."""
+    return ".".join(["network", *filter(None, match.groups())]) + "." * match[0].endswith("network.")

@@ -1,7 +1,8 @@
 """The compressed model for other people's runtimes: ONNX that stays small, and torch's exported program."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +10,24 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from kclib import checks, files, kernels, quantization
-from kclib.compression import expand
+from kclib import checks, files, quantization
+from kclib.compression import expanded, swapped
 from kclib.errors import InvalidValueError, reason
 from kclib.layers import ClusteredConv2d, Codebook, by_codebook, clustered
+from kclib.models import Model, network_of
 
 _INPUT, _OUTPUT = "image", "logits"
 _FREE_BATCH = ({0: torch.export.Dim("batch")},)
 
 
 def to_onnx(
-    network: nn.Module, path: str | Path, shape: tuple[int, int, int], *, dense: bool = False
+    network: Model | nn.Module, path: str | Path, shape: tuple[int, int, int], *, dense: bool = False
 ) -> Path:
     """Write a network as one ONNX file with a free batch dimension.
+
+    The input is ``image``. The output is ``logits``; of several, each has its name in the answer (the key of
+    a mapping, the field of a named tuple or dataclass), or is ``logits``, ``output_1`` and so on in a tuple.
+    What wraps the whole network (`DataParallel`, `torch.compile`) is left out.
 
     Of each clustered convolution the file holds the indices, as uint8, uint16 or int32, and the codebook in
     the precision it is stored in; `Gather` and `Reshape` make the weight while the model runs. Optimisers
@@ -31,7 +37,7 @@ def to_onnx(
 
     Parameters
     ----------
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
         Compressed or not.
     path : path
     shape : (int, int, int)
@@ -45,12 +51,14 @@ def to_onnx(
         torch cannot export this network, or not for images of this shape.
     StorageError
     """
-    exported = (expand(network) if dense else _gathering(network)).eval()
+    network = _unwrapped(network_of(network))
+    exported = (expanded(network) if dense else _gathering(network)).cpu().eval()
     with _explained():
         example = _example(network, shape)
+        names = _answering_flatly(exported, example)
         program = torch.onnx.export(
             exported, (example,), dynamo=True, optimize=False, verbose=False, external_data=False,
-            input_names=[_INPUT], output_names=[_OUTPUT], dynamic_shapes=_FREE_BATCH,
+            input_names=[_INPUT], output_names=names, dynamic_shapes=_FREE_BATCH,
         )  # fmt: skip
     graph = program.model_proto
     _guard(graph.graph, _stored_names(exported))
@@ -62,8 +70,10 @@ def to_onnx(
     return files.expanded(path)
 
 
-def to_program(network: nn.Module, path: str | Path, shape: tuple[int, int, int]) -> Path:
+def to_program(network: Model | nn.Module, path: str | Path, shape: tuple[int, int, int]) -> Path:
     """Write the expanded network as a `torch.export` program with a free batch dimension.
+
+    It answers a tensor, or several in a dict, named as in `to_onnx`.
 
     Parameters
     ----------
@@ -77,8 +87,10 @@ def to_program(network: nn.Module, path: str | Path, shape: tuple[int, int, int]
     StorageError
     """
     with _explained():
-        example = _example(network, shape)
-        program = torch.export.export(expand(network).eval(), (example,), dynamic_shapes=_FREE_BATCH)
+        network = _unwrapped(network_of(network))
+        exported, example = expanded(network).cpu().eval(), _example(network, shape)
+        _answering_flatly(exported, example)
+        program = torch.export.export(exported, (example,), dynamic_shapes=_FREE_BATCH)
     with files.replacing(path) as temporary, open(temporary, "wb") as file:
         torch.export.save(program, file)
     return files.expanded(path)
@@ -104,6 +116,57 @@ def _example(network: nn.Module, shape: tuple[int, int, int]) -> Tensor:
     for name, value in zip(("channels", "height", "width"), shape, strict=True):
         checks.check_whole(name, value, 1)
     return torch.zeros(2, *shape, dtype=next((x.dtype for x in network.parameters()), None))
+
+
+def _unwrapped(network: nn.Module) -> nn.Module:
+    """Return a network without what only says how it runs: on several devices, or compiled."""
+    while True:
+        if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            network = network.module
+        elif type(network).__name__ == "OptimizedModule":  # naming its class would import the compiler
+            network = network._orig_mod
+        else:
+            return network
+
+
+def _answering_flatly(network: nn.Module, example: Tensor) -> list[str]:
+    """Let a network of ours, in place, answer a tensor or a dict of tensors; return their names."""
+    forward = network.forward
+
+    def flat(image: Tensor) -> Tensor | dict[str, Tensor]:
+        parts = dict(_named(forward(image), ""))
+        parts = {name: part.clone() if part is image else part for name, part in parts.items()}
+        return parts[_OUTPUT] if list(parts) == [_OUTPUT] else parts
+
+    network.forward = flat
+    with torch.no_grad():
+        answer = network(example)
+    if isinstance(answer, Tensor):
+        return [_OUTPUT]
+    if not answer:
+        raise InvalidValueError("the network answers no tensor; only what answers some can be exported.")
+    return list(answer)
+
+
+def _named(answer: object, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of an answer with names."""
+    if torch.is_tensor(answer):
+        yield name or _OUTPUT, answer
+        return
+    if is_dataclass(answer) and not isinstance(answer, Mapping):
+        parts = {field.name: getattr(answer, field.name) for field in fields(answer)}
+    elif isinstance(answer, Mapping):
+        parts = answer
+    elif isinstance(answer, tuple) and hasattr(answer, "_fields"):
+        parts = answer._asdict()
+    elif isinstance(answer, (tuple, list)):
+        parts = {str(i): part for i, part in enumerate(answer)}
+        if not name:
+            parts = {f"output_{i}" if i else _OUTPUT: part for i, part in enumerate(answer)}
+    else:
+        return
+    for key, part in parts.items():
+        yield from _named(part, f"{name}_{key}" if name else str(key))
 
 
 class _Stored(Codebook):
@@ -151,7 +214,7 @@ def _gathering(network: nn.Module) -> nn.Module:
                 if key not in indices:
                     indices[key] = torch.from_numpy(module.members()).to(kind)
                 replaced[id(module)] = _Gathering(module, stored, indices[key])
-    return kernels.copied(network, replaced)
+    return swapped(network, replaced)
 
 
 def _stored_names(network: nn.Module) -> set[str]:

@@ -243,9 +243,8 @@ def _members(group: Group) -> np.ndarray:
 
 def _copies(network: nn.Module, clustering: Clustering) -> dict[str, int]:
     """Return how often a layer's indices are kept: tied plain and transposed layers order them apart."""
-    modules = dict(network.named_modules(remove_duplicate=False))
     return {
-        x.name: len({output_order(user) for user in users(network, x.name, modules[x.name].weight).values()})
+        x.name: len({output_order(user) for user in users(network, x.name).values()})
         for x in clustering.layers
     }
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kclib import checks, inference, kernels, models
-from kclib.compression import expand
+from kclib.compression import expanded
 from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
 
@@ -47,7 +47,7 @@ def of_network(
     batches = [checks.check_whole("a batch", x, 1) for x in checks.several("batches", batches)]
     seed = checks.check_seed(seed)
     network, rows = kernels.copied(models.network_of(network)).eval(), {}
-    dense, dtype = expand(network), inference.precision_of(network)
+    dense, dtype = expanded(network), inference.precision_of(network)
     for batch in batches:
         images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
         calls = {
@@ -67,7 +67,7 @@ def of_layer(layer: ClusteredConv2d, images: Tensor) -> dict[str, float]:
         ``dense``: an ordinary convolution; ``packed``: the layer itself; `convolve_then_gather` and
         `add_then_convolve`.
     """
-    dense = expand(layer)
+    dense = expanded(layer)
     return _alternating(
         {
             "dense": lambda: dense(images),

@@ -1,20 +1,18 @@
 """Convolutions that keep packed indices and a shared codebook in place of weights."""
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
-from kclib import packing, symmetry
+from kclib import carrying, packing, symmetry
 from kclib.errors import InvalidValueError
 
 BLOCK_BYTES = 8 << 20
-GEOMETRY = (
-    "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "dilation", "groups",
-    "padding_mode", "transposed",
-)  # fmt: skip
 N_TURNS = 8
 _LANES = 16  # libraries compute so many channels at once
 
@@ -73,6 +71,10 @@ class Codebook(nn.Module):
 class ClusteredConv2d(nn.Module):
     """A convolution, plain or transposed, that decodes its weight from packed indices while it runs.
 
+    It is of the convolution's own class too and has its attributes; `compression.compress` gives it copies of
+    the hooks, and of further parameters, buffers and modules. Only the weight is another: `weight` decodes it
+    anew each time it is read, and cannot be set.
+
     Each forward decodes one block of output channels at a time, so that, beside the activations, it takes at
     most `block_bytes` above the packed layer (one channel if even that is larger). A layer that fits is one
     block, and its outputs are those of `compression.expand` to the bit. In several blocks they are too,
@@ -82,7 +84,7 @@ class ClusteredConv2d(nn.Module):
     Parameters
     ----------
     convolution : torch.nn.Conv2d or torch.nn.ConvTranspose2d
-        Gives the geometry and the training flag; its hooks are not carried.
+        What it stands for. Its attributes are shared, not copied.
     codebook : Codebook
     indices : torch.Tensor
         uint8, packed (`packing.pack`) into `codebook.bits` bits: output channels first, whatever the kind of
@@ -93,19 +95,39 @@ class ClusteredConv2d(nn.Module):
     block_bytes : int
     """
 
+    stands_for: type  # the class of the convolution
+    __jit_unused_properties__ = ("n_kernels", "shape", "weight", "_fan_in")
+
+    def __new__(cls, convolution=None, *_, **__):
+        """Return an object of a class that is the convolution's too."""
+        return object.__new__(cls if convolution is None else _also(cls, kind_of(convolution)))
+
     def __init__(self, convolution, codebook: Codebook, indices: Tensor, *, scales=None, bias=None,
                  block_bytes: int = BLOCK_BYTES):  # fmt: skip
-        super().__init__()
-        for name in GEOMETRY:
-            setattr(self, name, getattr(convolution, name))
-        border = "_reversed_padding_repeated_twice"
-        setattr(self, border, getattr(convolution, border, None))
+        nn.Module.__init__(self)  # not its other class's, which would make a weight
         self.block_bytes = _checked_block_bytes(block_bytes)
         self.codebook = codebook
         self.register_buffer("indices", indices)
         self.register_parameter("scales", scales)
         self.register_parameter("bias", bias)
-        self.train(convolution.training)
+        carrying.give(self, carrying.plain(convolution))
+
+    def __reduce__(self):
+        """Copy and pickle it by its two classes: that of both was made while the program ran."""
+        return _bare, (self._alone, self.stands_for), self.__getstate__()
+
+    def __prepare_scriptable__(self):
+        """Refuse TorchScript, which would put what this returns into the network itself."""
+        raise InvalidValueError(
+            "torch.jit.script cannot read a clustered convolution; script compression.expand(network), "
+            "or use torch.jit.trace, torch.export or torch.compile."
+        )
+
+    def reset_parameters(self) -> None:
+        """Refuse to draw a weight."""
+        raise InvalidValueError(
+            "a clustered convolution has no weight to draw anew; expand the network first."
+        )
 
     @property
     def n_kernels(self) -> int:
@@ -127,12 +149,20 @@ class ClusteredConv2d(nn.Module):
         """Return the indices, int32 ``(n,)``, unpacked."""
         return self._unpacked(0, self.n_kernels).cpu().numpy()
 
+    @property
     def weight(self) -> Tensor:
-        """Return the dense weight, in the shape torch stores it."""
+        """The dense weight, in the shape torch stores it, decoded anew; what is written to it is lost."""
+        if isinstance(self.codebook.values, fx.Proxy):
+            raise InvalidValueError(
+                "torch.fx cannot follow a forward that reads the weight of a clustered convolution; "
+                "trace compression.expand(network) instead."
+            )
         return self._decoded(0, self.out_channels)
 
     def forward(self, x: Tensor, output_size=None) -> Tensor:
         """Convolve ``(b, in, h, w)`` or ``(in, h, w)``; `output_size` as in `torch.nn.ConvTranspose2d`."""
+        if isinstance(x, fx.Proxy):  # torch.fx sees one module, as it does of every convolution
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, output_size), {})
         padding, grown = self.padding, None
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
@@ -187,6 +217,30 @@ class ClusteredConv2d(nn.Module):
         """Describe it in one line."""
         scaled = ", scaled" * (self.scales is not None)
         return f"{self.shape}, transposed={self.transposed}, {self.codebook.bits} bits a kernel{scaled}"
+
+
+def kind_of(convolution: nn.Module) -> type:
+    """Return a convolution's class without what torch's parametrizations, or indices, made of it."""
+    if isinstance(convolution, ClusteredConv2d):
+        return convolution.stands_for
+    return parametrize.type_before_parametrizations(convolution)
+
+
+def turned_into(module: ClusteredConv2d, cls: type[ClusteredConv2d]) -> None:
+    """Make a clustered convolution, in place, one of a class derived from its own, or of that again."""
+    module.__class__ = _also(
+        cls, module.stands_for
+    )  # as torch's parametrize does: hooks and shared parts stay
+
+
+@functools.cache
+def _also(cls: type, kind: type) -> type:
+    """Return the class of what is clustered and a convolution of a kind."""
+    return type(cls.__name__, (cls, kind), {"stands_for": kind, "_alone": cls, "__module__": cls.__module__})
+
+
+def _bare(cls: type, kind: type) -> ClusteredConv2d:
+    return object.__new__(_also(cls, kind))
 
 
 def clustered(network: nn.Module) -> dict[str, ClusteredConv2d]:

@@ -177,7 +177,7 @@ def son(network: nn.Module, n_clusters: int, *, turned: bool, seed: int = 0) -> 
     found = clustering.cluster(bank, n_clusters, scope="global", scaled=True, turned=turned, seed=seed)
     (group,) = found.groups
     halved = replace(group, codebook=stored.half(group.codebook), scales=stored.half(group.scales))
-    small = compression.replaced(network, replace(found, groups=(halved,)))
+    small = compression.inserted(network, replace(found, groups=(halved,)))
     name = "Son et al. 2018" + ", turned" * turned
     return Peer(name, f"K={n_clusters}", small, _ledger_bytes(network, found), found)
 

@@ -32,13 +32,13 @@ def scale_type(precision: str) -> torch.dtype:
 
 
 def own(dtype: torch.dtype) -> str:
-    """Return the name of the precision that a network's weights have."""
-    return {value: name for name, value in _FLOATS.items()}[dtype]
+    """Return the name of the precision that a network's weights have; float64 ones are kept as float32."""
+    return {value: name for name, value in _FLOATS.items()}.get(dtype, "fp32")
 
 
 def named(name: str) -> torch.dtype:
     """Return one of these floating types by torch's name for it (``float16``); a `LookupError` if none."""
-    return {str(kind).removeprefix("torch."): kind for kind in _FLOATS.values()}[name]
+    return {str(kind).removeprefix("torch."): kind for kind in (*_FLOATS.values(), torch.float64)}[name]
 
 
 def codebook_bytes(n: int, area: int, precision: str) -> int:
@@ -148,8 +148,8 @@ def quantize(
     """Return a copy whose linear layers and biases are rounded to fewer bytes, and stored in these.
 
     How a parameter is stored is kept beside it, in its module's attribute ``stored_as``, a mapping of its
-    name to its precision, which copies keep and `checkpoint.save` reads. `compression.compress` makes new
-    convolutions, without it: compress first. Batch norms and all else stay as they are.
+    name to its precision, which copies keep and `checkpoint.save` reads. `compression.compress` rounds
+    codebooks by itself: compress first. Batch norms and all else stay as they are.
 
     Parameters
     ----------

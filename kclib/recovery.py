@@ -202,7 +202,7 @@ def _with_latents(network: nn.Module) -> nn.Module:
             members = torch.from_numpy(module.members()).long().to(values.device)
             latent = nn.Parameter(values.detach().flatten(1)[members], values.requires_grad)
             module.latent = latents.setdefault(id(module.indices), latent)
-            module.__class__ = _Reassignable  # as torch's parametrize does: hooks and shared parts stay
+            layers.turned_into(module, _Reassignable)
     return network
 
 
@@ -212,7 +212,7 @@ def _without_latents(network: nn.Module) -> nn.Module:
     for module in layers.clustered(network).values():
         if isinstance(module, _Reassignable):
             del module.latent
-            module.__class__ = ClusteredConv2d
+            layers.turned_into(module, ClusteredConv2d)
     return network
 
 

@@ -95,7 +95,7 @@ def restore_worst(
         for (old, mine), new in zip(damage.members(clustering), made.groups, strict=True)
     ]
     table = pd.DataFrame(rows, columns=["group", "clusters", "before", "after"])
-    network = compression.replaced(dense, tradeoff.stored(made, precision))
+    network = compression.inserted(dense, tradeoff.stored(made, precision))
     return Restored(made, network, n_bytes, table, models.like(model, network))
 
 

@@ -112,8 +112,8 @@ class _Run:
         layers = kernels.matched(network, bank.layers)
         found = {name: x.weight.requires_grad_(True) for name, x in layers.items()}
         run = cls(model, network, found, images, batch_size, seed, progress, device)
-        for layer, weight in found.items():
-            for user in compression.users(network, layer, weight).values():
+        for layer in found:
+            for user in compression.users(network, layer).values():
                 user.register_forward_hook(partial(run._heard, layer))
         return run
 
@@ -173,8 +173,8 @@ class _Calls:
     def __init__(self, run: _Run):
         self.run, self.number = run, Counter()
         self.reads, self.answers = defaultdict(float), defaultdict(float)
-        for layer, weight in run.parameters.items():
-            for user in compression.users(run.network, layer, weight).values():
+        for layer in run.parameters:
+            for user in compression.users(run.network, layer).values():
                 user.register_forward_hook(partial(self._ran, layer), with_kwargs=True)
 
     def by_kernel(self, *, answered: bool) -> dict[str, Tensor]:

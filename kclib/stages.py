@@ -70,7 +70,7 @@ class Stage:
     def clustered(self, groups: tuple[Group, ...]) -> "Stage":
         """Return the stage with these groups, equal representatives made one, unused ones none."""
         found = replace(self.clustering, groups=tuple(map(_distinct, groups)))
-        return self.on(compression.replaced(self.model.network, found), clustering=found)
+        return self.on(compression.inserted(self.model.network, found), clustering=found)
 
     def as_stored(self) -> "Stage":
         """Return the stage with its codebooks, or its kernels, rounded to its precision."""
@@ -123,7 +123,7 @@ class Stage:
         """Return the stage with the state that a packed copy got in training."""
         network = self.packed()
         network.load_state_dict(state)
-        stage = self.on(compression.expand(network))
+        stage = self.on(compression.expanded(network))
         if self.clustering is not None:
             rows = stage.bank.weights
             groups = (replace(x, codebook=of(rows, x)[_first(x)]) for x in self.clustering.groups)

@@ -14,7 +14,7 @@ from sentences import is_one_sentence
 
 from kclib import batch, checkpoint, cli, datasets, evaluation, exporting, models, training
 from kclib.compression import expand
-from kclib.errors import NotebookError
+from kclib.errors import InvalidValueError, NotebookError
 
 FACTORIES = """
 import torch
@@ -428,6 +428,19 @@ def test_a_compression_that_cannot_be_is_one_sentence_and_writes_nothing(
     assert is_one_sentence(said)
     assert message in said
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_compressed_is_written_before_it_is_evaluated(kclib, factories, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise InvalidValueError("no answers.")
+
+    monkeypatch.setattr(evaluation, "evaluate", fails)
+    path = tmp_path / "model.safetensors"
+    options = ["--clusters", 5, "-o", path, "--data", "fashion-mnist"]
+    code, out, said = kclib("compress", f"{factories}:make", *options)
+    assert (code, said.strip()) == (2, "kclib: no answers.")
+    assert str(path.resolve()) in out
+    assert checkpoint.load(path, architecture=f"{factories}:make")
 
 
 @pytest.mark.parametrize("options", [["--clusters", 0], ["--clusters", "many"], []], ids=str)

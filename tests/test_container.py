@@ -138,7 +138,7 @@ def test_the_hash_changes_with_a_bit_a_name_a_shape_a_type_and_the_description(t
 def test_a_file_says_its_format_and_who_wrote_it(path):
     from kclib import __version__
 
-    assert inspect(path).description == {"format": 2, "kclib": __version__} | DESCRIPTION
+    assert inspect(path).description == {"format": 3, "kclib": __version__} | DESCRIPTION
 
 
 @pytest.mark.parametrize("mask", [0xFF, 0x01])
@@ -194,7 +194,7 @@ def test_a_folder_and_a_file_that_is_not_there_are_missing(tmp_path):
             read(path)
 
 
-@pytest.mark.parametrize("version", [3, 10**30, 1.5, "1", None, [1]])
+@pytest.mark.parametrize("version", [4, 10**30, 1.5, "1", None, [1]])
 def test_another_format_is_refused_and_named(path, version):
     write(path, DESCRIPTION | {"format": version}, {})
     with pytest.raises(InvalidValueError) as caught:

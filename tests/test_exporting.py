@@ -1,4 +1,6 @@
 import os
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ from kclib.errors import InvalidValueError, StorageError
 from kclib.exporting import to_onnx, to_program
 from kclib.kernels import extract
 from kclib.layers import by_codebook
+from kclib.models import Model
 
 BOTH = {"scaled": True, "turned": True}
 KINDS = {"plain": {}, "scaled": {"scaled": True}, "turned": {"turned": True}, "both": BOTH}
@@ -367,3 +370,90 @@ def test_program_of_a_half_precision_network_takes_half_precision_images(tmp_pat
     program = torch.export.load(to_program(network, tmp_path / "model.pt2", (3, 8, 8))).module()
     images = torch.randn(3, 3, 8, 8).bfloat16()
     assert torch.equal(program(images), expand(network)(images))
+
+
+class Answering(nn.Module):
+    """A network that wraps its answer."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.convolution, self.wrap = nn.Conv2d(3, 4, 3), wrap
+
+    def forward(self, pixels=None, labels=None, return_dict=True):
+        y = self.convolution(pixels)
+        return self.wrap(pixels, y.mean((2, 3)), y)
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+class Mapped(OrderedDict):
+    """A mapping of its own class, as Hugging Face's outputs are."""
+
+
+Fields = namedtuple("Fields", "scores maps")
+ANSWERS = {
+    "mapping": (lambda x, y, z: {"out": z, "aux": y}, ["out", "aux"]),
+    "named tuple": (lambda x, y, z: Fields(y, z), ["scores", "maps"]),
+    "tuple": (lambda x, y, z: (y, [z, x]), ["logits", "output_1_0", "output_1_1"]),
+    "one of a tuple": (lambda x, y, z: (y, None, 3), ["logits"]),
+    "mapping of its own class": (lambda x, y, z: Mapped(logits=y, states=(z,)), ["logits", "states_0"]),
+    "dataclass": (lambda x, y, z: Output(y), ["logits"]),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_of_any_kind_are_outputs_with_names(tmp_path, kind):
+    wrap, names = ANSWERS[kind]
+    network = compressed(Answering(wrap).eval(), 3)
+    session = onnxruntime.InferenceSession(written(network, tmp_path / "a.onnx"))
+    assert [output.name for output in session.get_outputs()] == names
+    images = torch.randn(3, 3, 8, 8)
+    program = torch.export.load(to_program(network, tmp_path / "a.pt2", (3, 8, 8))).module()(images)
+    program = {"logits": program} if torch.is_tensor(program) else program
+    found = session.run(None, {"image": images.numpy()})
+    y = network.convolution(images)
+    expected = dict(zip(names, wrap_flat(kind, images, y.mean((2, 3)), y), strict=True))
+    for name, value in zip(names, found, strict=True):
+        np.testing.assert_allclose(value, expected[name].detach(), atol=1e-5)
+        torch.testing.assert_close(program[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+def wrap_flat(kind, x, y, z):
+    """Return the tensors of an answer one after the other, by hand."""
+    return {
+        "mapping": [z, y],
+        "named tuple": [y, z],
+        "tuple": [y, z, x],
+        "mapping of its own class": [y, z],
+    }.get(kind, [y])
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [nn.DataParallel, lambda x: torch.compile(x, backend="eager"), torch.optim.swa_utils.AveragedModel],
+    ids=["parallel", "compiled", "averaged"],
+)
+def test_wrapped_networks_and_models_are_exported(tmp_path, wrapped):
+    network = compressed(wrapped(two_layers()).eval(), 3)
+    model = Model("wrapped", network, None)
+    images = torch.randn(2, 3, 8, 8)
+    session = onnxruntime.InferenceSession(written(model, tmp_path / "a.onnx"))
+    (found,) = session.run(None, {"image": images.numpy()})
+    np.testing.assert_allclose(found, network(images).detach(), atol=1e-5)
+
+
+def test_hooks_and_attributes_of_convolutions_are_exported(tmp_path):
+    network = two_layers()
+    network[0].register_buffer("mask", torch.rand(6, 1, 1))
+    network[0].register_forward_hook(lambda module, given, answer: answer * module.mask)
+    network = compressed(network, 3)
+    assert_answers_alike(network, written(network, tmp_path / "a.onnx"))
+
+
+def test_a_network_that_answers_no_tensor_is_refused(tmp_path):
+    with pytest.raises(InvalidValueError, match="no tensor"):
+        to_onnx(Answering(lambda x, y, z: None), tmp_path / "a.onnx", (3, 8, 8))

@@ -106,7 +106,7 @@ def test_a_layer_of_one_block_answers_like_the_dense_one_to_the_bit(convolution,
     assume(squared(convolution) or not how["turned"])
     layer = layer_of(convolution, n_clusters, **how)
     x, expected = images(layer, *batch), dense_weight(layer)
-    assert torch.equal(layer.weight(), expected)
+    assert torch.equal(layer.weight, expected)
     assert layer.shape == tuple(expected.shape) == tuple(convolution.weight.shape)
     assert layer.n_kernels == len(layer.members()) == expected.shape[0] * expected.shape[1]
     answer = layer(x)
@@ -335,7 +335,7 @@ def test_a_copy_trains_apart_from_its_original():
     with torch.no_grad():
         other[0].codebook.values.zero_()
     assert network[0].codebook.values.abs().sum() > 0
-    assert not other[1].weight().any()
+    assert not other[1].weight.any()
 
 
 @EACH
@@ -366,7 +366,7 @@ def test_indices_that_the_codebook_lacks_are_an_error_and_no_crash(how, kind, bl
     with pytest.raises(IndexError):
         layer(images(layer, 1))
     with pytest.raises(IndexError):
-        layer.weight()
+        layer.weight  # noqa: B018
 
 
 @EACH
@@ -381,7 +381,7 @@ def test_short_indices_of_another_layer_are_not_loaded(how):
 def test_a_codebook_of_one_takes_no_indices():
     layer = layer_of(nn.Conv2d(4, 6, 3), 1)
     assert (layer.codebook.bits, layer.indices.nbytes) == (0, 0)
-    assert torch.equal(layer.weight(), layer.codebook.values.expand(6, 4, 3, 3))
+    assert torch.equal(layer.weight, layer.codebook.values.expand(6, 4, 3, 3))
     turned = layer_of(nn.Conv2d(4, 6, 3), 1, turned=True)
     assert (turned.codebook.bits, turned.indices.nbytes) == (3, 9)
 

@@ -47,6 +47,7 @@ from kclib import (
     embedding,
     evaluation,
     exporting,
+    extra_state,
     factorial,
     factories,
     figures,
@@ -76,6 +77,7 @@ from kclib import (
     quantization,
     questions,
     rate,
+    reach,
     recipe,
     recovery,
     reports,
@@ -111,6 +113,16 @@ NAN, INFINITE = float("nan"), float("inf")
 WRONG, UNKNOWN, MISSING, DAMAGED, STORAGE, STOPPED = (
     InvalidValueError, UnknownNameError, MissingFileError, DamagedFileError, StorageError, StoppedError,
 )  # fmt: skip
+
+
+class Idle(nn.Sequential):
+    """A network that does not run its convolutions, and keeps what no file does."""
+
+    def forward(self, x):
+        return x
+
+    def get_extra_state(self):
+        return {1, 2}
 
 
 @dataclass
@@ -380,6 +392,14 @@ WRONG_INPUTS = [
     (compression.compress, lambda g: compression.compress(g.other, g.clustering), WRONG, "use the architecture"),
     (compression.compress, lambda g: compression.compress(g.network, g.clustering, precision="int3"), UNKNOWN, "'int3'"),
     (compression.replaced, lambda g: compression.replaced(g.other, g.clustering), WRONG, "use the architecture"),
+    (compression.compress, lambda g: compression.compress(tiny_model(seed=1), g.clustering), WRONG, "other kernels"),
+    (compression.compress, lambda g: compression.compress(g.model, g.clustering, inputs=3), WRONG, "inputs is a int"),
+    (compression.expand, lambda g: compression.expand(Idle(*g.small)), WRONG, "layer 0"),
+    (compression.expand, lambda g: compression.expand("small"), WRONG, "Model or a torch.nn.Module"),
+    (reach.check, lambda g: reach.check(Idle(*g.network), ["0"]), WRONG, "never uses layer 0"),
+    (extra_state.stored, lambda g: extra_state.stored(Idle(*g.network)), WRONG, "holds a set"),
+    (extra_state.fill, lambda g: extra_state.fill(g.folder, g.network, {}, {"0": ["plain", 1]}), WRONG, "takes none"),
+    (checkpoint.save, lambda g: checkpoint.save(Idle(*g.small), g.folder / "x"), WRONG, "holds a set"),
     (footprint.ledger, lambda g: footprint.ledger(g.other, g.clustering), WRONG, "use the architecture"),
     (coding.decode, lambda g: coding.decode(np.zeros(1, np.uint32), np.array([1, 1], np.uint32), 9), DAMAGED, "the entropy-coded indices are damaged"),
     (coding.unpacked_counts, lambda g: coding.unpacked_counts(np.zeros(5, np.uint8), 2), DAMAGED, "a table of frequencies is damaged"),
