@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kclib import checks, compression, convolutions, datasets, evaluation, inference, kernels, models, prefix
-from kclib.clustering import Clustering
+from kclib.clustering import Clustering, checked
 from kclib.datasets import ImageSet
 from kclib.evaluation import Evaluation, Interval
 from kclib.models import Model
@@ -64,7 +64,7 @@ def by_layer(
     for way in ways:
         checks.check_known("way to cluster a layer", way, WAYS)
     model, data = models.as_model(model), datasets.as_image_set(data)
-    owners = kernels.matched(model.network, clustering.layers)
+    owners = kernels.matched(model.network, checked(clustering).layers)
     users = {name: tuple(compression.users(model.network, name)) for name, x in owners.items()}
     keys = [*((layer, way) for layer in users for way in ways), _ALL]
     found: dict[tuple[str, str], list[Tensor]] = {key: [] for key in keys}

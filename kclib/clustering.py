@@ -270,6 +270,15 @@ def _group(
     return Group(name, layers, codebook, found.labels, found.inertia, scales, turns)
 
 
+def checked(clustering: Clustering) -> Clustering:
+    """Return a clustering; raise an InvalidValueError if it is none."""
+    if not isinstance(clustering, Clustering):
+        raise InvalidValueError(
+            f"the clustering is a {type(clustering).__name__}; it must be a Clustering, as cluster makes one."
+        )
+    return clustering
+
+
 def quantized(clustering: Clustering) -> np.ndarray:
     """Return what stands for each kernel, float32 ``(n, kh, kw)``, in the rows of the bank."""
     rows = np.empty((clustering.n_kernels, *clustering.groups[0].codebook.shape[1:]), np.float32)

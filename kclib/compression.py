@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from kclib import carrying, convolutions, kernels, packing, probe, quantization, reach
-from kclib.clustering import Clustering, Group, digest, quantized
+from kclib.clustering import Clustering, Group, checked, digest, quantized
 from kclib.errors import InvalidValueError
 from kclib.layers import BLOCK_BYTES, N_TURNS, ClusteredConv2d, Codebook, clustered, kind_of
 from kclib.models import Model, like, network_of
@@ -131,7 +131,7 @@ def check_origin(network: nn.Module, clustering: Clustering) -> None:
 
     A clustering that does not know of which it was made is taken.
     """
-    if not clustering.origin:
+    if not checked(clustering).origin:
         return
     found, rows = kernels.matched(network, clustering.layers), None
     for layer in clustering.layers:

@@ -127,14 +127,14 @@ def bank_of(network: nn.Module, clustering: Clustering) -> KernelBank:
     InvalidValueError
         The clustering comes from another architecture.
     """
-    kernels.matched(network, clustering.layers)
+    kernels.matched(network, clusterings.checked(clustering).layers)
     bank = kernels.extract(network, size=clustering.groups[0].codebook.shape[1:])
     return bank.only(*(layer.name for layer in clustering.layers))
 
 
 def members(clustering: Clustering) -> Iterator[tuple[Group, np.ndarray]]:
     """Yield each group with its kernels' rows of the bank, in the order of its indices."""
-    for group in clustering.groups:
+    for group in clusterings.checked(clustering).groups:
         yield group, np.concatenate([np.arange(x.rows.start, x.rows.stop) for x in group.layers])
 
 

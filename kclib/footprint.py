@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kclib import checkpoint, coding, convolutions, kernels, models
 from kclib.breakeven import Count, break_even, orbit, pays_up_to
-from kclib.clustering import Clustering, Group
+from kclib.clustering import Clustering, Group, checked
 from kclib.compression import output_order, packed_layers, users
 from kclib.container import Contents
 from kclib.errors import UnknownNameError
@@ -73,7 +73,7 @@ def ledger(
         then the sums ``convolutions`` and ``model``. Shared tensors count once.
     """
     network = models.network_of(network)
-    owners = kernels.matched(network, clustering.layers)
+    owners = kernels.matched(network, checked(clustering).layers)
     dense = sum(x.n_kernels * int(np.prod(x.shape[2:])) * x.itemsize for x in clustering.layers)
     values = [value for owner in owners.values() for value in convolutions.parameters(owner)]
     other, biases, rest = _others(network, values)

@@ -20,8 +20,8 @@ def answers(network: nn.Module, inputs: Tensor) -> Tensor:
     """Return the logits that a network answers to a batch, whatever it wraps them in.
 
     Read are a tensor; what has ``logits`` or ``out``, as a key or as an attribute (Hugging Face,
-    torchvision's segmentation networks, named tuples); a mapping of a single tensor; and a tuple or list, of
-    which the first counts (networks with auxiliary heads). A map of one position is one answer.
+    torchvision's segmentation networks, named tuples); and a tuple or list, of which the first counts
+    (networks with auxiliary heads). A map of one position is one answer.
 
     Parameters
     ----------
@@ -221,9 +221,6 @@ def counting(answer) -> Tensor | None:
         inner = answer.get(name) if isinstance(answer, Mapping) else getattr(answer, name, None)
         if isinstance(inner, Tensor):
             return inner
-    if isinstance(answer, Mapping):
-        tensors = [value for value in answer.values() if value is not None]
-        return tensors[0] if len(tensors) == 1 and isinstance(tensors[0], Tensor) else None
     return counting(answer[0]) if isinstance(answer, tuple | list) and len(answer) else None
 
 
