@@ -4,7 +4,7 @@ PROFILE ?= smoke
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab dashboard test fuzz lint bench train clean clean-all
+.PHONY: help setup run lab dashboard test faults fuzz lint bench train clean clean-all
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -28,6 +28,9 @@ dashboard: setup  ## Serve notebook 04's explorer alone, as a page (Voila)
 test: setup  ## Run the tests: browsers' alone, then a file of them to a processor, the longest first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --ignore=tests/browser
+
+faults: setup  ## Try every fault and write docs/what-happens-if.md from what is seen (as root)
+	WRITE_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0
 
 fuzz: setup  ## Damage files at random and read them, 30,000 times a test
 	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
@@ -54,7 +57,7 @@ train: setup  ## Train the shipped model again (START=features.safetensors; resu
 
 clean:  ## Remove the environment and what can be made again at once; results stay
 	rm -rf .venv data/cache/FashionMNIST .pytest_cache .hypothesis .ruff_cache .import_linter_cache
-	find kclib tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
+	find kclib tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 clean-all: clean  ## Remove all that was made here: results, reports and the states of trainings too
 	rm -rf data/cache reports

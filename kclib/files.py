@@ -128,13 +128,15 @@ def is_stream(path: Path) -> bool:
     return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
 
 
-def check_output(path: Path, *, binary: bool = False) -> None:
+def check_output(path: Path, *, binary: bool = False, ours: bool = False) -> None:
     """Raise a `StorageError` if a path is nothing that `replacing` writes; worth asking before long work.
 
     Parameters
     ----------
     binary : bool
         Whether what will be written would garble a terminal.
+    ours : bool
+        As in `replacing`.
     """
     if "\0" in str(path):
         raise _refusal(path, "a file's name must not hold NUL")
@@ -155,21 +157,25 @@ def check_output(path: Path, *, binary: bool = False) -> None:
     if not stat.S_ISREG(mode):
         raise _refusal(path, "it is no ordinary file, and would be lost")
     folder = next(x for x in target.parents if os.path.lexists(x))
-    for place in (target, folder):
-        if os.path.lexists(place) and not os.access(place, os.W_OK):
-            raise _refusal(
-                path, f"{place} may not be changed" if place == folder else "it may not be changed"
-            )
+    if not os.access(folder, os.W_OK):
+        raise _refusal(path, f"{folder} may not be changed")
+    if os.path.lexists(target) and not (ours or os.access(target, os.W_OK)):
+        raise _refusal(path, "it may not be changed")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, ours: bool = False) -> Iterator[Path]:
     """Yield a temporary path whose content `path` gets only if the block succeeds.
 
     Readers see the old file or the new one, never a part; after a failure the old one is left. A new file has
     the permissions that the umask leaves, and one that was there keeps its own. Symbolic links stay and their
     target is replaced. Of hard links only this name gets the new content. What cannot be replaced, a device,
     a pipe or standard output, is written to once the block has succeeded.
+
+    Parameters
+    ----------
+    ours : bool
+        Whether the file is made anew by whoever may write to its folder, as in a store that users share.
 
     Raises
     ------
@@ -178,7 +184,7 @@ def replacing(path: Path) -> Iterator[Path]:
         missing folder that cannot be made).
     """
     path = expanded(path)
-    check_output(path)
+    check_output(path, ours=ours)
     try:
         if is_stream(path):
             with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +194,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 _send(temporary, path)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _swapped(Path(os.path.realpath(path))) as temporary:
+            with _swapped(Path(os.path.realpath(path)), kept=not ours) as temporary:
                 yield temporary
     except KclibError:
         raise
@@ -197,14 +203,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _swapped(target: Path) -> Iterator[Path]:
-    """Yield a new file beside `target` that takes its place, permissions and owner if the block succeeds."""
+def _swapped(target: Path, *, kept: bool) -> Iterator[Path]:
+    """Yield a new file beside `target` that takes its place if the block succeeds, and what is kept of it."""
     # Names may have 255 bytes, and characters 4.
     name = f".{target.name[:40]}.{secrets.token_hex(6)}.tmp{target.suffix[:12]}"
     temporary = target.with_name(name)
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        like = os.stat(target if target.exists() else temporary)
+        like = os.stat(target if kept and target.exists() else temporary)
         yield temporary
         for owner in ((like.st_uid, -1), (-1, like.st_gid)):
             with suppress(PermissionError):

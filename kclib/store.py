@@ -87,7 +87,7 @@ class Store:
         path = self.path(entry.key)
         arrays = {name: np.asarray(array, order="C") for name, array in entry.arrays.items()}
         texts = {"key": _json(entry.key), "row": _json(entry.row)}
-        with files.replacing(path) as temporary:
+        with files.replacing(path, ours=True) as temporary:
             save_file(arrays, temporary, metadata=texts | {"sha256": _digest(texts, arrays)})
         return path
 
@@ -324,7 +324,7 @@ def _digest(texts: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
 def _write_rows(path: Path, rows: list[dict]) -> None:
     table = pd.DataFrame(rows).convert_dtypes()
     table.attrs["sha256"] = _digest_of_rows(table)
-    with files.replacing(path) as temporary:
+    with files.replacing(path, ours=True) as temporary:
         table.to_parquet(temporary)
 
 

@@ -1,19 +1,42 @@
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
+import what_happens
 from hypothesis import settings
 
+_ROWS = pytest.StashKey()
 matplotlib.use("Agg")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 settings.register_profile("fuzz", max_examples=30_000, deadline=None, print_blob=True)  # make fuzz
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Begin with notebooks, which take minutes: begun last, all would wait for one processor."""
     items.sort(key=lambda item: not item.path.stem.startswith("test_notebooks"))
+    if what_happens.WRITING:
+        config.stash[_ROWS] = what_happens.Rows()
+        items[:] = [item for item in items if "seen" in item.fixturenames]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Write the page, if that was asked for and all that it tells of was seen."""
+    if what_happens.WRITING:
+        skipped = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped")
+        if exitstatus == 0 and not skipped:
+            session.config.stash[_ROWS].write()
+        else:
+            print("\nThe page is not written, for it would lack what failed or was skipped.")
+
+
+@pytest.fixture
+def seen(request):
+    """Tell the page *What happens if* a kind of fault, what happens, and what the user sees."""
+    return request.config.stash.get(_ROWS, what_happens.Rows()).add
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +70,11 @@ def kclib(monkeypatch, capsys):
         return exit_.value.code, said.out, said.err
 
     return run
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that other users reach too, unlike those of `tmp_path`."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import what_happens
+from what_happens import told
 from wrong_inputs import COMMAND_FILES, WRONG_COMMANDS, WRONG_INPUTS, Given
 
 import kclib
@@ -49,7 +51,7 @@ def test_a_wrong_input_is_one_clear_sentence_of_a_typed_exception(folder, call, 
 @pytest.mark.parametrize(
     ("arguments", "says"), WRONG_COMMANDS, ids=lambda x: " ".join(x) if type(x) is list else ""
 )
-def test_a_wrong_command_is_one_sentence_and_exit_code_2(folder, monkeypatch, capsys, arguments, says):
+def test_a_wrong_command_is_one_sentence_and_exit_code_2(folder, monkeypatch, capsys, arguments, says, seen):
     Store().put(Entry({"kind": "evaluation", "scope": "layer", "k": 2}, {"images": 9}, {}))
     for name, text in COMMAND_FILES.items():
         (folder / name).write_text(text)
@@ -60,7 +62,23 @@ def test_a_wrong_command_is_one_sentence_and_exit_code_2(folder, monkeypatch, ca
     assert (end.value.code, out) == (2, "")
     assert says.format(folder=folder) in " ".join(said.replace("│", " ").split())
     assert "Traceback" not in said
-    assert len(re.findall(r"^kclib: .*\.$", said, re.MULTILINE)) == 1 or "Usage:" in said
+    sentences = re.findall(r"^kclib: .*\.$", said, re.MULTILINE)
+    assert len(sentences) == 1 or "Usage:" in said
+    if sentences:
+        ending = re.sub("; known: .*`", "; known: …`", told(2, said, FOLDER=folder))
+        seen("Arguments", command(arguments), re.sub(r" \((?!did|exit)[^`]*\)\.`", " (…).`", ending))
+
+
+def command(arguments: list[str]) -> str:
+    return f"`{' '.join(['kclib', *arguments]).format(folder='FOLDER')}`"
+
+
+def test_each_row_of_the_page_of_faults_is_what_a_test_tells_it():
+    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("*.py"))
+    known = {what_happens.cell(command(x)) for x, _ in WRONG_COMMANDS}
+    rows = [x.split(" | ")[0].removeprefix("| ") for x in what_happens.page() if x.startswith("| ")]
+    assert len(rows) > 80
+    assert [x for x in rows if x != "what happens" and x not in known and x.strip("`") not in tests] == []
 
 
 def test_with_debug_the_traceback_is_shown(monkeypatch):

@@ -1,9 +1,12 @@
 """Numbers are what they are: no whole number is made of 2.7, "23" or True, and numpy's count as Python's."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_data, tiny_model
+from torch import nn
 
 from kclib import (
     clustering,
@@ -22,6 +25,7 @@ from kclib import (
     packing,
     recipe,
     sequential,
+    state_dicts,
     stored,
     sweep,
     symmetry,
@@ -116,9 +120,38 @@ def test_no_whole_number_is_made_of_what_is_none(given, name):
 
 
 @pytest.mark.parametrize("ks", ["23", b"23", 3, None])
-def test_what_is_no_list_is_no_list_of_one_digit_numbers(given, ks):
-    with pytest.raises(InvalidValueError, match="ks is"):
+def test_what_is_no_list_is_no_list_of_one_digit_numbers(given, ks, seen):
+    with pytest.raises(InvalidValueError, match="ks is") as found:
         sweep.run(given.model, given.data, ks, store=given.store)
+    if ks == "23":
+        seen("Numbers", '`sweep.run(model, data, "23")`', f"`{found.value}`")
+
+
+CALLS = {
+    "sweep.run(model, data, [2.7])": lambda g: sweep.run(g.model, g.data, [2.7], store=g.store),
+    "jobs.Workers(1.5)": lambda g: jobs.Workers(1.5),
+    "jobs.Workers(True)": lambda g: jobs.Workers(True),
+    'combination.Cluster("64")': lambda g: combination.Cluster("64"),
+    "combination.Cluster(0)": lambda g: combination.Cluster(0),
+    "kernels.insert of 1e9 into a float16 network": lambda g: kernels.insert(
+        tiny_model().network.half(), replace(g.bank, weights=np.full_like(g.bank.weights, 1e9))
+    ),
+    "models.load of weights of 1e6 into a float16 network": lambda g: state_dicts.fill(
+        tiny_model().network.half(),
+        {"": {name: x * 1e6 for name, x in tiny_model().network.state_dict().items()}},
+        "weights.pt",
+    ),
+    "evaluation.evaluate of 1,000 answers an image on 6 classes": lambda g: evaluation.evaluate(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 1000)), g.data, progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_is_made_of_what_it_is_not(given, call, seen):
+    with pytest.raises(InvalidValueError) as found:
+        CALLS[call](given)
+    seen("Numbers", f"`{call}`" if "(" in call else call, f"`{found.value}`")
 
 
 def test_text_is_no_list_of_its_letters(given):

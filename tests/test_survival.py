@@ -94,7 +94,7 @@ def undisturbed(tmp_path_factory, one_thread):
 
 
 def test_after_200_random_kills_the_table_is_that_of_an_undisturbed_run_to_the_bit(
-    tmp_path, start, undisturbed
+    tmp_path, start, undisturbed, seen
 ):
     process, pipe = start(tmp_path / "timed")
     begin = time.perf_counter()
@@ -117,9 +117,14 @@ def test_after_200_random_kills_the_table_is_that_of_an_undisturbed_run_to_the_b
         assert len(Store(folder).gc(dry_run=True)) == 0
         shutil.rmtree(folder)
     assert finished > 5, "kills that come too late or too early would show nothing"
+    seen(
+        "Interruptions",
+        "a sweep is killed at random, again and again",
+        "the table is that of an undisturbed run",
+    )
 
 
-def test_two_sweeps_at_once_on_one_store_compute_nothing_twice(tmp_path, start, undisturbed):
+def test_two_sweeps_at_once_on_one_store_compute_nothing_twice(tmp_path, start, undisturbed, seen):
     both = [start(tmp_path) for _ in range(2)]
     counts = [told(pipe) for _, pipe in both]
     for process, _ in both:
@@ -128,6 +133,11 @@ def test_two_sweeps_at_once_on_one_store_compute_nothing_twice(tmp_path, start, 
     assert sum(x["evaluate"] for x in counts) == len(undisturbed)
     assert sum(x["cluster"] for x in counts) == len(undisturbed) - 1
     pd.testing.assert_frame_equal(swept(tmp_path), undisturbed, check_exact=True)
+    seen(
+        "Interruptions",
+        "two sweeps run at once on one store",
+        "they share the work; nothing is computed twice",
+    )
 
 
 def test_a_damaged_entry_is_computed_again_and_said_and_nothing_else_is(
@@ -159,7 +169,7 @@ def test_another_data_set_clusters_nothing_again_and_another_k_takes_no_kernels_
     assert taken["n"] == 1
 
 
-def test_a_clock_that_jumps_changes_nothing(tmp_path, undisturbed, monkeypatch):
+def test_a_clock_that_jumps_changes_nothing(tmp_path, undisturbed, monkeypatch, seen):
     draw = np.random.default_rng(0)
     genuine = time.time
     monkeypatch.setattr(time, "time", lambda: genuine() + draw.uniform(-86_400, 86_400))
@@ -168,6 +178,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, undisturbed, monkeypatch):
     assert found[SECONDS].lt(PATIENCE).all(axis=None)
     pd.testing.assert_frame_equal(without_times(found), undisturbed, check_exact=True)
     pd.testing.assert_frame_equal(swept(tmp_path), undisturbed, check_exact=True)
+    seen("Interruptions", "the clock jumps, forth or back", "nothing changes")
 
 
 @pytest.fixture
@@ -181,7 +192,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(tmp_path / "disk")], check=True)
 
 
-def test_a_full_disk_is_one_sentence_and_what_was_finished_is_whole(small_disk, undisturbed):
+def test_a_full_disk_is_one_sentence_and_what_was_finished_is_whole(small_disk, undisturbed, seen):
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(200 << 10))
     with pytest.raises(StorageError, match=r"could not be (written|locked): .*No space left on device"):
@@ -193,9 +204,10 @@ def test_a_full_disk_is_one_sentence_and_what_was_finished_is_whole(small_disk, 
     ballast.unlink()
     pd.testing.assert_frame_equal(swept(small_disk / "store"), undisturbed, check_exact=True)
     assert {path: path.read_bytes() for path in there} == before
+    seen("Interruptions", "the disk of the store is full", "one sentence says so; what was finished is kept")
 
 
-def test_ctrl_c_keeps_what_was_finished(tmp_path, start, undisturbed):
+def test_ctrl_c_keeps_what_was_finished(tmp_path, start, undisturbed, seen):
     process, _ = start(tmp_path, 4)  # from within: what comes while a destructor runs, Python ignores
     process.join(PATIENCE)
     assert process.exitcode == 1
@@ -204,3 +216,8 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, start, undisturbed):
     again.join(PATIENCE)
     assert counts["evaluate"] == len(undisturbed) - 3
     pd.testing.assert_frame_equal(swept(tmp_path), undisturbed, check_exact=True)
+    seen(
+        "Interruptions",
+        "Ctrl-C in the middle of a sweep",
+        "what was finished is kept, and is not computed again",
+    )
