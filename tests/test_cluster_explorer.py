@@ -586,7 +586,7 @@ def test_accuracy_is_stale_as_soon_as_another_clustering_is_asked_for_and_colour
     assert evaluating.wait(PATIENCE)
 
 
-def test_a_failing_evaluation_says_so_and_keeps_the_rows(evaluating, gate, capsys):
+def test_a_failing_evaluation_says_so_and_keeps_the_rows(evaluating, gate, capsys, monkeypatch):
     evaluated(evaluating, 50, n_clusters=8)
     rows = evaluating.rows
 
@@ -597,9 +597,15 @@ def test_a_failing_evaluation_says_so_and_keeps_the_rows(evaluating, gate, capsy
     evaluating.choose(n_clusters=9)
     evaluating.evaluate(50)
     assert evaluating.wait(PATIENCE)
+    assert "OSError in test_cluster_explorer.py" in evaluating.evaluation_status
+    assert "no such device" in evaluating.evaluation_status
+    assert (evaluating.rows, evaluating.running, evaluating.status) == (rows, None, "")
+    with monkeypatch.context() as patch:  # what nobody foresaw
+        patch.setattr("kclib.evaluation.evaluate", lambda *_, **__: broken())
+        evaluating.evaluate(50)
+        assert evaluating.wait(PATIENCE)
     assert evaluating.evaluation_status == "failed: OSError: no such device"
     assert "Traceback" in capsys.readouterr().err
-    assert (evaluating.rows, evaluating.running, evaluating.status) == (rows, None, "")
     evaluating.model.network[5].call = lambda: gate()
     evaluated(evaluating, 50)
     assert [row["k"] for row in evaluating.rows] == [0, 8, 9]
@@ -609,7 +615,7 @@ def test_an_evaluation_of_images_of_other_classes_says_so_in_its_own_sentence(ev
     object.__setattr__(evaluating.model, "classes", ("x", "y"))
     evaluating.evaluate(50)
     assert evaluating.wait(PATIENCE)
-    assert evaluating.evaluation_status.startswith("the model answers 2 classes, but tiny/test has 16")
+    assert evaluating.evaluation_status.startswith("the network has 16 outputs and 2 names")
     assert evaluating.rows == ()
 
 
