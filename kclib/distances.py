@@ -13,6 +13,7 @@ import numpy as np
 from kclib import checks, symmetry
 from kclib.errors import InvalidValueError
 
+_RANGE = 20  # binary digits of the largest coordinate, above 1 or below it, that need no other unit
 _FLAT = 1e-6  # a kernel that varies by less than this share of its length has no shape but rounding
 
 
@@ -90,6 +91,17 @@ def unit(points: np.ndarray) -> np.ndarray:
     # in float64: the squares of tiny kernels vanish in float32
     length = np.linalg.norm(points.astype(np.float64), axis=1, keepdims=True)
     return (points / np.where(length > 0, length, 1)).astype(np.float32)
+
+
+def framed(points: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return points ``(n, d)`` in a unit in which float32 holds their squares, and that unit, a power of two.
+
+    It is 1, and they are the points themselves, unless these are huge or tiny.
+    """
+    exponent = int(np.frexp(np.abs(points).max(initial=0))[1])
+    if abs(exponent) <= _RANGE:
+        return points, 1.0
+    return np.ldexp(points, -exponent), 2.0**exponent
 
 
 def _centred_unit(points: np.ndarray) -> np.ndarray:

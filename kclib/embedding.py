@@ -17,7 +17,6 @@ from kclib.store import Entry, Store
 # What is compared, by the name of a map: the kernels, their shapes, or the kernels up to flips and rotations.
 named_maps = {"raw": "euclidean", "unit": "cosine", "symmetric": "symmetric"}
 _FEWEST = 5  # kernels that UMAP can lay out
-_RANGE = 20  # kernels of up to 2**20 and down to 2**-20 have distances that UMAP takes as they are
 _BLOCK = 1 << 15  # kernels placed at a time; below ten thousand, UMAP takes thrice the rounds
 
 
@@ -72,13 +71,10 @@ def graph(
     points = checks.points("the kernels", points)
     checks.check_whole("n_neighbors", n_neighbors, min(2, len(points)), len(points))
     store, named = store or Store(), distances.named(named_maps[kind])
-    prepared = np.ascontiguousarray(named.prepare(points))
-    exponent = int(np.frexp(np.abs(prepared).max())[1])
-    exponent = exponent if abs(exponent) > _RANGE and prepared.any() else 0
-    prepared = np.ldexp(prepared, -exponent) if exponent else prepared
+    prepared, unit = distances.framed(np.ascontiguousarray(named.prepare(points)))
     itself = np.arange(len(prepared), dtype=np.int32)[:, None]
     if n_neighbors == 1:
-        return Graph(kind, prepared, itself, np.zeros((1, 1), np.float32), 2.0**exponent)
+        return Graph(kind, prepared, itself, np.zeros((1, 1), np.float32), unit)
     key = {"kind": "neighbours", "points": _hash(prepared), "map": kind, "n_neighbors": n_neighbors}
 
     def compute() -> Entry:
@@ -91,7 +87,7 @@ def graph(
         return Entry(key, {"n": len(prepared)}, arrays)
 
     entry = store.once(key, compute)
-    return Graph(kind, prepared, entry.arrays["indices"], entry.arrays["distances"], 2.0**exponent)
+    return Graph(kind, prepared, entry.arrays["indices"], entry.arrays["distances"], unit)
 
 
 def layout(

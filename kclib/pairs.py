@@ -160,6 +160,8 @@ def _met(
     edges = np.asarray(edges, float)
     if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all() or edges[0] < 0:
         raise InvalidValueError("edges must be at least two distances, ascending from 0 or more.")
+    prepared, unit = distances.framed(prepared)
+    edges = edges / unit
     thresholds = named.to_squared(edges).astype(np.float32)
     thresholds[-1] = np.nextafter(thresholds[-1], np.float32(np.inf))  # the last bin includes its right edge
     # Rounding puts some pairs a little above the largest distance there is.

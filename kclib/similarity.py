@@ -33,11 +33,11 @@ def nearest_distances(
     `progress` shows a bar when it takes longer than two seconds.
     """
     named = distances.named(distance)
-    prepared = named.prepared(points)
+    prepared, unit = distances.framed(named.prepared(points))
     turns, signs = named.orbit(prepared.shape[1])
     with bars.of_shares("nearest neighbours", progress) as bar:
         found = neighbours.nearest(prepared, turns=turns, signs=signs, progress=bar.update)
-    return named.of_squared(found.squared[:, 0].astype(np.float64))
+    return named.of_squared(found.squared[:, 0].astype(np.float64) * unit**2)
 
 
 def closeness(
@@ -59,7 +59,8 @@ def closeness(
     -------
     pandas.DataFrame
         One row a layer and null model: ``layer``; ``null``; ``kernels``; ``real``, ``chance``, median
-        distances to the nearest neighbour; ``ratio``, chance / real, above 1 where real kernels are closer;
+        distances to the nearest neighbour; ``ratio``, chance / real, above 1 where real kernels are closer,
+        infinite where most of them alone have a double, and NaN where most of both have;
         ``low``, ``high``, its 95 % interval (percentile bootstrap over kernels, 999 resamples; the null model
         is one draw). Layers with fewer than three kernels to compare are left out.
     """
@@ -145,12 +146,10 @@ def closest(bank: Kernels, row: int, k: int, *, distance: str = "euclidean") -> 
     if row not in candidates:
         raise InvalidValueError(f"kernel {row} has no shape; {distance} distance needs one that has.")
     others = candidates[candidates != row]
-    prepared = named.prepare(bank.points[row : row + 1])
+    prepared, unit = distances.framed(named.prepare(bank.points[[row, *others]]))
     turns, signs = named.orbit(prepared.shape[1])
-    found = neighbours.nearest(
-        named.prepare(bank.points[others]), k=k, queries=prepared, turns=turns, signs=signs
-    )
-    return others[found.indices[0]], named.of_squared(found.squared[0].astype(np.float64))
+    found = neighbours.nearest(prepared[1:], k=k, queries=prepared[:1], turns=turns, signs=signs)
+    return others[found.indices[0]], named.of_squared(found.squared[0].astype(np.float64) * unit**2)
 
 
 def _explained(points: np.ndarray, centres: np.ndarray) -> float:

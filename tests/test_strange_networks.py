@@ -215,6 +215,21 @@ def test_distances_are_in_range_and_every_pair_is_counted(kind, distance):
     assert (np.diff(apart) >= 0).all()
 
 
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**80])
+@pytest.mark.parametrize("distance", ["euclidean", "symmetric", "cosine"])
+def test_pairs_and_neighbours_of_kernels_times_a_power_of_two_are_the_same(distance, factor):
+    points = kernels.extract(network("ordinary")).points
+    unit = factor if np.isinf(distances.named(distance).largest) else 1
+    edges = np.linspace(0, 2, 30)
+    one, other = (
+        pairs.pair_histogram(np.float32(x) * points, y * edges, distance=distance) for x, y in ((1, 1), (factor, unit))
+    )
+    np.testing.assert_array_equal(one.counts, other.counts)
+    assert one.counts.sum() > 0
+    near, scaled_ = (similarity.nearest_distances(np.float32(x) * points, distance=distance) for x in (1, factor))
+    np.testing.assert_allclose(scaled_, near * unit, rtol=1e-5)
+
+
 @EACH
 def test_shapes_of_kernels_can_be_described_and_mapped(kind, tmp_path):
     bank = kernels.extract(network(kind))
