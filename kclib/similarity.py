@@ -9,7 +9,9 @@ from tqdm.auto import tqdm
 
 from kclib import bars, checks, distances, kmeans, neighbours, nulls, search
 from kclib.errors import InvalidValueError
-from kclib.kernels import Kernels, bank_of
+from kclib.kernels import KernelBank, Kernels, bank_of
+
+_FEWEST = 3  # kernels whose distances to the nearest say how alike they are
 
 
 def near_zero(bank: Kernels, share: float = 0.01) -> np.ndarray:
@@ -23,6 +25,33 @@ def near_zero(bank: Kernels, share: float = 0.01) -> np.ndarray:
         mine = lengths[layer.rows]
         result[layer.rows] = mine < share * np.sqrt(np.square(mine).mean())
     return result
+
+
+def comparable(bank: Kernels, *, distance: str = "cosine", share: float = 0.01) -> KernelBank:
+    """Return the layers of a bank of which a distance can compare three kernels or more.
+
+    Parameters
+    ----------
+    bank : KernelBank, Model or torch.nn.Module
+    distance : str
+    share : float
+        Kernels that are `near_zero` by it do not count.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        There is no such layer; an unknown distance; a share that is none.
+    """
+    bank = bank_of(bank)
+    usable = distances.named(distance).comparable(bank.points) & ~near_zero(bank, share)
+    counts = {layer.name: int(usable[layer.rows].sum()) for layer in bank.layers}
+    kept = [name for name, n in counts.items() if n >= _FEWEST]
+    if not kept:
+        raise InvalidValueError(
+            f"the layers have at most {max(counts.values())} kernels that {distance} distance can compare; "
+            f"how alike they are takes at least {_FEWEST} in one layer."
+        )
+    return bank.only(*kept)
 
 
 def nearest_distances(
@@ -71,11 +100,11 @@ def closeness(
     ):
         points = bank.points[layer.of(rows)]
         points = points[named.comparable(points)]
-        if len(points) < 3:
+        if len(points) < _FEWEST:
             continue
         sets = [points, *(nulls.drawn(null, points, seed=seed) for null in nulls.named_nulls)]
         sets = _equally_many([some[named.comparable(some)] for some in sets], seed)
-        if len(sets[0]) < 3:
+        if len(sets[0]) < _FEWEST:
             continue
         real, *chances = (nearest_distances(some, distance=distance) for some in sets)
         for null, chance in zip(nulls.named_nulls, chances, strict=True):

@@ -339,6 +339,7 @@ WRONG_INPUTS = [
     (nulls.drawn, lambda g: nulls.drawn("shuffle", g.points), UNKNOWN, "unknown null model 'shuffle'"),
     (pairs.pair_histogram, lambda g: pairs.pair_histogram(g.points, [0, 0]), WRONG, "edges must be"),
     (pairs.pair_histogram, lambda g: pairs.pair_histogram(g.points[:1], [0, 1]), WRONG, "at least 2"),
+    (similarity.comparable, lambda g: similarity.comparable(g.bank, share=-1), WRONG, "share is -1"),
     (similarity.closest, lambda g: similarity.closest(g.bank, 999, 1), WRONG, "rows must be whole numbers"),
     (similarity.closest, lambda g: similarity.closest(g.bank, 0, 0), WRONG, "k is 0"),
     (neighbours.nearest, lambda g: neighbours.nearest(g.points * NAN), WRONG, "NaN"),
