@@ -15,7 +15,9 @@ from kclib import checks, datasets, evaluation, footprint, models, parallel, rec
 from kclib.additivity import effects, orthogonality
 from kclib.combination import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.evaluation import Evaluation
+from kclib.kernels import KernelBank
 from kclib.recipe import Recipe
+from kclib.scopes import largest
 from kclib.stages import Stage
 from kclib.store import Entry, Store
 
@@ -34,6 +36,8 @@ def cells(
     precisions: Iterable[str | None] = (None, "fp16", "int8", "int4"),
     orders: Iterable[str] = ("prune first",),
     seeds: Iterable[int] = (0, 1, 2),
+    *,
+    bank: KernelBank | None = None,
 ) -> list[dict]:
     """Return every combination of these levels once.
 
@@ -49,6 +53,8 @@ def cells(
     orders : iterable of {"prune first", "cluster first"}
     seeds : iterable of int
         Of the clustering.
+    bank : KernelBank, optional
+        Leaves out a K above the kernels of the largest group that its scope makes of this bank.
 
     Returns
     -------
@@ -71,6 +77,8 @@ def cells(
             scope, seed = None, None
         else:
             k, seed = checks.check_whole("clusters", k, 1), checks.check_seed(seed)
+            if bank is not None and k > largest(bank, scope):
+                continue
         values = float(sparsity), k, scope, precision, order, seed
         found[values] = dict(zip(_CELL, values, strict=True))
     return list(found.values())

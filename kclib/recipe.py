@@ -58,7 +58,7 @@ class Recipe:
 
 
 def augment(images: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
-    """Return uint8 `images` ``(b, c, h, w)`` each mirrored, shifted and with a square blanked, at random."""
+    """Return images ``(b, c, h, w)`` each mirrored, shifted and with a square blanked, at random; blank is 0."""
     n, _, height, width = images.shape
 
     def draw(low: int, high: int) -> torch.Tensor:

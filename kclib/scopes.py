@@ -40,6 +40,17 @@ def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tupl
     return groups
 
 
+def largest(bank: KernelBank, scope: str | Mapping[str, str]) -> int:
+    """Return the kernels of the largest group: the most clusters that one number for all can be.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        As `grouping`.
+    """
+    return max(sum(layer.n_kernels for layer in layers) for layers in grouping(bank, scope).values())
+
+
 def wanted(
     members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[str, int] | pd.Series
 ) -> dict[str, int]:

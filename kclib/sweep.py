@@ -23,10 +23,10 @@ from kclib import (
     kernels,
     models,
     provenance,
-    scopes,
 )
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation
+from kclib.scopes import largest
 from kclib.store import VERSIONS, Entry, Store
 
 # What the dense model has in place of a clustering's numbers.
@@ -112,7 +112,9 @@ class Subject:
         scopes, methods = checks.several("scopes", scopes), checks.several("methods", methods)
         for method in methods:
             checks.check_known("method", method, clusterings.METHODS)
-        fitting = [(s, k) for s in scopes for k in ks if _fits(self.bank, s, k)]
+        scopes = list(scopes)
+        most = {scope: largest(self.bank, scope) for scope in scopes}
+        fitting = [(s, k) for s in scopes for k in ks if k <= most[s]]
         if not fitting:
             raise InvalidValueError(
                 f"no K of {ks} is at most the {len(self.bank)} kernels of {self.model.name}."
@@ -241,12 +243,6 @@ def input_fingerprint(model: models.Model, data: datasets.ImageSet) -> str:
     printed = re.sub("0x[0-9a-f]+", "", repr(model.network))  # addresses differ from run to run
     digest.update(json.dumps([printed, model.classes]).encode())
     return digest.hexdigest()
-
-
-def _fits(bank: kernels.KernelBank, scope: str, k: int) -> bool:
-    """Tell whether K is at most the largest group's kernels."""
-    groups = scopes.grouping(bank, scope).values()
-    return k <= max(sum(layer.n_kernels for layer in layers) for layers in groups)
 
 
 def removed(network: torch.nn.Module, result: clustering.Clustering) -> dict[str, float]:

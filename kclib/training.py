@@ -1,9 +1,9 @@
 """Train a classifier from given weights, resumable and seeded: how the shipped model was made."""
 
-import copy
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from kclib import datasets, files, models
+from kclib import datasets, files, kernels, models
 from kclib.errors import DamagedFileError, InvalidValueError, reason
 from kclib.recipe import Recipe, augment
 
@@ -67,9 +67,11 @@ def train(
     network : torch.nn.Module
         float32. Parameters that require no gradient stay.
     data : ImageSet
-        Training images, uint8 in memory; `recipe.held_back` of them choose the stopping point.
+        Training images; `recipe.held_back` of them choose the stopping point. Those in memory are changed at
+        random (`augment`) before they are preprocessed; those that are read file by file after it, where what
+        is blanked is 0. Without a teacher, those of unknown label are left out.
     preprocess : callable
-        From uint8 ``(b, c, h, w)`` to the network's input, and the teacher's.
+        To the network's input, and the teacher's.
     checkpoint : path
     teacher : torch.nn.Module, optional
         float32, unchanged. Its answers take the place of all labels, which are then never read: the loss is
@@ -88,6 +90,8 @@ def train(
     DamagedFileError
         A checkpoint that cannot be read.
     """
+    if teacher is None:
+        data = _labelled(data)
     kept, held = split(data, recipe)
     identity = _identity(network, data, recipe, teacher)
     network = _copied(network, device)
@@ -156,6 +160,12 @@ def start_from_features(network: nn.Module, path: Path | None) -> None:
     network.load_state_dict(features, strict=False)
 
 
+def _labelled(data: datasets.ImageSet) -> datasets.ImageSet:
+    """Return the images whose label is known."""
+    known = data.labels >= 0
+    return data if known.all() else datasets.select(data, known.nonzero()[:, 0])
+
+
 def _identity(network: nn.Module, data: datasets.ImageSet, recipe: Recipe, teacher: nn.Module | None) -> dict:
     """Return what a checkpoint must share with a call to be resumed by it."""
     return {
@@ -171,7 +181,7 @@ def _copied(network: nn.Module, device: str) -> nn.Module:
     for name, value in network.named_parameters():
         if value.dtype != torch.float32:
             raise InvalidValueError(f"parameter {name} is {value.dtype}; call .float() on the network first.")
-    return models.moved(copy.deepcopy(network), device).to(memory_format=torch.channels_last)
+    return models.moved(kernels.copied(network), device).to(memory_format=torch.channels_last)
 
 
 def _steps(recipe: Recipe, n_images: int) -> int:
@@ -207,19 +217,16 @@ def _epoch(parts, data, preprocess, recipe, epoch, teacher, device) -> float:
     seed = recipe.seed * 1000 + epoch - 1
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # dropout draws from the global generator
-    order = torch.randperm(len(data), generator=generator)
-    total, steps = 0.0, _steps(recipe, len(data))
-    for step in tqdm(range(steps), desc=f"epoch {epoch}/{recipe.epochs}", mininterval=2):
-        chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        inputs = preprocess(augment(data.images[chosen], recipe, generator)).to(
-            device, memory_format=torch.channels_last
-        )
+    steps = _steps(recipe, len(data))
+    order = torch.randperm(len(data), generator=generator)[: steps * recipe.batch_size]
+    batches = _changed(data, order, preprocess, recipe, generator)
+    total = 0.0
+    for inputs, labels in tqdm(batches, f"epoch {epoch}/{recipe.epochs}", steps, mininterval=2):
+        inputs = inputs.to(device, memory_format=torch.channels_last)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            logits = network(inputs).float()
+            logits = models.answers(network, inputs).float()
             if teacher is None:
-                loss = F.cross_entropy(
-                    logits, data.labels[chosen].to(device), label_smoothing=recipe.label_smoothing
-                )
+                loss = F.cross_entropy(logits, labels.to(device), label_smoothing=recipe.label_smoothing)
             else:
                 loss = _divergence(logits, teacher, inputs, recipe.temperature)
         parts["optimizer"].zero_grad()
@@ -235,13 +242,30 @@ def _epoch(parts, data, preprocess, recipe, epoch, teacher, device) -> float:
     return total / max(steps, 1)
 
 
+def _changed(data, order, preprocess, recipe, generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches of inputs and labels in an order, each image changed at random."""
+    if not torch.is_tensor(data.images):
+        for inputs, labels in _read(datasets.select(data, order), preprocess, recipe.batch_size):
+            yield augment(inputs, recipe, generator), labels
+        return
+    for chosen in order.split(recipe.batch_size):
+        images = augment(data.images[chosen], recipe, generator)
+        part = replace(data, images=images, labels=data.labels[chosen])
+        yield from datasets.batches(part, preprocess, recipe.batch_size)
+
+
+def _read(data, preprocess, batch_size) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches of inputs and labels in order, read by several processes where they are files."""
+    return datasets.batches(data, preprocess, batch_size, workers=min(4, os.cpu_count() or 1))
+
+
 def _divergence(logits: torch.Tensor, teacher: nn.Module, inputs: torch.Tensor, temperature: float):
     """Return the KL divergence from a teacher's softened answers.
 
     Times the temperature squared, so that gradients keep their magnitude whatever it is (Hinton et al. 2015).
     """
     with torch.no_grad():
-        wanted = F.log_softmax(teacher(inputs).float() / temperature, dim=1)
+        wanted = F.log_softmax(models.answers(teacher, inputs).float() / temperature, dim=1)
     own = F.log_softmax(logits / temperature, dim=1)
     return F.kl_div(own, wanted, reduction="batchmean", log_target=True) * temperature**2
 
@@ -252,7 +276,7 @@ def _answers(network, data, preprocess, device) -> torch.Tensor:
     network.eval()
     found = []
     with torch.autocast(torch.device(device).type, torch.bfloat16):
-        for inputs, _ in datasets.batches(data, preprocess, 250):
+        for inputs, _ in _read(data, preprocess, 250):
             inputs = inputs.to(device, memory_format=torch.channels_last)
             found.append(models.answers(network, inputs).argmax(1).cpu())
     return torch.cat(found)
@@ -264,10 +288,8 @@ def split(data: datasets.ImageSet, recipe: Recipe) -> tuple[datasets.ImageSet, d
     Raises
     ------
     InvalidValueError
-        Images that are not in memory; too few for the recipe.
+        Too few images for the recipe.
     """
-    if not torch.is_tensor(data.images):
-        raise InvalidValueError(f"{data.name} is read file by file; training needs its images in memory.")
     largest = len(data) - recipe.batch_size
     if largest < 1:
         raise InvalidValueError(

@@ -148,13 +148,54 @@ def test_a_bad_recipe_is_refused_in_a_sentence(changes, sentence):
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
-    files = replace(data(), images=TensorDataset(data().images))
-    with pytest.raises(InvalidValueError, match="in memory"):
-        training.train(network(), files, scaler(), RECIPE, tmp_path / "a.pt")
     with pytest.raises(InvalidValueError, match=r"0\.weight is torch\.float16; call \.float"):
         training.train(network().half(), data(), scaler(), RECIPE, tmp_path / "a.pt")
     with pytest.raises(InvalidValueError, match=r"loss of epoch 1 is nan; .* below 0\.01"):
         training.train(network(), data(), lambda x: x * math.nan, RECIPE, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_images_read_one_by_one_train_as_those_in_memory(tmp_path, taught):
+    def to_float(images):  # black stays 0, so that it does not matter which comes first, this or the blanks
+        return images.float() / 64
+
+    how = {"teacher": network(1) if taught else None}
+    start = nn.Sequential(*(x for x in network() if not isinstance(x, nn.Dropout)))  # it has draws of its own
+    streamed = replace(data(), images=TensorDataset(data().images))
+    first, second = (
+        training.train(start, images, to_float, RECIPE, tmp_path / f"{i}.pt", **how)
+        for i, images in enumerate((data(), streamed))
+    )
+    assert first.history == second.history
+    assert equal(first.network.state_dict(), second.network.state_dict())
+
+
+def test_a_run_on_images_read_one_by_one_resumes_to_the_bit(tmp_path):
+    def interrupt(*_):
+        if next(calls) == 1 + CALLS + 2:  # in the second epoch
+            raise InterruptedError
+
+    calls, streamed = itertools.count(), replace(data(), images=TensorDataset(data().images))
+    whole = training.train(network(), streamed, scaler(), RECIPE, tmp_path / "whole.pt")
+    net = network()
+    handle = net.register_forward_pre_hook(interrupt)
+    with pytest.raises(InterruptedError):
+        training.train(net, streamed, scaler(), RECIPE, tmp_path / "cut.pt")
+    handle.remove()
+    resumed = training.train(net, streamed, scaler(), RECIPE, tmp_path / "cut.pt")
+    assert resumed.history == whole.history
+    assert equal(resumed.network.state_dict(), whole.network.state_dict())
+
+
+def test_images_of_unknown_label_are_not_trained_on(tmp_path):
+    labels = data().labels.clone()
+    labels[::6] = -1
+    seen = set()
+    see = scaler(seen=lambda images: seen.update(images[:, 0, 0, 0].tolist()))
+    recipe = replace(RECIPE, shift=0, square=0)
+    trained = training.train(network(), replace(data(), labels=labels), see, recipe, tmp_path / "a.pt")
+    assert seen == set(data().images[labels >= 0, 0, 0, 0].tolist())
+    assert all(math.isfinite(row["held_back"]) for row in trained.history)
 
 
 def test_held_back_images_are_never_trained_on_and_each_epoch_has_its_own_order(tmp_path):
