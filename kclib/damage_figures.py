@@ -1,10 +1,19 @@
 """Pictures of where accuracy was lost: each draws given values on an axes and returns it."""
 
+from collections.abc import Iterable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
+from PIL import Image, ImageOps
+
+from kclib.datasets import ImageSet
+
+_SIDE = 96  # pixels of an image, at most
+_LETTERS = 13  # of a class's name under an image, at most
 
 
 def by_layer(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -64,19 +73,28 @@ def by_class(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def flipped(images: np.ndarray, table: pd.DataFrame, *, columns: int = 8, ax: Axes | None = None) -> Axes:
+def flipped(
+    images: np.ndarray | ImageSet, table: pd.DataFrame, *, columns: int = 8, ax: Axes | None = None
+) -> Axes:
     """Draw images that are answered otherwise than before, with the truth and both answers under each.
 
     Parameters
     ----------
-    images : numpy.ndarray
-        uint8 ``(m, h, w)`` or ``(m, h, w, 3)``: those of the table's rows, in their order.
+    images : numpy.ndarray or ImageSet
+        uint8 ``(m, h, w)`` or ``(m, h, w, 3)``: those of the table's rows, in their order. Or the images that
+        were evaluated, of which those are drawn.
     table : pandas.DataFrame
         Rows of what `attribution.flipped` returns.
     columns : int
         Images a row.
     """
     ax = ax or plt.gca()
+    if table.empty:
+        ax.text(0.5, 0.5, "no image is answered otherwise", ha="center", va="center", fontsize=9)
+        ax.set_axis_off()
+        return ax
+    if isinstance(images, ImageSet):
+        images = _pictures(images, table.image)
     height, width = images.shape[1:3]
     deep, wide = height + max(8, height // 2), width + 2
     rows = -(-len(images) // columns)
@@ -84,9 +102,35 @@ def flipped(images: np.ndarray, table: pd.DataFrame, *, columns: int = 8, ax: Ax
     for i, (image, row) in enumerate(zip(images, table.itertuples(), strict=True)):
         top, left = (i // columns) * deep, (i % columns) * wide
         sheet[top : top + height, left : left + width] = image
-        text = f"{row.label}\n{row.before} → {row.after}"
+        label, before, after = map(_shortened, (row.label, row.before, row.after))
+        text = f"{label}\n{before} → {after}"
         colour = {"lost": "firebrick", "won": "darkgreen"}.get(row.way, "0.3")
         ax.text(left + width / 2, top + height + 1, text, ha="center", va="top", fontsize=7, color=colour)
     ax.imshow(sheet, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     ax.set_axis_off()
     return ax
+
+
+def _shortened(name: str) -> str:
+    """Return a name that leaves room for its neighbours'."""
+    return name if len(name) <= _LETTERS else name[: _LETTERS - 1] + "…"
+
+
+def _pictures(data: ImageSet, rows: Iterable[int]) -> np.ndarray:
+    """Return some images as uint8 ``(m, h, w, 3)``, those of several sizes in the middle of a white square."""
+    found = [_picture(data.images[i] if torch.is_tensor(data.images) else data.images[i][0]) for i in rows]
+    if len({picture.size for picture in found}) > 1 or max(max(x.size) for x in found) > _SIDE:
+        found = [ImageOps.pad(x, (_SIDE, _SIDE), color="white") for x in found]
+    return np.stack([np.asarray(x) for x in found])
+
+
+def _picture(image: Image.Image | torch.Tensor) -> Image.Image:
+    """Return an image as one sees it; numbers that are no bytes from the least, black, to the largest."""
+    if not isinstance(image, Image.Image):
+        values = torch.as_tensor(image)
+        values = values[[0] * 3 if len(values) < 3 else [0, 1, 2]]
+        if values.dtype != torch.uint8:
+            low, high = values.min(), values.max()
+            values = 255 * (values - low) / (high - low).clamp(min=1e-12)
+        image = Image.fromarray(values.permute(1, 2, 0).to(torch.uint8).numpy())
+    return image.convert("RGB")

@@ -2,8 +2,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
 from kclib import damage_figures
+from kclib.datasets import ImageSet
 
 LAYERS = pd.DataFrame(
     [("a", "alone", 5.0, 4.0, 7.0), ("a", "all but", 20.0, 18, 21), ("b", "alone", -1.0, -2, 0),
@@ -76,3 +79,29 @@ def test_flipped_images_stand_over_the_truth_and_both_answers():
     assert len({text.get_color() for text in ax.texts}) == 3
     coloured = damage_figures.flipped(np.zeros((3, 4, 5, 3), np.uint8), FLIPS, ax=plt.figure().gca())
     assert coloured.images[0].get_array().shape[2] == 3
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_flipped_images_are_found_in_their_data_set_whatever_it_holds(in_memory):
+    pixels = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pairs = [(Image.fromarray(x.permute(1, 2, 0).numpy()), 0) for x in pixels]
+    data = ImageSet("made up", pixels if in_memory else pairs, torch.zeros(5).long(), ("a",), "")
+    ax = damage_figures.flipped(data, FLIPS.assign(image=[4, 0, 2]), ax=plt.figure().gca())
+    sheet = np.asarray(ax.images[0].get_array())
+    for place, image in enumerate((4, 0, 2)):
+        drawn = sheet[:4, place * 8 :][:, :6]
+        np.testing.assert_array_equal(drawn, pixels[image].permute(1, 2, 0))
+
+
+def test_photographs_of_several_sizes_and_long_names_keep_to_their_places():
+    photographs = [(Image.new("RGB", size, "black"), 0) for size in ((400, 200), (30, 90), (8, 8))]
+    data = ImageSet("made up", photographs, torch.zeros(3).long(), ("a",), "")
+    table = FLIPS.assign(image=[0, 1, 2], label="Chesapeake Bay retriever")
+    ax = damage_figures.flipped(data, table, ax=plt.figure().gca())
+    assert ax.images[0].get_array().shape == (144, 8 * 98, 3)
+    assert {text.get_text().splitlines()[0] for text in ax.texts} == {"Chesapeake B…"}
+
+
+def test_no_flipped_image_is_a_sentence():
+    ax = damage_figures.flipped(IMAGES[:0], FLIPS[:0], ax=plt.figure().gca())
+    assert "no image" in ax.texts[0].get_text()

@@ -322,6 +322,15 @@ def test_accuracy_curve_has_a_line_a_scope_the_dense_model_and_the_reports_star(
     assert report.get_marker() == "*"
 
 
+@pytest.mark.parametrize(("n_kernels", "star"), [(1_634_496, True), (2_280, False)])
+def test_the_reports_star_is_for_networks_of_as_many_kernels(n_kernels, star):
+    clusters = pd.Series([0, 16, 256, 1024])
+    table = TABLE.assign(clusters=clusters, kernels_removed=100 * (1 - clusters / n_kernels))
+    table.loc[0, "kernels_removed"] = 0.0
+    ax = figures.accuracy_curve(table, ax=plt.figure().gca())
+    assert any("IPSJ" in text for text in legend(ax)) == star
+
+
 def test_accuracy_axis_grows_to_the_right_and_is_labelled_in_percent_removed():
     ax = figures.accuracy_curve(TABLE, ax=plt.figure().gca())
     assert ax.xaxis_inverted()
