@@ -4,16 +4,21 @@ The library refuses what cannot be done; a notebook does what can be, and says s
 returns what is taken, and the sentence: empty where all that was asked for is there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from kclib import checks, datasets
-from kclib.errors import InvalidValueError
+import torch
+
+from kclib import checks, clustering, datasets, evaluation, footprint
+from kclib.datasets import ImageSet
+from kclib.errors import InvalidValueError, KclibError
 from kclib.kernels import KernelBank
+from kclib.models import Model
 from kclib.recipe import Recipe
 from kclib.scopes import largest
 
 _SHARE = 4  # of what there is, one in so many is taken where more was asked for than there is
+_ROOM = 1.5  # times the least bytes must be there, for more than a cluster or two in each layer
 _NAMES = {"layer": "the largest layer", "global": "the network"}
 
 
@@ -61,7 +66,9 @@ def several(
     most, said = max(there.values()), []
     for scope, n in there.items():
         if above := [f"{k:,}" for k in asked if k is not None and k > n]:
-            said.append(f"K = {', '.join(above)}: not in scope {scope}, as {_NAMES[scope]} has {n:,} kernels.")
+            said.append(
+                f"K = {', '.join(above)} is left out of scope {scope}: {_NAMES[scope]} has {n:,} kernels."
+            )
     kept = [k for k in asked if k is None or k <= most]
     if len(kept) < len(asked) and not any(kept):
         kept.append(max(1, most // _SHARE))
@@ -69,8 +76,10 @@ def several(
     return kept, " ".join(said)
 
 
-def images(data: datasets.ImageSet, limit: int, kind: str = "test") -> tuple[datasets.ImageSet, str]:
-    """Return `limit` images as `datasets.limited` draws them, or all if it is 0 or more than there are.
+def images(
+    data: ImageSet, limit: int, kind: str = "test", *, drawn: bool = True
+) -> tuple[ImageSet, str]:
+    """Return `limit` images, or all if it is 0 or more than there are.
 
     Parameters
     ----------
@@ -78,34 +87,89 @@ def images(data: datasets.ImageSet, limit: int, kind: str = "test") -> tuple[dat
     limit : int
     kind : str
         What the sentence calls them.
+    drawn : bool
+        Whether they are drawn as by `datasets.limited`, or the first.
 
     Raises
     ------
     InvalidValueError
         A limit below 0.
     """
-    checks.check_whole("limit", limit, 0)
+    checks.check_whole(f"number of {kind} images", limit, 0)
     if limit > len(data):
-        return data, f"{limit:,} {kind} images were asked for, and all {len(data):,} that there are are taken."
-    return (datasets.limited(data, limit) if limit else data), ""
+        return data, f"{limit:,} {kind} images were asked for; there are {len(data):,}, and all are taken."
+    if not limit:
+        return data, ""
+    return datasets.limited(data, limit) if drawn else datasets.select(data, torch.arange(limit)), ""
 
 
 def recipe(asked: Recipe, n_images: int) -> tuple[Recipe, str]:
     """Return a recipe that `training.split` can follow with so many images.
 
-    Where all that was asked for is there, it is the recipe as it is. Otherwise at most half of the images are
-    held back, a quarter if more were asked for; an epoch has at most all others, and at least four batches.
+    A quarter of them is held back if more than half were to be; an epoch has no more than the others, and at
+    least four batches if it has not enough for one as large as asked for.
     """
     held = asked.held_back if 2 * asked.held_back <= n_images else max(1, n_images // _SHARE)
     kept = max(0, n_images - held)
     epoch = min(asked.images or kept, kept)
-    few = 1 << max(1, (epoch // _SHARE).bit_length() - 1)
-    batch = asked.batch_size if asked.batch_size <= epoch else few
-    taken = replace(asked, held_back=held, images=epoch if asked.images else 0, batch_size=batch)
+    small = 1 << max(1, (epoch // _SHARE).bit_length() - 1)
+    batch = asked.batch_size if asked.batch_size <= epoch else small
+    taken = replace(asked, held_back=held, images=min(asked.images, kept), batch_size=batch)
     if taken == asked:
         return asked, ""
     return taken, (
-        f"Of {n_images:,} training images {held:,} are held back and {epoch:,} are trained on in an epoch, "
-        f"{batch:,} at a time; {asked.held_back:,} and {asked.images or 'all others'}, "
-        f"{asked.batch_size:,} at a time, were asked for."
+        f"Of {n_images:,} training images {held:,} are held back, and {epoch:,} are trained on in an epoch, "
+        f"{batch} at a time: there are fewer than the {asked.held_back:,} and {asked.images:,} asked for."
     )
+
+
+def budgets(model: Model, bank: KernelBank, shares: Iterable[float]) -> tuple[dict[float, float], str]:
+    """Return the bytes of all convolutions that each share comes to, one in so many.
+
+    Convolutions of another size, and biases, stay as they are. Where a share does not leave half as much
+    again as they and one cluster a layer take, it is a share of the bytes above that.
+
+    Raises
+    ------
+    InvalidValueError
+        A share below 1.
+    """
+    shares = sorted(shares)
+    for share in shares:
+        if not (checks.is_real(share) and share >= 1):
+            raise InvalidValueError(f"a share is {share!r}; it must be a number, at least 1.")
+    dense = footprint.convolution_bytes(model.network)
+    single = clustering.cluster(bank, 1, progress=False)
+    stored = footprint.ledger(model.network, single, codings=["entropy"])
+    least = int(stored.loc["convolutions", "entropy_fp16"])
+    found = {share: dense / share for share in shares}
+    above = [share for share in shares if found[share] < _ROOM * least]
+    found |= {share: least + (dense - least) / share for share in above}
+    if not above:
+        return found, ""
+    named = ", ".join(f"1/{share:g}" for share in above)
+    return found, (
+        f"Of the {dense:,} bytes of the convolutions {least:,} remain even with one cluster a layer, for what is "
+        f"not clustered stays as it is: {named} is a share of the bytes above that."
+    )
+
+
+def about(model: Model, data: ImageSet) -> str:
+    """Return what the reader of a result must know of how images were read and their classes matched.
+
+    Raises
+    ------
+    InvalidValueError
+        As `evaluation.evaluate`.
+    """
+    known = (data.labels >= 0).nonzero()[:1, 0]
+    one = evaluation.evaluate(model, datasets.select(data, known), progress=False)
+    return " ".join(datasets.aligned(data, model.classes, len(one.classes)).notes)
+
+
+def attempted(what: str, call: Callable, *arguments, **options) -> tuple[object | None, str]:
+    """Return what a call returns; where it is refused, None and a sentence that names what is left out."""
+    try:
+        return call(*arguments, **options), ""
+    except KclibError as error:
+        return None, f"{what} is left out: {error}"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kclib import checks, inference, kernels, models
+from kclib import checks, inference, kernels, layers, models
 from kclib.compression import expanded
 from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
@@ -76,6 +76,36 @@ def of_layer(layer: ClusteredConv2d, images: Tensor) -> dict[str, float]:
             "add then convolve": lambda: add_then_convolve(layer, images),
         }
     )
+
+
+def of_layers(network: nn.Module, *, n_images: int = 16, side: int = 4, seed: int = 0) -> pd.DataFrame:
+    """Time the ways of `of_layer` on a layer from the middle of a compressed network and on the last one.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        From `compression.compress`.
+    n_images : int
+    side : int
+        Height and width of the random maps, in pixels; those of a layer whose kernels reach further are as
+        large as that.
+    seed : int
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by layer; a column a way, median milliseconds. Without rows if no layer `is_plain`.
+    """
+    plain = {name: layer for name, layer in layers.clustered(network).items() if is_plain(layer)}
+    rows, generator = {}, torch.Generator().manual_seed(seed)
+    for name in list(plain)[len(plain) // 2 :: max(1, len(plain) // 2)]:
+        layer = plain[name]
+        reach = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        wide = max(side, *reach)
+        rows[name] = of_layer(
+            layer, torch.randn(n_images, layer.in_channels, wide, wide, generator=generator)
+        )
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
 def is_plain(layer: ClusteredConv2d) -> bool:

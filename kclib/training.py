@@ -222,7 +222,7 @@ def _epoch(parts, data, preprocess, recipe, epoch, teacher, device) -> float:
     batches = _changed(data, order, preprocess, recipe, generator)
     total = 0.0
     for inputs, labels in tqdm(batches, f"epoch {epoch}/{recipe.epochs}", steps, mininterval=2):
-        inputs = inputs.to(device, memory_format=torch.channels_last)
+        inputs = _placed(inputs, device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             logits = models.answers(network, inputs).float()
             if teacher is None:
@@ -259,6 +259,12 @@ def _read(data, preprocess, batch_size) -> Iterator[tuple[torch.Tensor, torch.Te
     return datasets.batches(data, preprocess, batch_size, workers=min(4, os.cpu_count() or 1))
 
 
+def _placed(inputs: torch.Tensor, device: str) -> torch.Tensor:
+    """Return inputs on a device, images in the layout that convolutions are fastest in."""
+    layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
+    return inputs.to(device, memory_format=layout)
+
+
 def _divergence(logits: torch.Tensor, teacher: nn.Module, inputs: torch.Tensor, temperature: float):
     """Return the KL divergence from a teacher's softened answers.
 
@@ -277,7 +283,7 @@ def _answers(network, data, preprocess, device) -> torch.Tensor:
     found = []
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         for inputs, _ in _read(data, preprocess, 250):
-            inputs = inputs.to(device, memory_format=torch.channels_last)
+            inputs = _placed(inputs, device)
             found.append(models.answers(network, inputs).argmax(1).cpu())
     return torch.cat(found)
 
