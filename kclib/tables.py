@@ -44,3 +44,10 @@ def named(table: pd.DataFrame) -> dict[str, pd.Series]:
 def p_values(values: pd.Series) -> pd.Series:
     """Return p-values as text of three decimals; what has none is a dash."""
     return values.map("{:.3f}".format, na_action="ignore").replace("0.000", "< 0.001").fillna("–")
+
+
+def in_bytes(n_bytes: float) -> str:
+    """Return bytes as text: in megabytes, or in kilobytes or bytes where they are few."""
+    if n_bytes < 1e3:
+        return f"{n_bytes:.0f} bytes"
+    return f"{n_bytes / 1e3:.1f} kB" if n_bytes < 1e5 else f"{n_bytes / 1e6:.2f} MB"

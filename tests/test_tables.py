@@ -21,3 +21,8 @@ def test_a_table_for_readers_has_columns_for_what_varies():
     two = tables.readable(pd.DataFrame([dense, row, row | {"method": "turned", "scope": "layer"}]))
     assert two.columns.tolist() == ["method", *one.columns]
     assert two.codebook.tolist()[2] == "a layer"
+
+
+def test_bytes_are_told_in_a_unit_that_leaves_digits():
+    told = [tables.in_bytes(n) for n in (0, 66, 999, 10_288, 99_940, 239_000, 58_880_000)]
+    assert told == ["0 bytes", "66 bytes", "999 bytes", "10.3 kB", "99.9 kB", "0.24 MB", "58.88 MB"]

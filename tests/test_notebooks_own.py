@@ -1,0 +1,102 @@
+"""The notebooks on four networks of other people and 200 pictures in a folder: the documented batch, whole."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from four_networks import write_pictures
+
+from kclib import reports
+
+HERE = Path(__file__).parent
+NETWORKS = ["mobilenet", "resnet", "lenet", "convolutional"]
+STEMS = [path.stem for path in sorted((HERE.parent / "notebooks").glob("*.ipynb"))]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Folders of the reports by network, and how the batches that wrote them ended."""
+    folder = tmp_path_factory.mktemp("own")
+    pictures, calls = write_pictures(folder / "pictures"), []
+    for name in NETWORKS:
+        given = {"model": f"four_networks:{name}", "data": f"folder:{pictures}"}
+        given |= {"input_shape": [1, 28, 28]} if name == "lenet" else {}
+        changes = [part for item in given.items() for part in ("--set", "{}={}".format(*item))]
+        profile = str(HERE / "four_networks.yaml")
+        calls.append(["batch", "--profile", profile, "--out", str(folder / name), *changes])
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "KCLIB_STORE": str(folder / "store")}
+    command = [sys.executable, HERE / "one_process.py", json.dumps(calls)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ended = dict(zip(NETWORKS, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    print(ended)
+    return {name: folder / name / "four_networks" for name in NETWORKS}, ended, done.stderr
+
+
+def text_of(folder: Path, stem: str) -> str:
+    """Return what the cells of an executed notebook say."""
+    cells = nbformat.read(folder / f"{stem}.ipynb", as_version=4).cells
+    outputs = (output.get("data", {}) for cell in cells for output in cell.get("outputs", ()))
+    return "\n".join(data["text/markdown"] for data in outputs if "text/markdown" in data)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_batch_on_ones_own_network_and_folder_ends_with_exit_code_0(ran, name):
+    folders, ended, said = ran
+    assert ended[name][0] == 0, [line for line in said.splitlines() if line.startswith("kclib:")]
+    for stem in STEMS:
+        executed = nbformat.read(folders[name] / f"{stem}.ipynb", as_version=4)
+        assert f"four_networks:{name}" in str(executed.cells)
+        assert reports.read_headline(executed)
+    assert (folders[name] / "index.html").read_text().count("<img") == len(STEMS)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_page_says_nothing_that_is_not_a_number_nor_of_another_network(ran, name, stem):
+    text = text_of(ran[0][name], stem)
+    assert not re.search(r"\bnan\b|\binf\b|VGG|1,634,496", text)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("stem", ["05-accuracy", "07-recovery", "08-orthogonality", "09-damage"])
+def test_a_page_says_how_classes_were_matched_and_what_there_was_less_of(ran, name, stem):
+    text = text_of(ran[0][name], stem)
+    assert "test images were asked for" in text
+    assert "class 0, class 1" in text
+    assert ("divided by the content" in text) == (stem != "05-accuracy")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_page_says_which_clusters_there_are_no_kernels_for(ran, name):
+    folder, n_kernels = ran[0][name], {"mobilenet": 2_280, "resnet": 19_584, "lenet": 102, "convolutional": 1_008}
+    assert f"{n_kernels[name]:,} kernels" in text_of(folder, "01-kernels") or name == "resnet"
+    tables = {stem: pd.read_csv(folder / f"{stem}.csv") for stem in ("accuracy", "combinations")}
+    assert (4096 in set(tables["accuracy"].k)) == (name == "resnet")
+    assert ("4,096" in text_of(folder, "05-accuracy")) == (name != "resnet")
+    assert tables["combinations"].clusters.max() == (4096 if name == "resnet" else n_kernels[name] // 4)
+
+
+def test_convolutions_that_are_left_out_are_named_with_the_reason(ran):
+    assert "1×1 kernels, not 5×5: `features" in text_of(ran[0]["mobilenet"], "01-kernels")
+    assert "7×7 kernels, not 3×3: `conv1`" in text_of(ran[0]["resnet"], "01-kernels")
+    assert "No convolution was left out" in text_of(ran[0]["lenet"], "01-kernels")
+
+
+def test_what_cannot_be_measured_of_depthwise_layers_is_left_out_by_name(ran):
+    left_out = "no clustered layer is a float32 convolution of one group"
+    assert [left_out in text_of(ran[0][name], "06-memory") for name in NETWORKS] == [True, False, False, False]
+
+
+def test_bytes_are_kept_to_where_other_convolutions_take_most(ran):
+    assert "share of the bytes above that" in text_of(ran[0]["mobilenet"], "07-recovery")
+    for name in NETWORKS:
+        table = pd.read_csv(ran[0][name] / "recovery.csv").set_index("method")
+        assert table.loc["clustering, trained", "bytes"] < table.loc["dense", "bytes"]
