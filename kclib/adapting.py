@@ -76,9 +76,7 @@ def several(
     return kept, " ".join(said)
 
 
-def images(
-    data: ImageSet, limit: int, kind: str = "test", *, drawn: bool = True
-) -> tuple[ImageSet, str]:
+def images(data: ImageSet, limit: int, kind: str = "test", *, drawn: bool = True) -> tuple[ImageSet, str]:
     """Return `limit` images, or all if it is 0 or more than there are.
 
     Parameters
@@ -149,8 +147,8 @@ def budgets(model: Model, bank: KernelBank, shares: Iterable[float]) -> tuple[di
         return found, ""
     named = ", ".join(f"1/{share:g}" for share in above)
     return found, (
-        f"Of the {dense:,} bytes of the convolutions {least:,} remain even with one cluster a layer, for what is "
-        f"not clustered stays as it is: {named} is a share of the bytes above that."
+        f"Of the {dense:,} bytes of the convolutions {least:,} remain even with one cluster a layer, for "
+        f"what is not clustered stays as it is: {named} is a share of the bytes above that."
     )
 
 

@@ -243,7 +243,7 @@ def accuracy_curve(table: pd.DataFrame, *, x: str = "kernels_removed", ax: Axes 
     ax.xaxis.set_minor_formatter("")
     ax.invert_xaxis()
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    ax.legend(fontsize=8, frameon=False, loc="lower left" if dense > 50 else "upper left")
     return ax
 
 

@@ -58,7 +58,7 @@ class Recipe:
 
 
 def augment(images: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
-    """Return images ``(b, c, h, w)`` each mirrored, shifted and with a square blanked, at random; blank is 0."""
+    """Return images ``(b, c, h, w)`` each mirrored, shifted and with a square made 0, at random."""
     n, _, height, width = images.shape
 
     def draw(low: int, high: int) -> torch.Tensor:

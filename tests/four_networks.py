@@ -16,7 +16,7 @@ def mobilenet() -> nn.Module:
 
 
 class _Narrow(ResNet):
-    """A ResNet whose blocks are an eighth as wide: a sixty-fourth of the kernels, and of the time they take."""
+    """A ResNet whose blocks are an eighth as wide, so that it takes a sixty-fourth of the time."""
 
     def _make_layer(self, block, planes, *arguments, **options):
         return super()._make_layer(block, planes // 8, *arguments, **options)
@@ -34,7 +34,9 @@ def lenet() -> nn.Module:
     torch.manual_seed(0)
     first = [nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2)]
     second = [nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()]
-    return nn.Sequential(*first, *second, nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Linear(84, 10))
+    return nn.Sequential(
+        *first, *second, nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Linear(84, 10)
+    )
 
 
 def convolutional() -> nn.Module:

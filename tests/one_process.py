@@ -1,8 +1,8 @@
 """Run batches one after the other, all notebooks in this process, in place of a kernel for each.
 
-Starting a kernel takes longer than what the notebooks of a small network have to do. Arguments are JSON: those of
-the command line for each batch. The last line of the output has their exit codes and the seconds of processor
-that each took, those of child processes included.
+Starting a kernel takes longer than what the notebooks of a small network have to do. The argument is
+JSON: those of the command line for each batch. The last line of the output has their exit codes and the
+seconds of processor that each took, those of child processes included.
 """
 
 import io

@@ -166,3 +166,15 @@ def test_a_network_in_training_is_left_as_it_was():
     before = copy.deepcopy(network.state_dict())
     latency.of_network(network, (3, 8, 8), [2])
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_layers_are_timed_on_maps_that_their_kernels_fit_into():
+    network = nn.Sequential(*(nn.Conv2d(2, 2, size, dilation=2) for size in (3, 5, 5, 5)))
+    times = latency.of_layers(compress(network, cluster(extract(network), 2)), n_images=2)
+    assert times.index.tolist() == ["2", "3"]
+    assert (times > 0).all(axis=None)
+
+
+def test_of_layers_that_no_way_can_compute_none_is_timed():
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4))
+    assert latency.of_layers(compress(network, cluster(extract(network), 2))).empty

@@ -121,7 +121,7 @@ def smoke(tmp_path_factory, small):
         profile = profiles.load("smoke", changes=changes | {"held_back": 1000, "images": 1280})
         own = {
             "07-recovery": {"limit": 2000, "shares": [12, 16]},
-            "08-orthogonality": {"limit": 500, "codebooks": [None, 32, 256], "seeds": [0, 1]},
+            "08-orthogonality": {"limit": 500, "clusters": [None, 32, 256], "seeds": [0, 1]},
             "09-damage": {"limit": 1000, "n_clusters": 24, "restored": 400},
         }
         own = {stem: {"model": "smallnet:model"} | changed for stem, changed in own.items()}
@@ -217,8 +217,7 @@ def test_the_interactive_map_is_in_the_page_and_asks_no_network(smoke):
 
 def test_papermill_alone_runs_a_notebook_from_any_folder(tmp_path):
     command = [sys.executable, "-m", "papermill", profiles.NOTEBOOKS / "05-accuracy.ipynb", "out.ipynb"]
-    given = {"n_clusters": "4096", "limit": "50", "report_dir": "found"}
-    options = [part for name, value in given.items() for part in ("-p", name, value)]
+    options = ["-p", "limit", "50", "-p", "report_dir", "found", "-y", "{clusters: [4096]}"]
     store = {"KCLIB_STORE": str(tmp_path / "store")}
     subprocess.run([*command, *options], cwd=tmp_path, env=os.environ | store, check=True)
     assert reports.read_headline(nbformat.read(tmp_path / "out.ipynb", as_version=4))

@@ -20,6 +20,7 @@ from torch import nn
 
 from kclib import (
     activations,
+    adapting,
     additivity,
     attribution,
     batch,
@@ -372,6 +373,12 @@ WRONG_INPUTS = [
     (clusterings.cluster, lambda g: clusterings.cluster(g.bank, 2, method="turn"), UNKNOWN, "did you mean 'turned'"),
     (clusterings.key_of, lambda g: clusterings.key_of(g.bank, 2, scope="layer", method="", seed=0), UNKNOWN, "method ''"),
     (scopes.grouping, lambda g: scopes.grouping(g.bank, {"0": "a"}), WRONG, "every layer"),
+    (scopes.largest, lambda g: scopes.largest(g.bank, {"0": "a"}), WRONG, "every layer"),
+    (adapting.clusters, lambda g: adapting.clusters(g.bank, 0), WRONG, "n_clusters is 0"),
+    (adapting.several, lambda g: adapting.several(g.bank, [2], []), WRONG, "scopes is empty"),
+    (adapting.images, lambda g: adapting.images(g.data, -1), WRONG, "test images is -1"),
+    (adapting.budgets, lambda g: adapting.budgets(g.model, g.bank, [0.5]), WRONG, "a share is 0.5"),
+    (adapting.about, lambda g: adapting.about(g.model, g.none), WRONG, "no images"),
     (scopes.wanted, lambda g: clustering.cluster(g.bank, {"9": 2}), WRONG, "name every group"),
     (representatives.cluster, lambda g: representatives.cluster(g.bank, 2, "mediod"), UNKNOWN, "did you mean 'medoid'"),
     (representatives.Represented.n_bytes, lambda g: representatives.cluster(g.bank, 2, "mean").n_bytes("fp8"), UNKNOWN, "'fp8'"),
