@@ -1,6 +1,7 @@
 """Labelled images to evaluate on, by name or as the user has them."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from kclib.image_set import ImageSet
 from kclib.named_sets import FASHION_FILES, LOADERS
 
 __all__ = ["FASHION_FILES", "ImageSet"]
+
+_READ_AT_ONCE = 256  # images that a process has read while another one starts
 
 
 def load(name: str = "fashion-mnist", split: str = "test", *, limit: int | None = None) -> ImageSet:
@@ -206,6 +209,11 @@ def batches(
     for inputs in preprocessing.batches(data.images, data.name, preprocess, batch_size, workers):
         yield inputs, data.labels[start : start + len(inputs)]  # of the set, which may have been relabelled
         start += len(inputs)
+
+
+def readers(data: ImageSet) -> int:
+    """Return how many processes are to read images: none for so few that one would start too late."""
+    return min(4, os.cpu_count() or 1, len(data) // _READ_AT_ONCE)
 
 
 def limited(data, limit: int) -> ImageSet:

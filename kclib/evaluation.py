@@ -1,6 +1,5 @@
 """Recognition accuracy with its uncertainty: one network's, and the drop between two."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -168,7 +167,7 @@ def evaluate(
         tqdm(total=len(data), desc=model.name, unit="image", delay=2, disable=progress is not True) as bar,
     ):
         for inputs, labels in datasets.batches(
-            data, model.preprocess, batch_size, workers=min(4, os.cpu_count() or 1)
+            data, model.preprocess, batch_size, workers=datasets.readers(data)
         ):
             logits = _checked(answers(inputs))
             if not top:

@@ -1,7 +1,6 @@
 """How much a kernel's squared error costs the network: weights for clustering, from images without labels."""
 
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -124,7 +123,7 @@ class _Run:
         """Yield inputs ``(b, ...)`` and a float64 number in [0, 1) for each, the same at any batch size."""
         draws = torch.from_numpy(np.random.default_rng(self.seed).random(len(self.images)))
         parts = draws.split(self.batch_size)
-        workers = min(4, os.cpu_count() or 1)
+        workers = datasets.readers(self.images)
         inputs = datasets.batches(self.images, self.model.preprocess, self.batch_size, workers=workers)
         title = f"sensitivity of {self.model.name}"
         bar = partial(tqdm, desc=title, unit="batch", delay=2, leave=False, disable=not self.progress)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -255,8 +254,8 @@ def _changed(data, order, preprocess, recipe, generator) -> Iterator[tuple[torch
 
 
 def _read(data, preprocess, batch_size) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield batches of inputs and labels in order, read by several processes where they are files."""
-    return datasets.batches(data, preprocess, batch_size, workers=min(4, os.cpu_count() or 1))
+    """Yield batches of inputs and labels in order."""
+    return datasets.batches(data, preprocess, batch_size, workers=datasets.readers(data))
 
 
 def _placed(inputs: torch.Tensor, device: str) -> torch.Tensor:
