@@ -34,10 +34,9 @@ def clusters(bank: KernelBank, n_clusters: int, scope: str = "layer") -> tuple[i
     there = largest(bank, scope)
     if n_clusters <= there:
         return n_clusters, ""
-    taken = max(1, there // _SHARE)
+    taken = _some(there)
     return taken, (
-        f"K = {n_clusters:,} was asked for, but {_NAMES[scope]} has {there:,} kernels: K is {taken:,} here, "
-        f"one representative for {_SHARE} of them."
+        f"K = {n_clusters:,} was asked for, but {_NAMES[scope]} has {there:,} kernels: K is {taken:,} here."
     )
 
 
@@ -67,13 +66,18 @@ def several(
     for scope, n in there.items():
         if above := [f"{k:,}" for k in asked if k is not None and k > n]:
             said.append(
-                f"K = {', '.join(above)} is left out of scope {scope}: {_NAMES[scope]} has {n:,} kernels."
+                f"K = {' and '.join(above)} is left out of scope {scope}: {_NAMES[scope]} has {n:,} kernels."
             )
     kept = [k for k in asked if k is None or k <= most]
     if len(kept) < len(asked) and not any(kept):
-        kept.append(max(1, most // _SHARE))
-        said.append(f"K = {kept[-1]:,} is taken instead, one representative for {_SHARE} kernels.")
+        kept.append(_some(most))
+        said.append(f"K = {kept[-1]:,} is taken instead.")
     return kept, " ".join(said)
+
+
+def _some(n_kernels: int) -> int:
+    """Return a K that so many kernels can have and gain by: a quarter of them, or two."""
+    return max(min(2, n_kernels), n_kernels // _SHARE)
 
 
 def images(data: ImageSet, limit: int, kind: str = "test", *, drawn: bool = True) -> tuple[ImageSet, str]:

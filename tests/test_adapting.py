@@ -33,7 +33,7 @@ def test_clusters_are_those_asked_for_or_a_quarter_of_the_kernels(n_clusters, sc
         ([8, 30], ["layer", "global"], [8, 30], ["K = 30 is left out of scope layer"]),
         ([8, 30], ["layer"], [8], ["K = 30 is left out of scope layer"]),
         ([None, 4096], ["layer", "global"], [None, 9], ["scope layer", "scope global", "K = 9"]),
-        ([64, 128], ["layer"], [6], ["K = 64, 128", "K = 6"]),
+        ([64, 128], ["layer"], [6], ["K = 64 and 128", "K = 6"]),
         ([None], ["global"], [None], []),
     ],
 )
