@@ -1,9 +1,11 @@
 """What a convolution has beside its weight and bias, for what takes its place: hooks, attributes, buffers."""
 
+import re
+import warnings
 from collections.abc import Mapping
 
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import (
     SpectralNorm,
     SpectralNormLoadStateDictPreHook,
@@ -11,6 +13,7 @@ from torch.nn.utils.spectral_norm import (
 )
 from torch.nn.utils.weight_norm import WeightNorm
 
+from kclib.copying import copied
 from kclib.errors import InvalidValueError
 
 PLACES = ("codebook", "indices", "scales", "block_bytes")  # of a clustered convolution
@@ -18,12 +21,15 @@ _COMPUTE = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 _WITH_THESE = (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
 _COMPUTED_FROM = ("g", "v", "u", "orig", "mask")
 _FRAME = frozenset(vars(nn.Module()))
+# How `kernels.copied` names what `swapped` copies, and what must be left of it.
+_IN_WHOLE = re.compile(r"network\.(?:network\.?|attributes\['([^']*)'\]\['_?([^']*)'\](?:\['([^']*)'\])?)")
 
 
 def own(module: nn.Module) -> dict[str, object]:
     """Return the attributes of a convolution, dense or clustered, but for its weight and bias.
 
-    What computes these (weight norm, pruning) is left out: they are taken as they are.
+    What computes these (weight norm, pruning) is left out: they are taken as they are. What computes the
+    weight and can do so again (`compute_again`) is kept aside, in ``computed_by``.
 
     Parameters
     ----------
@@ -34,11 +40,25 @@ def own(module: nn.Module) -> dict[str, object]:
     computed = [getattr(x, "name", None) or x._tensor_name for x in hooks]
     left_out = {"weight", "bias", "parametrizations", "_compiled_call_impl", *PLACES}
     left_out |= {f"{name}_{part}" for name in computed for part in _COMPUTED_FROM}
-    return {
+    result = {
         name: _without(value, left_out) if name in _FRAME else value
         for name, value in vars(module).items()
         if name not in left_out
     }
+    by = [x for x in hooks if isinstance(x, WeightNorm) and x.name == "weight"]
+    if parametrize.is_parametrized(module, "weight"):
+        by = list(module.parametrizations.weight)
+    return result | ({"computed_by": by} if by else {})
+
+
+def compute_again(convolution: nn.Module) -> None:
+    """Let what computed a weight do so again, in place, from values that give this weight."""
+    for each in vars(convolution).pop("computed_by", ()):
+        if isinstance(each, WeightNorm):
+            with warnings.catch_warnings(action="ignore"):  # that there is a newer one
+                nn.utils.weight_norm(convolution, dim=each.dim)
+        else:
+            parametrize.register_parametrization(convolution, "weight", each, unsafe=True)
 
 
 def plain(module: nn.Module) -> dict[str, object]:
@@ -53,6 +73,31 @@ def give(module: nn.Module, attributes: Mapping[str, object]) -> None:
             vars(module)[name].update(value)
         else:
             vars(module)[name] = value
+
+
+def swapped(network: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
+    """Return a copy of a network with other modules in some places, and in these what the former had.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Unchanged.
+    replaced : mapping of int to torch.nn.Module
+        By the ``id`` of the convolution, dense or clustered, whose place it takes; not copied, but given
+        copies of all that the convolution has beside its weight and bias. Biases are theirs too.
+    """
+    places = {name: x for name, x in network.named_modules() if id(x) in replaced}
+    memo = {id(x): replaced[id(x)] for x in places.values()}
+    memo |= {id(x.bias): replaced[id(x)].bias for x in places.values() if x.bias is not None}
+    whole = nn.Module()  # one copy of all, so that what refers to something else refers to its copy
+    whole.network, whole.attributes = network, {name: own(x) for name, x in places.items()}
+    try:
+        copy = copied(whole, memo)
+    except InvalidValueError as error:
+        raise InvalidValueError(_IN_WHOLE.sub(_as_given, str(error))) from error
+    for name, attributes in copy.attributes.items():
+        give(replaced[id(places[name])], attributes)
+    return copy.network
 
 
 def check_names(name: str, convolution: nn.Module) -> None:
@@ -83,3 +128,8 @@ def _computes(hook: object) -> bool:
         getattr(hook, "__name__", "") == "_weight_norm_compat_hook"
     )  # reads files of the older weight norm
     return named or isinstance(hook, (*_COMPUTE, *_WITH_THESE))
+
+
+def _as_given(match: re.Match) -> str:
+    """Return what `kernels.copied` called a thing in `swapped` by its place in the network given."""
+    return ".".join(["network", *filter(None, match.groups())]) + "." * match[0].endswith("network.")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kclib import (
     activations,
+    carrying,
     checks,
     coding,
     compression,
@@ -162,7 +163,7 @@ def load(
         extra_state.fill(path, network, tensors, description.get("extra", {}))
         source = models.network_of(architecture) if not isinstance(architecture, str | None) else None
         reach.check(network, layers.clustered(network), source=source, given=model, inputs=inputs)
-        network = compression.expanded(network) if resident == "dense" else network
+        network = compression.expand(network, inputs=False) if resident == "dense" else network
         grids = description.get("activations", {})
         activations.put(network, {name: activations.Grid(**grid) for name, grid in grids.items()})
     except KclibError:
@@ -227,7 +228,7 @@ def _with_layers(path, network: nn.Module, description: dict, tensors, block_byt
             convolution, codebook, indices, scales=scales, bias=convolution.bias, block_bytes=block_bytes
         )
         replaced[id(convolution)] = clustered
-    return compression.swapped(network, replaced)
+    return carrying.swapped(network, replaced)
 
 
 def _codebook(path, name: str, group: dict, size, tensors: Mapping[str, Tensor]) -> Codebook:

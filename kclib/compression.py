@@ -1,7 +1,6 @@
 """The compressed model and back: indices and codebooks in place of dense weights."""
 
-import re
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +13,6 @@ from kclib.clustering import Clustering, Group, checked, digest, quantized
 from kclib.errors import InvalidValueError
 from kclib.layers import BLOCK_BYTES, N_TURNS, ClusteredConv2d, Codebook, clustered, kind_of
 from kclib.models import Model, like, network_of
-
-# How `kernels.copied` names what `swapped` copies, and what must be left of it.
-_IN_WHOLE = re.compile(r"network\.(?:network\.?|attributes\['([^']*)'\]\['_?([^']*)'\](?:\['([^']*)'\])?)")
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ def compress(
                 "replace its kernels with compression.replaced instead."
             )
         replaced[id(modules[name])] = layer
-    result = swapped(dense, replaced)
+    result = carrying.swapped(dense, replaced)
     if inputs is not False:
         reference = kernels.copied(dense)
         for name, convolution in kernels.matched(reference, clustering.layers).items():
@@ -152,31 +148,6 @@ def _rows(convolution: nn.Module) -> np.ndarray:
     return weight.reshape(-1, *weight.shape[2:]).numpy()
 
 
-def swapped(network: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
-    """Return a copy of a network with other modules in some places, and in these what the former had.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-        Unchanged.
-    replaced : mapping of int to torch.nn.Module
-        By the ``id`` of the convolution, dense or clustered, whose place it takes; not copied, but given
-        copies of all that the convolution has beside its weight and bias. Biases are theirs too.
-    """
-    places = {name: x for name, x in network.named_modules() if id(x) in replaced}
-    memo = {id(x): replaced[id(x)] for x in places.values()}
-    memo |= {id(x.bias): replaced[id(x)].bias for x in places.values() if x.bias is not None}
-    whole = nn.Module()  # one copy of all, so that what refers to something else refers to its copy
-    whole.network, whole.attributes = network, {name: carrying.own(x) for name, x in places.items()}
-    try:
-        copy = kernels.copied(whole, memo)
-    except InvalidValueError as error:
-        raise InvalidValueError(_IN_WHOLE.sub(_as_given, str(error))) from error
-    for name, attributes in copy.attributes.items():
-        carrying.give(replaced[id(places[name])], attributes)
-    return copy.network
-
-
 def packed_layers(
     network: nn.Module,
     clustering: Clustering,
@@ -214,8 +185,8 @@ def packed_layers(
 def expand(network: Model | nn.Module, *, inputs: probe.Inputs = None) -> Model | nn.Module:
     """Return a copy of `network` whose clustered convolutions are ordinary ones with dense weights.
 
-    They are of the class that they were of, with all that they had. A weight that was computed when it was
-    compressed, by weight norm for example, is an ordinary parameter.
+    They are of the class that they were of, with all that they had. A weight that was computed, by weight
+    norm for example, is so again, unless layers share it.
 
     Parameters
     ----------
@@ -231,6 +202,11 @@ def expand(network: Model | nn.Module, *, inputs: probe.Inputs = None) -> Model 
     """
     packed = network_of(network)
     result = expanded(packed)
+    made = [result.get_submodule(name) for name in clustered(packed)]
+    shared = Counter(id(convolution.weight) for convolution in made)
+    for convolution in made:
+        if shared[id(convolution.weight)] == 1:
+            carrying.compute_again(convolution)
     if inputs is not False and clustered(packed):
         reference = kernels.copied(packed)
         names = list(clustered(packed))
@@ -239,7 +215,7 @@ def expand(network: Model | nn.Module, *, inputs: probe.Inputs = None) -> Model 
 
 
 def expanded(network: nn.Module) -> nn.Module:
-    """Return what `expand` does, unchecked."""
+    """Return what `expand` does, unchecked, with ordinary weights wherever they were computed."""
     ordinary, weights, biases = {}, {}, {}
     for module in clustered(network).values():
         if id(module.indices) not in weights:
@@ -247,7 +223,7 @@ def expanded(network: nn.Module) -> nn.Module:
                 module.weight.detach().contiguous(), module.codebook.values.requires_grad
             )
         ordinary[id(module)] = _ordinary(module, weights[id(module.indices)], _bias(module, biases))
-    return swapped(network, ordinary)
+    return carrying.swapped(network, ordinary)
 
 
 def users(network: nn.Module, name: str) -> dict[str, nn.Module]:
@@ -339,8 +315,3 @@ def _ordinary(module: ClusteredConv2d, weight: nn.Parameter, bias: nn.Parameter 
     convolution.weight, convolution.bias = weight, bias
     carrying.give(convolution, carrying.plain(module))
     return convolution
-
-
-def _as_given(match: re.Match) -> str:
-    """Return what `kernels.copied` called a thing in `swapped` by its place in the network given."""
-    return ".".join(["network", *filter(None, match.groups())]) + "." * match[0].endswith("network.")

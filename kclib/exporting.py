@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kclib import checks, files, quantization
-from kclib.compression import expanded, swapped
+from kclib.carrying import swapped
+from kclib.compression import expanded
 from kclib.errors import InvalidValueError, reason
 from kclib.layers import ClusteredConv2d, Codebook, by_codebook, clustered
 from kclib.models import Model, network_of

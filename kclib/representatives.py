@@ -205,6 +205,7 @@ def _normalised(
     divided = replace(bank, weights=bank.weights / np.where(scales > 0, scales, 1)[:, None, None])
     found = options.fit(divided, n_clusters, weights=_weights_over(bank, scales, options))
     found = _with_scales(bank, found, [scales[_rows(group.layers)] for group in found.groups])
+    found = replace(found, origin=clustering.origin_of(bank))
     return found, count * _HALF.itemsize
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -169,7 +169,7 @@ class Subject:
                 store=self.store, progress=progress, n_threads=n_threads,
             )  # fmt: skip
             row = removed(model.network, found) | {"cluster_seconds": seconds}
-            model = replace(model, network=compression.replaced(model.network, found))
+            model = compression.replaced(model, found)
         answers = evaluation.evaluate(
             model, self.data, precision=self.precision, device=self.device, progress=progress
         )

@@ -540,3 +540,24 @@ def test_what_cannot_be_copied_on_a_convolution_is_named_by_its_place():
     network.conv.source = (x for x in ())
     with pytest.raises(InvalidValueError, match=r"network\.conv\.source cannot"):
         compression.compress(network, some_clusters(network))
+
+
+@pytest.mark.parametrize("make", [normed, normed_as_of_old, parametrized, lambda: normed().double()])
+def test_a_computed_weight_is_computed_again_once_expanded(make, tmp_path):
+    torch.manual_seed(0)
+    network = make().eval()
+    small = compression.compress(network, some_clusters(network))
+    assert {"conv.indices", "conv.codebook.values"} <= set(small.state_dict())
+    assert not any("original" in name or "weight_" in name for name in small.state_dict())
+    checkpoint.save(small, tmp_path / "a.safetensors")
+    dense = checkpoint.load(tmp_path / "a.safetensors", architecture=network, resident="dense").network
+    for result in (compression.expand(small), dense):
+        kinds = {name: (x.dtype, x.shape) for name, x in network.state_dict().items()}
+        assert {name: (x.dtype, x.shape) for name, x in result.state_dict().items()} == kinds
+        torch.testing.assert_close(answers(result), answers(small), rtol=1e-5, atol=1e-5)
+        again = make().eval()
+        again.load_state_dict(result.state_dict())
+        torch.testing.assert_close(answers(again), answers(small), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            result.conv.weight, compression.replaced(network, some_clusters(network)).conv.weight
+        )
