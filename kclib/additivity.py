@@ -66,6 +66,7 @@ def effects(table: pd.DataFrame, response: str = "drop") -> pd.DataFrame:
             fit, typ=2
         ).sum_sq  # its tests, which no one asks for, may have nothing to divide by
     squares = squares.rename(lambda x: x.replace("C(", "").replace(", Sum)", "").lower())
+    squares = squares.where(squares > _NOTHING_LEFT, 0)
     most = 100 if response == "drop" else math.inf
     terms = [_tested(fit, term, rows, most) for term, rows in _contrasts(fit, frame, factors).items()]
     result = pd.concat([*terms, pd.DataFrame({"term": ["residual"], "level": [""]})], ignore_index=True)

@@ -82,7 +82,6 @@ def restore_worst(
         A clustering of another architecture, or of scaled or turned kernels; a budget or weights out of
         range; an unknown precision.
     """
-    model = models.as_model(model)
     _check(clustering, budget, precision)
     dense = models.network_of(model)
     bank = damage.bank_of(dense, clustering)

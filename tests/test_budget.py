@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kclib import budget, clustering, compression, evaluation, footprint, kernels
+from kclib import budget, clustering, compression, evaluation, footprint, kernels, models
 from kclib.clustering import cluster
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
@@ -204,3 +204,14 @@ def test_the_same_seed_gives_the_same_and_nothing_of_the_callers_changes(given):
     assert all(map(torch.equal, model.network.parameters(), before[0]))
     np.testing.assert_array_equal(bank.weights, before[1])
     np.testing.assert_array_equal(weights, before[2])
+
+
+def test_a_network_alone_and_pairs_of_images_and_labels_are_taken(given):
+    (model, data, bank, weights), options = given
+    plain = models.plain("plain", model.network)
+    ours = budget.allocate(plain, data, bank, weights, n_bytes=900, **options)
+    pairs = torch.utils.data.TensorDataset(data.images, data.labels)
+    alone = budget.allocate(model.network, pairs, bank, weights, n_bytes=900, **options)
+    assert alone.n_clusters == ours.n_clusters
+    assert alone.model is alone.network
+    assert ours.model == replace(plain, network=ours.network)

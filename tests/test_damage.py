@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -188,3 +189,11 @@ def test_what_is_not_split_could_not_have_gained_more(seed, budget):
         patch.setattr(restoration._Market, "most", lambda self, whole: float("1e9"))
         eager = market.bought(budget, progress=False)
     assert [(x.cluster, x.gain) for x in lazy] == [(x.cluster, x.gain) for x in eager]
+
+
+def test_a_network_alone_is_restored_as_a_model_is():
+    model, made, _ = small()
+    ours, alone = (restoration.restore_worst(x, made, 300, progress=False) for x in (model, model.network))
+    assert ours.model == replace(model, network=ours.network)
+    assert alone.model is alone.network
+    pd.testing.assert_frame_equal(ours.table, alone.table)

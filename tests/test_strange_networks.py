@@ -1,12 +1,16 @@
 """Everything that measures, on networks and images that are hard to measure: what is said stays true."""
 
+import itertools
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from strange import NETWORKS, model, network, one_kernel, pictures, raw, scaled
 
 from kclib import (
     activations,
+    additivity,
     attribution,
     budget,
     calibration,
@@ -124,8 +128,8 @@ def test_shrinking_keeps_within_the_bytes(kind):
     assert found.n_bytes <= n_bytes
     assert torch.isfinite(answers(found.network)).all()
     assert np.isfinite(found.drop.points.estimate)
-    packed = compression.compress(found.network, found.clustering, precision="fp32")
-    torch.testing.assert_close(answers(packed), answers(found.network), rtol=1e-3, atol=1e-3)
+    packed = compression.compress(found.model, found.clustering, precision="fp32")
+    torch.testing.assert_close(answers(packed.network), answers(found.network), rtol=1e-3, atol=1e-3)
 
 
 @EACH
@@ -334,3 +338,14 @@ def test_peers_and_pruned_networks_are_finite_and_within_their_bytes(kind):
     rounded = activations.quantize(given, data, **QUIET)
     off, spread = layer_error(given.network, rounded, "0", data)
     assert off <= 1e-3 * spread + 1e-12
+
+
+@pytest.mark.parametrize("top1", [0.0, 50.0, 100.0])
+@pytest.mark.parametrize("response", additivity.RESPONSES)
+def test_methods_that_change_nothing_have_no_effect_nor_share(top1, response):
+    cells = itertools.product([0.0, 0.5], ["none", "4"], ["none", "int8"], [0, 1])
+    table = pd.DataFrame(cells, columns=["sparsity", "clustering", "precision", "seed"])
+    table = table.assign(order="none", drop=0.0, top1=top1, images=100)
+    found = additivity.effects(table, response)
+    np.testing.assert_allclose(found.effect[found.term != "mean"].dropna(), 0, atol=1e-9)
+    assert not found.share.fillna(0).any()
