@@ -62,8 +62,10 @@ def layer_error(dense, small, name, data, preprocess=scaled):
     return float((found[0] - found[1]).square().mean()), float(found[0].var(unbiased=False))
 
 
-@EACH
-@pytest.mark.parametrize("preprocess", [scaled, raw])
+@pytest.mark.parametrize(
+    ("kind", "preprocess"),
+    [*((kind, scaled) for kind in NETWORKS), ("ordinary", raw), ("dead channels", raw)],
+)
 def test_corrected_networks_answer_nearer_than_plain_ones(kind, preprocess):
     given, data = model(kind, preprocess), pictures()
     bank = kernels.extract(given.network)
