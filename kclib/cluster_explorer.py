@@ -254,7 +254,9 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         if not met:
             self._dense[n_images] = answers(self.model.network, 0.5, 0.0)
         dense = self._dense[n_images]
-        small = compression.replaced(self.model.network, found)
+        before = time.monotonic()
+        small = compression.replaced(self.model, found).network
+        started += time.monotonic() - before  # in which no image was read
         result = answers(small, 1.0 if met else 0.5, 0.0 if met else 0.5)
         origin = {"layers": "", "distance": "", "codebook": "", "scope": "dense", "k": 0}
         rows = [sweep.DENSE | origin | _measured(dense, dense)]
