@@ -1,16 +1,16 @@
 """Profiles: one YAML file says what a batch runs and what a sweep computes."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import papermill
 
-from kclib import files
+from kclib import files, parameters
 from kclib.documents import Document
-from kclib.errors import DamagedFileError, MissingFileError, UnknownNameError, reason
+from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, UnknownNameError, reason
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 _SECONDS = 60.0  # that a notebook takes if its profile says nothing
@@ -160,8 +160,8 @@ def load(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
     )
 
 
-def declared(notebook: Path) -> tuple[str, ...]:
-    """Return the names of a notebook's parameters.
+def declared(notebook: Path) -> dict[str, str]:
+    """Return the names of a notebook's parameters and their types, as they are written.
 
     Raises
     ------
@@ -170,7 +170,9 @@ def declared(notebook: Path) -> tuple[str, ...]:
     if not notebook.is_file():
         raise MissingFileError(f"notebook {notebook} does not exist.")
     try:
-        return tuple(papermill.inspect_notebook(notebook))
+        found = papermill.inspect_notebook(notebook)
+        types = {name: about["inferred_type_name"] for name, about in found.items()}
+        return {name: "" if text == "None" else text for name, text in types.items()}
     except Exception as error:  # JSON that is no notebook can make its reader raise almost anything
         raise DamagedFileError(f"{notebook} is not a whole notebook ({reason(error)}).") from error
 
@@ -184,7 +186,7 @@ def _schema() -> dict:
     return json.loads(resources.files("kclib").joinpath("profile.schema.json").read_text(encoding="utf-8"))
 
 
-def _declared(document: Document, folder: Path, stem: str) -> tuple[str, ...]:
+def _declared(document: Document, folder: Path, stem: str) -> dict[str, str]:
     try:
         return declared(folder / f"{stem}.ipynb")
     except MissingFileError as error:
@@ -192,18 +194,31 @@ def _declared(document: Document, folder: Path, stem: str) -> tuple[str, ...]:
 
 
 def _check_parameters(
-    document: Document, notebooks: Mapping, known: Mapping[str, tuple[str, ...]], changes: Mapping
+    document: Document, notebooks: Mapping, known: Mapping[str, Mapping[str, str]], changes: Mapping
 ) -> None:
-    """Refuse parameters that the notebook, or every notebook, lacks."""
+    """Refuse parameters that the notebook, or every notebook, lacks or declares otherwise."""
     for stem, entry in notebooks.items():
-        for name in entry.get("parameters") or ():
+        for name, value in (entry.get("parameters") or {}).items():
             where = document.where("notebooks", stem, "parameters", name)
             _check_known(f"parameter of {stem} in {where}", name, known[stem])
+            _check_types(where, name, value, [known[stem]])
     every = sorted({name for names in known.values() for name in names})
-    for name in (document.content.get("parameters") or {}) if notebooks else ():
-        _check_known(f"parameter in {document.where('parameters', name)}", name, every)
-    for name in changes:
+    for name, value in (document.content.get("parameters") or {}).items() if notebooks else ():
+        where = document.where("parameters", name)
+        _check_known(f"parameter in {where}", name, every)
+        _check_types(where, name, value, known.values())
+    for name, value in changes.items():
         _check_known("parameter", name, every)
+        _check_types("", name, value, known.values())
+
+
+def _check_types(where: str, name: str, value: object, notebooks: Iterable[Mapping[str, str]]) -> None:
+    """Refuse a value that is not of the type that a notebook declares."""
+    for types in notebooks:
+        try:
+            parameters.check_value(name, value, types.get(name, ""))
+        except InvalidValueError as error:
+            raise InvalidValueError(f"{where}: {error}" if where else str(error)) from error
 
 
 def _check_known(kind: str, name: str, known: Sequence[str]) -> None:
