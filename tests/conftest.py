@@ -24,13 +24,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """Write the page, if that was asked for and all that it tells of was seen."""
-    if what_happens.WRITING:
-        skipped = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped")
-        if exitstatus == 0 and not skipped:
-            session.config.stash[_ROWS].write()
-        else:
-            print("\nThe page is not written, for it would lack what failed or was skipped.")
+    """Write the page, if that was asked for."""
+    if what_happens.WRITING and exitstatus == 0:
+        session.config.stash[_ROWS].write()
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """The page *What happens if*: a row a fault, written by the tests that try it (`make faults`).
 
 A test takes the fixture `seen` and says to it what happens and what the user then sees, as it was seen. With
-``WRITE_FAULTS=1`` in the environment the page is written; else a test fails whose row the page lacks.
+``WRITE_FAULTS=1`` in the environment the rows that are seen are written; else a test fails whose row the page
+lacks.
 """
 
 import os
@@ -27,32 +28,37 @@ In Python the same sentences are exceptions of `kclib.errors`.
 """
 
 
+_TITLES = "| what happens | what the user sees |"
+
+
 class Rows:
-    """The rows of the page, by kind in the order in which they are seen."""
+    """The rows of the page, by kind; what is seen anew takes the place of what the page says."""
 
     def __init__(self):
         self.found: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
+        for line in page():
+            if line.startswith("## "):
+                rows = self.found.get(line.removeprefix("## "), {})
+            elif line.startswith("| ") and line != _TITLES:
+                happens, _, sees = line.removeprefix("| ").removesuffix(" |").partition(" | ")
+                rows[happens] = sees
 
     def add(self, kind: str, happens: str, sees: str) -> None:
         """Keep a row, or raise an AssertionError if the page says otherwise."""
         if WRITING:
             self.found[kind][cell(happens)] = cell(sees)
         else:
-            assert row(happens, sees) in page(), f"{PAGE.name} lacks {row(happens, sees)!r}; make faults"
+            said = self.found[kind].get(cell(happens))
+            assert said == cell(sees), f"the page says {said!r} of {happens!r}: WRITE_FAULTS=1 writes it anew"
 
     def write(self) -> None:
         """Write the page."""
         parts = [_HEAD]
         for kind, rows in filter(lambda x: x[1], self.found.items()):
-            table = ["| what happens | what the user sees |", "|---|---|"]
+            table = [_TITLES, "|---|---|"]
             lines = (f"| {x} | {y} |" for x, y in rows.items())
             parts.append("\n".join([f"## {kind}\n", KINDS[kind], "", *table, *lines, ""]))
         PAGE.write_text("\n".join(parts))
-
-
-def row(happens: str, sees: str) -> str:
-    """Return a line of the page."""
-    return f"| {cell(happens)} | {cell(sees)} |"
 
 
 def cell(text: str) -> str:
