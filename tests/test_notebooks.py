@@ -42,7 +42,7 @@ def test_one_parameters_cell_of_annotated_literals_with_help(notebook):
     tagged = [c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", ())]
     assert len(tagged) == 1
     for line in tagged[0].source.splitlines():
-        assert re.fullmatch(r"\w+: \w+ = .+  # .+", line), line
+        assert re.fullmatch(r"\w+: \w+(\[\w+\])? = .+  # .+", line), line
 
 
 def test_cells_are_short_and_define_nothing(notebook):
