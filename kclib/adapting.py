@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from kclib import checks, clustering, datasets, evaluation, footprint
+from kclib import checks, clustering, datasets, evaluation, footprint, inference, kernels, models
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, KclibError
 from kclib.kernels import KernelBank
@@ -78,6 +78,15 @@ def several(
 def _some(n_kernels: int) -> int:
     """Return a K that so many kernels can have and gain by: a quarter of them, or two."""
     return max(min(2, n_kernels), n_kernels // _SHARE)
+
+
+def in_float32(model: Model) -> tuple[Model, str]:
+    """Return a model whose network computes in float32, as training and rounding need it."""
+    dtype = inference.precision_of(model.network)
+    if dtype == torch.float32:
+        return model, ""
+    network = kernels.copied(model.network).float()
+    return models.like(model, network), f"Its {dtype} values are computed and counted as float32 here."
 
 
 def images(data: ImageSet, limit: int, kind: str = "test", *, drawn: bool = True) -> tuple[ImageSet, str]:

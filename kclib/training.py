@@ -259,9 +259,9 @@ def _read(data, preprocess, batch_size) -> Iterator[tuple[torch.Tensor, torch.Te
 
 
 def _placed(inputs: torch.Tensor, device: str) -> torch.Tensor:
-    """Return inputs on a device, images in the layout that convolutions are fastest in."""
+    """Return float32 inputs on a device, images in the layout that convolutions are fastest in."""
     layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
-    return inputs.to(device, memory_format=layout)
+    return inputs.to(device, torch.float32, memory_format=layout)
 
 
 def _divergence(logits: torch.Tensor, teacher: nn.Module, inputs: torch.Tensor, temperature: float):

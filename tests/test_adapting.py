@@ -128,3 +128,12 @@ def test_what_is_refused_is_left_out_by_name_and_reason():
 def test_what_cannot_be_is_refused():
     with pytest.raises(InvalidValueError, match="at least 1"):
         adapting.clusters(BANK, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_network_of_any_precision_is_taken_in_float32(dtype):
+    model = replace(tiny_model(), network=tiny_model().network.to(dtype))
+    found, said = adapting.in_float32(model)
+    assert {x.dtype for x in found.network.parameters()} == {torch.float32}
+    assert {x.dtype for x in model.network.parameters()} == {dtype}
+    assert (str(dtype) in said) == (dtype != torch.float32)
