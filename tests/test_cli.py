@@ -43,7 +43,9 @@ def tied():
 @pytest.fixture
 def profile(tmp_path):
     """The path of a profile of one notebook with parameters, which fails."""
-    cells = [v4.new_code_cell(source) for source in ('names: list = ["a"]\nk: int = 1', "1 / 0")]
+    cells = [
+        v4.new_code_cell(source) for source in ('names: list = ["a"]\nk: int = 1\nany_kind = None', "1 / 0")
+    ]
     cells[0].metadata["tags"] = ["parameters"]
     python = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(v4.new_notebook(cells=cells, metadata=python), tmp_path / "broken.ipynb")
@@ -115,8 +117,8 @@ def test_a_report_that_cannot_be_written_is_exit_code_2(kclib, profile, tmp_path
     [("3", 3), ("0.5", 0.5), ("[b, c]", ["b", "c"]), ("true", True), ("vgg16", "vgg16"), ("a=b", "a=b")],
 )
 def test_a_change_has_the_type_it_reads_as(kclib, ran, profile, text, value):
-    assert kclib("batch", "--profile", profile, "--set", f"k={text}", "--set", "names=[]")[0] == 0
-    assert ran[0][0].parameters == {"broken": {"k": value, "names": []}}
+    assert kclib("batch", "--profile", profile, "--set", f"any_kind={text}", "--set", "names=[]")[0] == 0
+    assert ran[0][0].parameters == {"broken": {"any_kind": value, "names": []}}
 
 
 def test_a_change_would_run_no_code(kclib, profile, tmp_path):
@@ -128,9 +130,9 @@ def test_a_change_would_run_no_code(kclib, profile, tmp_path):
 
 def test_a_home_folder_is_understood_where_the_shell_leaves_it(kclib, ran, profile, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert kclib("batch", "--profile=~/tiny.yaml", "--out=~/out", "--set", "names=folder:~/x")[0] == 0
+    assert kclib("batch", "--profile=~/tiny.yaml", "--out=~/out", "--set", "any_kind=folder:~/x")[0] == 0
     assert (ran[0][0].name, ran[0][1]) == ("tiny", tmp_path / "out")
-    assert ran[0][0].parameters["broken"]["names"] == f"folder:{tmp_path}/x"
+    assert ran[0][0].parameters["broken"]["any_kind"] == f"folder:{tmp_path}/x"
     assert kclib("inspect", "~/absent.safetensors")[2].startswith(f"kclib: {tmp_path}/absent.safetensors")
 
 
