@@ -33,7 +33,7 @@ def ran(tmp_path_factory):
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "KCLIB_STORE": str(folder / "store")}
     command = [sys.executable, HERE / "one_process.py", json.dumps(calls)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     ended = dict(zip(NETWORKS, json.loads(done.stdout.splitlines()[-1]), strict=True))
     print(ended)
