@@ -173,9 +173,7 @@ def about(model: Model, data: ImageSet) -> str:
     InvalidValueError
         As `evaluation.evaluate`.
     """
-    known = (data.labels >= 0).nonzero()[:1, 0]
-    one = evaluation.evaluate(model, datasets.select(data, known), progress=False)
-    return " ".join(datasets.aligned(data, model.classes, len(one.classes)).notes)
+    return " ".join(evaluation.matched(model, data).notes)
 
 
 def attempted(what: str, call: Callable, *arguments, **options) -> tuple[object | None, str]:

@@ -120,8 +120,8 @@ def _without_names(source: str, classes: Sequence[str], n_outputs: int) -> tuple
     if len(classes) != n_outputs:
         raise InvalidValueError(
             f"the network has {n_outputs} outputs without names, and {source} has {len(classes)} classes "
-            f"({listed(classes)}); give classes= as the names of the outputs in their order, or "
-            'classes="by position".'
+            f"({listed(classes)}); give classes= (--classes) as the names of the outputs in their order, or "
+            'as "by position".'
         )
     note = (
         f"The network's outputs have no names; they are the classes of {source} in order: {listed(classes)}."
@@ -189,8 +189,8 @@ def _do_not_fit(source: str, left: Sequence[str], classes: Sequence[str], names:
     wrong = f"{listed(unclear)} could be more than one" if unclear else f"no output is {listed(left)}"
     return (
         f"the classes of {source} ({listed(classes)}) are not those of the network ({listed(names)}): "
-        f"{wrong}; rename them, or give classes= as the outputs' names in their order, or "
-        'classes="by position".'
+        f"{wrong}; rename them, or give classes= (--classes) as the outputs' names in their order, or "
+        'as "by position".'
     )
 
 

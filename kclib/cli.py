@@ -30,6 +30,18 @@ def options(
     _debug = debug
 
 
+_CLASSES = Annotated[
+    str,
+    typer.Option(
+        help="Names of the network's outputs in their order, by commas; or 'by position', the data set's."
+    ),
+]
+_SHAPE = Annotated[
+    tuple[int, int, int] | None,
+    typer.Option(help="Channels, height, width of an input, where no preprocessing says so."),
+]
+
+
 @app.command()
 def batch(
     profile: Annotated[
@@ -97,12 +109,14 @@ def compress(
     data: Annotated[
         str | None, typer.Option(help="Evaluate on this data set too, and keep the accuracy in the file.")
     ] = None,
+    classes: _CLASSES = "",
+    shape: _SHAPE = None,
 ) -> None:
     """Cluster a model's kernels and write it as a compressed file."""
     from kclib import checkpoint, clustering, compression, datasets, kernels, models
 
     files.check_output(out, binary=True)
-    loaded = models.load(model, weights=weights)
+    loaded = models.load(model, weights=weights, input_shape=shape)
     images = datasets.load(data) if data else None
     result = clustering.cluster(
         kernels.extract(loaded.network), clusters, scope=scope, scaled=scaled, turned=turned, seed=seed
@@ -117,7 +131,9 @@ def compress(
     if not files.is_stream(out):  # which is written to once
         _show_written(write(), loaded.network, out)
     try:
-        accuracy = _accuracy(small, images, "cpu") if data else None  # other people's code, that may fail
+        accuracy = (
+            _accuracy(small, images, "cpu", classes) if data else None
+        )  # other people's code, that may fail
     finally:
         if files.is_stream(out):
             _show_written(write(accuracy=accuracy), loaded.network, out)
@@ -163,12 +179,14 @@ def evaluate(
         str | None, typer.Option(help="Its architecture, if the file names none or package.module:factory.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    classes: _CLASSES = "",
+    shape: _SHAPE = None,
 ) -> None:
     """Evaluate a compressed file's accuracy; its weights stay packed."""
-    from kclib import checkpoint, datasets
+    from kclib import checkpoint, datasets, models
 
-    loaded = checkpoint.load(file, architecture=model, device=device)
-    _accuracy(loaded, datasets.load(data, limit=limit), device)
+    loaded = models.told(checkpoint.load(file, architecture=model, device=device), input_shape=shape)
+    _accuracy(loaded, datasets.load(data, limit=limit), device, classes)
 
 
 @app.command()
@@ -238,11 +256,12 @@ def _at_home(argument: str) -> str:
     return f"{name}{separator}{Path(value).expanduser()}" if value.startswith("~/") else argument
 
 
-def _accuracy(model, images, device: str) -> float:
+def _accuracy(model, images, device: str, classes: str) -> float:
     """Evaluate and print top-1 accuracy with its interval; return it in percent."""
     from kclib import evaluation
 
-    answers = evaluation.evaluate(model, images, device=device)
+    named = classes if classes in ("", "by position") else [name.strip() for name in classes.split(",")]
+    answers = evaluation.evaluate(model, images, device=device, classes=named or None)
     typer.echo(f"top-1 {answers.top1} % of {answers.known.sum():,} images, in {answers.seconds:.0f} s")
     for note in answers.notes:
         typer.echo(note)

@@ -182,6 +182,20 @@ def evaluate(
     return Evaluation(top[:, 0], labels, in_top5, data.classes, time.perf_counter() - start, _noted(data))
 
 
+def matched(model: Model | torch.nn.Module, data: datasets.ImageSet) -> datasets.ImageSet:
+    """Return `data` with its labels as places among a model's outputs, which one of the images tells.
+
+    Raises
+    ------
+    InvalidValueError
+        As `evaluate`.
+    """
+    model, data = models.as_model(model), datasets.as_image_set(data)
+    known = (data.labels >= 0).nonzero()[:1, 0]
+    one = evaluate(model, datasets.select(data, known) if len(known) else data, progress=False)
+    return datasets.aligned(data, model.classes, len(one.classes))
+
+
 def told_apart(names: Sequence[str]) -> list[str]:
     """Return the names of classes, those that several have with their number: ImageNet has two cranes."""
     times = Counter(names)

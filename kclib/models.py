@@ -3,7 +3,7 @@
 import hashlib
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def load(
     weights: str | Path | Mapping | None = None,
     device: str | torch.device = "cpu",
     input_shape: tuple[int, int, int] | None = None,
+    classes: Sequence[str] = (),
 ) -> Model:
     """Load a trained network, in eval mode.
 
@@ -87,14 +88,14 @@ def load(
     input_shape : (int, int, int), optional
         Channels, height and width of an input, for a network of which they are not known. Of a factory that
         returns a network alone, the images are then made so (`plain`).
+    classes : sequence of str
+        Names of the outputs in their order, in place of the model's own; empty keeps those.
 
     Raises
     ------
     UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
     """
-    model = architecture(name)
-    if input_shape is not None:
-        model = _shaped(model, input_shape)
+    model = told(architecture(name), input_shape=input_shape, classes=classes)
     if weights is not None and state_dicts.is_compressed(weights):
         from kclib import checkpoint  # lies above this module, and is needed for such files only
 
@@ -109,6 +110,25 @@ def load(
         state_dicts.fill(model.network, {"": _published(name)}, name)
     moved(model.network, device).eval()
     return model
+
+
+def told(
+    model: Model, *, input_shape: tuple[int, int, int] | None = None, classes: Sequence[str] = ()
+) -> Model:
+    """Return a model with what a user knows of its inputs and outputs, as for `load`.
+
+    Raises
+    ------
+    InvalidValueError
+        A shape that is none, or not that which its preprocessing makes; names that are no list of texts.
+    """
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+        raise InvalidValueError(
+            f"classes is {classes!r}; it must be a list of the names of the outputs, in their order."
+        )
+    if input_shape is not None:
+        model = _shaped(model, input_shape)
+    return replace(model, classes=tuple(classes)) if classes else model
 
 
 def network_of(given: Model | nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from kclib import (
     budget,
     checks,
     datasets,
+    evaluation,
     kernels,
     layers,
     models,
@@ -157,8 +158,8 @@ def finetune(
     """
     model = models.as_model(model)
     reassigned = checks.check_whole("reassigned", reassigned, 0)
-    if model.classes and teacher is None:
-        data = datasets.aligned(data, model.classes, len(model.classes))
+    if teacher is None:
+        data = evaluation.matched(model, data)
     options, checkpoint = {"teacher": teacher, "device": device}, Path(checkpoint)
     first = training.train(
         model.network, data, model.preprocess, recipe, checkpoint, after_epoch=_rounded, **options

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from nbformat import v4
+from PIL import Image
 from safetensors.torch import save_file
 from sentences import is_one_sentence
 
@@ -329,6 +330,28 @@ def test_evaluating_a_factorys_file_needs_the_model(kclib, made, factories):
     assert out.startswith(f"top-1 {found.top1} % of 50 images, in ")
     assert found.notes
     assert out.splitlines()[1:] == list(found.notes)
+
+
+def test_outputs_without_names_are_named_on_the_command_line(kclib, made, factories, tmp_path):
+    path, model = made()[1], ("--model", f"{factories}:make")
+    order = list(models.FASHION_CLASSES)
+    for name in order[:3]:
+        (place := tmp_path / "photos" / name.replace("/", "-")).mkdir(parents=True)
+        Image.new("RGB", (28, 28), "grey").save(place / "a.png")
+    data = ("--data", f"folder:{tmp_path / 'photos'}", *model)
+    code, _, said = kclib("evaluate", path, *data)
+    assert code == 2
+    assert "--classes" in said
+    answered = checkpoint.load(path, architecture=f"{factories}:make").network(
+        torch.full((1, 3, 28, 28), 128 / 255)
+    )
+    place = int(answered.argmax())  # all images are alike, so one class is right, if it is among them
+    for names, top1 in ((order[-place:] + order[:-place], "33.33"), (order[3:] + order[:3], None)):
+        code, out, _ = kclib("evaluate", path, *data, "--classes", ", ".join(names))
+        assert code == 0
+        assert out.startswith(f"top-1 {top1 or ('33.33' if names[place] in order[:3] else '0.00')} ")
+    assert kclib("evaluate", path, *data, "--classes", "by position")[0] == 0
+    assert kclib("evaluate", path, *data, "--classes", "by position", "--shape", 3, 20, 20)[0] == 0
 
 
 def test_exported_files_answer_as_the_file_does(kclib, made, factories, tmp_path):

@@ -186,6 +186,18 @@ def test_labels_are_not_read_where_there_is_a_teacher(tmp_path, teacher):
     assert equal(taught.network, poisoned.network)
 
 
+def test_labels_of_a_network_without_names_are_the_outputs_that_folders_number(tmp_path):
+    unnamed = replace(compressed(), classes=())
+    numbered = replace(data(), labels=1 - data().labels, classes=("1", "0"))
+    found = [
+        recovery.finetune(unnamed, images, tmp_path / f"{i}.pt", recipe=RECIPE)
+        for i, images in enumerate((replace(data(), classes=("0", "1")), numbered))
+    ]
+    assert found[0].history == found[1].history
+    with pytest.raises(InvalidValueError, match="classes="):
+        recovery.finetune(unnamed, replace(data(), classes=("a", "b", "c")), tmp_path / "c.pt", recipe=RECIPE)
+
+
 def test_labels_are_read_in_the_order_of_the_models_classes(tmp_path):
     swapped = replace(data(), labels=1 - data().labels, classes=("bright", "dark"))
     found = [
