@@ -1,6 +1,8 @@
 """Work side by side on threads, cut so that the result does not depend on how many there are."""
 
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +11,7 @@ import faiss
 from kclib import checks
 
 _BLOCK = 1 << 15
+_SHARED = 1 << 30  # bytes that some batches of images under way may take
 # For numba: sums in any order and no care for NaN, for points are finite. Infinities keep their meaning.
 FAST = {"reassoc", "contract", "nnan", "nsz"}
 
@@ -18,6 +21,14 @@ def threads(n_threads: int | None = None) -> int:
     if n_threads is not None:
         return checks.check_whole("n_threads", n_threads, 1)
     return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+
+
+def can_share_memory() -> bool:
+    """Tell whether processes can hand each other arrays here; containers often have little memory for it."""
+    if sys.platform != "linux":  # others need no folder for it
+        return True
+    shared = "/dev/shm"
+    return os.access(shared, os.W_OK) and shutil.disk_usage(shared).free >= _SHARED
 
 
 def side_by_side(

@@ -43,6 +43,8 @@ def prepare() -> None:
     except OSError:  # each library says itself what it cannot do without
         return
     os.environ |= {name: os.path.join(scratch, name) for name in lacking} | {_VARIABLE: scratch}
+    if os.path.expanduser("~") == "~":  # a user whom the system does not know, as containers have
+        os.environ["HOME"] = scratch
     for name in lacking:
         os.mkdir(os.environ[name], mode=0o700)
     if "numba" in sys.modules:  # it has read its variables

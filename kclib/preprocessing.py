@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 from torchvision.transforms.functional import to_pil_image
 
-from kclib import pictures
+from kclib import parallel, pictures
 from kclib.errors import DamagedFileError, InvalidValueError, KclibError, reason
 
 _IMAGES = ("image", "img", "pixel_values")  # under these, data sets whose items are mappings keep an image
@@ -31,14 +31,18 @@ def batches(
     loader = DataLoader(
         _Prepared(images, name, preprocess),
         batch_size,
-        # Processes that joblib started cannot have children.
-        num_workers=workers if multiprocessing.current_process().name == "MainProcess" else 0,
+        num_workers=workers if _can_have_workers() else 0,
         collate_fn=_together,
     )
     for inputs in loader:
         if isinstance(inputs, _Failure):
             raise inputs.error from inputs.cause
         yield inputs
+
+
+def _can_have_workers() -> bool:
+    """Tell whether this process can; those that joblib started cannot have children."""
+    return multiprocessing.current_process().name == "MainProcess" and parallel.can_share_memory()
 
 
 def item(images: Dataset, index: int, name: str) -> tuple:
@@ -184,8 +188,9 @@ class _Failure:
     @classmethod
     def of(cls, error: KclibError) -> "_Failure":
         cause = error.__cause__
-        if cause is not None and get_worker_info():  # not every exception can go to another process
-            cause = RuntimeError("".join(traceback.format_exception(cause)))
+        if get_worker_info():  # not every exception can go to another process, and tblib would send the chain
+            error.__cause__ = error.__context__ = error.__traceback__ = None
+            cause = cause and RuntimeError("".join(traceback.format_exception(cause)))
         return cls(error, cause)
 
 

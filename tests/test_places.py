@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,13 @@ def test_without_a_home_libraries_have_folders_that_children_share_and_that_go_a
     assert len(scratch) == 1
     assert scratch.pop().parent == tmp_path
     assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_user_whom_the_system_does_not_know_has_a_home_while_the_process_runs():
+    code = "import os; os.path.expanduser = lambda path: path\n"
+    code += "import kclib; print('home=' + os.environ['HOME'], os.path.isdir(os.environ['HOME']))"
+    found = variables(code, HOME="", XDG_CACHE_HOME="", XDG_CONFIG_HOME="")
+    assert re.fullmatch(r"/.*/kclib-\w+ True", found["home"])
 
 
 def test_what_users_set_is_kept_where_it_may_be_written_to(tmp_path):

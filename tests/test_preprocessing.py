@@ -1,6 +1,8 @@
+import copyreg
 import pickle
 
 import pytest
+import tblib.pickling_support
 import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
@@ -116,6 +118,17 @@ def test_what_preprocessing_raises_is_one_sentence_with_its_cause(tmp_path, erro
     assert (
         found.value.__cause__ is error if not workers else type(error).__name__ in str(found.value.__cause__)
     )
+
+
+def test_an_exception_stays_behind_where_dask_would_send_it_whole():
+
+    tblib.pickling_support.install()  # as importing Dask's scheduler does
+    try:
+        with pytest.raises(InvalidValueError, match=r"code of the data set own raised Unpicklable"):
+            prepared(as_set(Breaking(Unpicklable(1, 2), 3)), CLASSIC, workers=2)
+    finally:
+        for kind in [kind for kind, how in copyreg.dispatch_table.items() if "tblib" in how.__module__]:
+            del copyreg.dispatch_table[kind]
 
 
 def test_in_memory_both_ways_that_failed_are_said():

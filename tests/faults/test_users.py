@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from users import NOBODY, another_user, run_as_nobody
 from what_happens import told
 
@@ -117,6 +118,16 @@ def test_a_result_of_another_user_that_may_not_be_read(open_folder, caplog, seen
     )
 
 
+SIDE_BY_SIDE = """
+import operator
+from pathlib import Path
+from joblib import Parallel, delayed
+import tiny
+from kclib import datasets
+print(Parallel(2)(delayed(operator.add)(i, 1) for i in range(3)))
+data = datasets.load(f"folder:{tiny.write_pictures(Path('pictures'))}")
+print(sum(len(x) for x, _ in datasets.batches(data, tiny.photo_model().preprocess, 16, workers=2)))
+"""
 # All is read-only but the folder that is given, where temporary files are too; /dev/shm is of no use.
 READ_ONLY = """
 set -e
@@ -140,11 +151,12 @@ def test_a_container_whose_root_is_read_only_without_shared_memory(open_folder, 
     tried = subprocess.run([*command, code], capture_output=True, text=True, check=False)
     if tried.stdout.split() != ["False", "False"]:
         pytest.skip("file systems cannot be mounted read-only here")
-    work = "from joblib import Parallel, delayed\nimport operator\n"
-    work += "print(Parallel(2)(delayed(operator.add)(i, 1) for i in range(3)))\n"
-    done = subprocess.run([*command, COMMANDS + work], capture_output=True, text=True, check=False)
+    code = COMMANDS + SIDE_BY_SIDE
+    tests = os.pathsep.join([str(Path(tiny.__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": tests}
+    done = subprocess.run([*command, code], env=environment, capture_output=True, text=True, check=False)
     assert re.findall(r"exit code (\d)", done.stdout) == ["0", "0", "2", "0"], done.stderr
-    assert "[1, 2, 3]" in done.stdout
+    assert done.stdout.splitlines()[-2:] == ["[1, 2, 3]", "46"]
     seen(KIND, "the root is read-only and there is no `/dev/shm`", "every command runs, side by side too")
 
 
