@@ -1,7 +1,7 @@
 """The compressed model as a file, there and back; never unpickled, no dense weight made on the way."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from kclib import (
-    activations,
     carrying,
     checks,
     coding,
@@ -50,9 +49,8 @@ def save(
     ----------
     network : Model or torch.nn.Module
         From `compression.compress`. Its codebooks, and what `quantization.quantize` rounded, are rounded to
-        their precision, which changes nothing unless they were trained since. What `activations.quantize`
-        put in is kept, and so is the extra state of modules (``get_extra_state``): tensors, bytes, and what
-        JSON knows, in lists, tuples and dicts.
+        their precision, which changes nothing unless they were trained since. The extra state of modules
+        (``get_extra_state``) is kept: tensors, bytes, and what JSON knows, in lists, tuples and dicts.
     path : path
     architecture : str, optional
         A name that `models.load` knows, from which `load` can build the network; a Model's own by default,
@@ -109,10 +107,7 @@ def encoded(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict
         named, codings = _stored_indices(group, codebook, members, indices)
         tensors |= named | _stored_scales(codebook, members)
         described |= _described_layers(network, group, codebook, members, codings)
-    grids = {name: asdict(grid) for name, grid in activations.grids(network).items()}
-    return {
-        "groups": groups, "layers": described, "stored": stored, "activations": grids, "extra": extra,
-    }, tensors  # fmt: skip
+    return {"groups": groups, "layers": described, "stored": stored, "extra": extra}, tensors
 
 
 def load(
@@ -150,12 +145,17 @@ def load(
     DamagedFileError
         The file is truncated, tampered with, or no compressed model.
     InvalidValueError, UnknownNameError
-        It was written by a newer version; it does not fit the architecture, or this does not use a layer; no
-        architecture is known.
+        It was written by a newer version, or by an older one that rounded activations; it does not fit the
+        architecture, or this does not use a layer; no architecture is known.
     """
     checks.check_known("kind of residence", resident, _RESIDENT)
     path = files.expanded(path)
     description, _, tensors = container.read(path)
+    if description.get("activations", {}) != {}:
+        raise InvalidValueError(
+            f"{path} rounds activations, and this kclib does not; read it with the version that wrote it "
+            f"({description.get('kclib')})."
+        )
     model = skeleton.of(path, description.get("architecture"), architecture)
     try:
         network = _with_layers(path, model.network, description, tensors, block_bytes)
@@ -164,8 +164,6 @@ def load(
         source = models.network_of(architecture) if not isinstance(architecture, str | None) else None
         reach.check(network, layers.clustered(network), source=source, given=model, inputs=inputs)
         network = compression.expand(network, inputs=False) if resident == "dense" else network
-        grids = description.get("activations", {})
-        activations.put(network, {name: activations.Grid(**grid) for name, grid in grids.items()})
     except KclibError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -59,7 +59,6 @@ class Prune(Step):
     sparsity : float
         At least 0, below 1.
     kind : {"kernels", "filters", "weights"}
-        Filters need images.
     weighted : bool
         Whether squares count times what an error in their kernel costs (`sensitivity.weights`, by images).
     """
@@ -75,7 +74,7 @@ class Prune(Step):
     @property
     def needs(self) -> tuple[str, ...]:
         """What `Pipeline.run` must be given for it."""
-        return ("images",) if self.weighted or self.kind == "filters" else ()
+        return ("images",) if self.weighted else ()
 
     def after(self, stage: Stage, given: Given) -> Stage:
         """Return what this step makes of a stage."""
@@ -83,8 +82,8 @@ class Prune(Step):
         if stage.clustering is not None and self.kind == "weights":
             stage = stage.clustered(stages.thinned(stage.clustering, self.sparsity, weights))
             return stage.pruned(stage.model.network)
-        options = {"kind": self.kind, "weights": weights, "images": given.images, **given.running}
-        return stage.pruned(pruning.prune(stage.model, self.sparsity, **options).network)
+        found = pruning.prune(stage.model, self.sparsity, kind=self.kind, weights=weights)
+        return stage.pruned(found.network)
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,8 @@ class Cluster(Step):
 class Quantize(Step):
     """Round to the precision of the file, at once; a file has one, and what later steps make is rounded too.
 
-    Before `Cluster` the kernels themselves are rounded, and then the codebooks found for them. `linear`,
-    `biases` and `activations` are rounded after the last step, wherever this one stands.
+    Before `Cluster` the kernels themselves are rounded, and then the codebooks found for them. `linear` and
+    `biases` are rounded after the last step, wherever this one stands.
 
     Attributes
     ----------
@@ -143,31 +142,21 @@ class Quantize(Step):
         output channel as in `stored.Rounded`.
     linear, biases
         As in `quantization.quantize`; None leaves them.
-    activations : int, optional
-        Bits, 2 to 8, as in `activations.quantize`, by images; None leaves them.
     """
 
     codebook: str = "fp16"
     linear: str | None = None
     biases: str | None = None
-    activations: int | None = None
 
     def __post_init__(self):
         checks.check_known("precision", self.codebook, quantization.PRECISIONS)
         checks.check_known("precision", self.linear or "fp32", quantization.PRECISIONS)
         checks.check_known("precision of biases", self.biases or "fp32", ("fp32", "fp16", "bf16"))
-        if self.activations is not None:
-            checks.check_whole("activations", self.activations, 2, 8)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What `Pipeline.run` must be given for it."""
-        return () if self.activations is None else ("images",)
 
     def after(self, stage: Stage, given: Given) -> Stage:
         """Return what this step makes of a stage."""
-        rest = {"linear": self.linear, "biases": self.biases, "activations": self.activations}
-        return replace(stage, precision=self.codebook, **rest).as_stored()
+        stage = replace(stage, precision=self.codebook, linear=self.linear, biases=self.biases)
+        return stage.as_stored()
 
 
 @dataclass(frozen=True)

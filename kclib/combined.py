@@ -1,13 +1,13 @@
 """What a pipeline of steps is given, and what it makes."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from torch import nn
 
-from kclib import activations, checkpoint, datasets, sensitivity
+from kclib import checkpoint, datasets, sensitivity
 from kclib.checkpoint import Contents
 from kclib.clustering import Clustering
 from kclib.errors import InvalidValueError
@@ -63,11 +63,8 @@ class Combined:
 
     @classmethod
     def of(cls, stage: Stage, network: nn.Module, given: Given, table: pd.DataFrame) -> "Combined":
-        """Return the last stage, of a final network, with activations rounded."""
+        """Return the last stage, of a final network."""
         found = stage.clustering and measured(stage.clustering, Stage.of(given.model).bank)
-        if stage.activations is not None:
-            model, options = replace(stage.model, network=network), {"bits": stage.activations}
-            network = activations.quantize(model, given.images, **options, **given.running)
         return cls(network, found, int(table.bytes.iloc[-1]), table)
 
     def save(self, path: str | Path, *, architecture: str | None = None) -> Contents:

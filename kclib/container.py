@@ -15,7 +15,7 @@ from torch import Tensor
 from kclib import __version__, checkpoint_files, files
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, reason
 
-FORMAT = 3  # 1 knew neither int4, nor tensors in a precision of their own, nor activations; 2 no extra state
+FORMAT = 3  # 1 knew neither int4, nor tensors in a precision of their own; 2 no extra state
 # What the first word of a tensor's name says it is.
 _PARTS = {
     "indices": "indices",
@@ -37,8 +37,8 @@ class Contents:
     path : pathlib.Path
     description : dict
         ``format``, ``kclib`` (the version that wrote it), ``architecture``, ``accuracy`` (percent), and by
-        name ``groups``, ``layers``, ``stored`` (other parameters that have a precision of their own),
-        ``activations`` (what layers read) and ``extra`` (modules' extra state); JSON values, None if unknown.
+        name ``groups``, ``layers``, ``stored`` (other parameters that have a precision of their own) and
+        ``extra`` (modules' extra state); JSON values, None if unknown.
     sha256 : str
         Of the description and of each tensor's name, type, shape and bytes.
     bytes : pandas.Series

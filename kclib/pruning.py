@@ -1,15 +1,13 @@
-"""What is taken away whole: kernels, filters with their channels, or single weights."""
+"""Kernels, filters or single weights set to zero, and the bytes that zero kernels save."""
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import nn
 
-from kclib import channels, checks, coding, datasets, fitting, footprint, kernels, models, stored
+from kclib import checks, coding, fitting, footprint, kernels, models, stored
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 from kclib.packing import index_bytes
@@ -31,7 +29,7 @@ class Pruned:
     kind : str
         Of `KINDS`.
     sparsity : float
-        Share of the kernels, filters or weights that were taken away for their scores, 0 to 1.
+        Share of the kernels, filters or weights that were to go, 0 to 1.
     masks : mapping of str to numpy.ndarray
         By layer: bool in the shape of its weight as stored (`kernels.Layer.shape`), True where a weight was
         kept.
@@ -50,15 +48,11 @@ class Pruned:
 
 
 def prune(
-    model: models.Model,
+    model: models.Model | nn.Module,
     sparsity: float,
     *,
     kind: str = "kernels",
     weights: np.ndarray | None = None,
-    images: datasets.ImageSet | None = None,
-    batch_size: int = 64,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
 ) -> Pruned:
     """Set the kernels, filters or weights of the smallest scores to zero.
 
@@ -70,93 +64,33 @@ def prune(
     Inference*, minimum weight; Li et al. 2017, *Pruning Filters for Efficient ConvNets*, sum magnitudes
     instead and compare within a layer).
 
-    A filter goes with its channel: its bias, and weight and bias of the batch norm behind it, become zero.
-    Kernels that read a channel that is zero for all images then, and was not before, are zeroed as well; no
-    answer to these images changes by that. A channel that is added to another is not zero, and its readers
-    stay; so do those in layers that are not pruned, such as 1×1 ones.
+    All kernels of a pruned filter are zero. Its channel stays, with its bias and the batch norm behind it.
 
     Parameters
     ----------
-    model : models.Model
+    model : models.Model or torch.nn.Module
         Unchanged.
     sparsity : float
-        Share that is taken away, at least 0, below 1; in number rounded to the nearest. Readers come on top.
+        Share that is taken away, at least 0, below 1; in number rounded to the nearest.
     kind : {"kernels", "filters", "weights"}
     weights : numpy.ndarray, optional
         ``(n,)`` in the rows of ``kernels.extract(model.network)``, finite, at least 0, not all 0: what a
         kernel's squares count times (`sensitivity.weights`).
-    images : datasets.ImageSet, optional
-        Some hundred, for filters; their labels are not read.
-    batch_size : int
-    device : str or torch.device
-        Where images are answered; the network stays on its own.
-    progress : bool
-        Whether to show a progress bar.
 
     Raises
     ------
     InvalidValueError, UnknownNameError
         A sparsity out of range, or that leaves less than one to each layer; an unknown kind; weights that do
-        not fit; filters and no images; a layer that does not run.
+        not fit.
     """
-    model = models.as_model(model)
     checks.check_known("kind of pruning", kind, KINDS)
     checks.check_share("sparsity", sparsity)
-    if kind == "filters" and images is None:
-        raise InvalidValueError("filters go with the kernels that read them; give images to find those by.")
-    network, bank = model.network, kernels.extract(model.network)
+    network = models.network_of(model)
+    bank = kernels.extract(network)
     scores = _scores(network, bank, kind, weights)
     gone = round(sparsity * sum(x.size for x in scores.values()))
     masks = _masks(network, bank, kind, _kept(scores, gone, kind))
-    small = _masked(network, bank, masks)
-    if kind == "filters":
-        run = channels.Run.of(model, images, bank, batch_size, device, progress)
-        channels.silence(small, masks, run.norms(network))
-        lost = run.lost(network, small)
-        masks = {name: mask & ~lost[name][..., None, None] for name, mask in masks.items()}
-        small = _masked(small, bank, masks)
-    return Pruned(small, kind, sparsity, masks)
-
-
-def to_bytes(
-    model: models.Model, n_bytes: int, *, precision: str = "fp16", weights: np.ndarray | None = None
-) -> Pruned:
-    """Take away the fewest kernels with which the convolutions take at most so many bytes.
-
-    Parameters
-    ----------
-    model : models.Model
-        Unchanged.
-    n_bytes : int
-        Of all convolutions, as `sparse_bytes` counts them.
-    precision, weights
-        As in `sparse_bytes` and `prune`.
-
-    Raises
-    ------
-    InvalidValueError, UnknownNameError
-        So few bytes are out of reach; precision or weights as there.
-    """
-    model = models.as_model(model)
-    checks.check_whole("n_bytes", n_bytes, 1)
-    checks.check_known("precision", precision, PRECISIONS)
-    bank = kernels.extract(model.network)
-    scores, rest = _scores(model.network, bank, "kernels", weights), _rest(model.network, bank)
-
-    def kept(gone: int) -> dict[str, np.ndarray]:
-        return _kept(scores, gone, "kernels")
-
-    def taken(gone: int) -> int:
-        return rest + _bytes(bank, _alive(bank) & np.concatenate(list(kept(gone).values())), precision)
-
-    most = len(bank) - len(bank.layers)
-    gone = bisect_left(range(most + 1), True, key=lambda gone: taken(gone) <= n_bytes)
-    if gone > most:
-        raise InvalidValueError(
-            f"n_bytes is {n_bytes}; it must be at least {taken(most)}, as of one kernel left in each layer."
-        )
-    masks = _masks(model.network, bank, "kernels", kept(gone))
-    return Pruned(_masked(model.network, bank, masks), "kernels", gone / len(bank), masks)
+    return Pruned(_masked(network, bank, masks), kind, sparsity, masks)
 
 
 def sparse_bytes(network: nn.Module, *, precision: str = "fp16") -> int:
@@ -178,7 +112,14 @@ def sparse_bytes(network: nn.Module, *, precision: str = "fp16") -> int:
     """
     checks.check_known("precision", precision, PRECISIONS)
     bank = kernels.extract(network)
-    return _rest(network, bank) + _bytes(bank, _alive(bank), precision)
+    dense = sum(stored.size(layer) * layer.itemsize for layer in bank.layers)
+    total, alive = footprint.convolution_bytes(network) - dense, bank.weights.any(axis=(1, 2))
+    for layer in bank.layers:
+        n = int(np.count_nonzero(alive[layer.rows]))
+        mask = coding.entropy_bytes(np.array([n, layer.n_kernels - n]))
+        scales = stored.channels(layer)[0] * _HALF if precision in ("int8", "int4") else 0
+        total += math.ceil(mask) + index_bytes(n * math.prod(bank.size), _BITS[precision]) + scales
+    return total
 
 
 def _scores(network: nn.Module, bank: KernelBank, kind: str, weights) -> dict[str, np.ndarray]:
@@ -190,7 +131,7 @@ def _scores(network: nn.Module, bank: KernelBank, kind: str, weights) -> dict[st
         if weights is not None:
             squares *= weights[rows, None, None]
         if kind == "filters":
-            filters = channels.ends(module)[0].ravel()
+            filters = _filters(module).ravel()
             squares = np.bincount(filters, squares.mean(axis=(1, 2))) / np.bincount(filters)
         found[name] = squares.sum(axis=(1, 2)) if kind == "kernels" else squares
     return found
@@ -221,7 +162,7 @@ def _masks(
     for name, module in kernels.matched(network, bank.layers).items():
         mask, shape = kept[name], bank.layer(name).shape
         if kind == "filters":
-            mask = mask[channels.ends(module)[0]]
+            mask = mask[_filters(module)]
         taps = shape[2:] if kind == "weights" else (1, 1)
         masks[name] = np.broadcast_to(mask.reshape(*shape[:2], *taps), shape).copy()
     return masks
@@ -233,23 +174,8 @@ def _masked(network: nn.Module, bank: KernelBank, masks: Mapping[str, np.ndarray
     return kernels.insert(network, replace(bank, weights=np.where(kept, bank.weights, 0)))
 
 
-def _alive(bank: KernelBank) -> np.ndarray:
-    """Return which kernels are not all zero, bool ``(n,)``."""
-    return bank.weights.any(axis=(1, 2))
-
-
-def _rest(network: nn.Module, bank: KernelBank) -> int:
-    """Return the bytes of convolutions without the weights of a bank."""
-    dense = sum(stored.size(layer) * layer.itemsize for layer in bank.layers)
-    return footprint.convolution_bytes(network) - dense
-
-
-def _bytes(bank: KernelBank, alive: np.ndarray, precision: str) -> int:
-    """Return the bytes of a bank's kernels of which some are alive, bool ``(n,)``, and of their masks."""
-    total = 0
-    for layer in bank.layers:
-        n = int(np.count_nonzero(alive[layer.rows]))
-        mask = coding.entropy_bytes(np.array([n, layer.n_kernels - n]))
-        scales = stored.channels(layer)[0] * _HALF if precision in ("int8", "int4") else 0
-        total += math.ceil(mask) + index_bytes(n * math.prod(bank.size), _BITS[precision]) + scales
-    return total
+def _filters(convolution: nn.Module) -> np.ndarray:
+    """Return each kernel's output channel, int in the first two axes of the weight as stored."""
+    n, m = convolution.weight.shape[:2]
+    first, second = np.indices((n, m))
+    return second + first // (n // convolution.groups) * m if convolution.transposed else first

@@ -13,7 +13,6 @@ from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 from kclib.models import Model
 
-_PRUNED = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
 _FORMS = {"fp16": stored.Half(), "int8": stored.Rounded(8), "int4": stored.Rounded(4)}
 
 
@@ -29,11 +28,9 @@ class Stage:
         Of codebooks, or of the kernels where none are clustered; they are rounded to it.
     clustering : Clustering, optional
     held : mapping of str to torch.Tensor, optional
-        What pruning made zero: by parameter of convolutions and batch norms, bool in its shape.
+        What pruning made zero: by convolution, bool in the shape of its weight.
     linear, biases : str, optional
         To what linear layers and biases will be rounded (`quantization.quantize`).
-    activations : int, optional
-        Bits of what layers will read (`activations.quantize`).
     """
 
     model: Model
@@ -42,7 +39,6 @@ class Stage:
     held: Mapping[str, Tensor] | None = None
     linear: str | None = None
     biases: str | None = None
-    activations: int | None = None
 
     @classmethod
     def of(cls, model: Model) -> "Stage":
@@ -113,10 +109,9 @@ class Stage:
             return network
         for name, module in network.named_modules():
             if isinstance(module, layers.Codebook):
-                _guard(module, {"values": self._held_values(module)})
-            elif isinstance(module, (*_PRUNED, layers.ClusteredConv2d)):
-                own = (part for part, value in module._parameters.items() if value is not None)
-                _guard(module, {x: self.held[f"{name}.{x}"] for x in own if f"{name}.{x}" in self.held})
+                _guard(module, "values", self._held_values(module))
+            elif isinstance(module, nn.modules.conv._ConvNd) and name in self.held:
+                _guard(module, "weight", self.held[name])
         return network
 
     def trained(self, state: Mapping[str, Tensor]) -> "Stage":
@@ -134,20 +129,18 @@ class Stage:
         """Return where all kernels of a representative were made zero, bool, in the order of a codebook."""
         group = next(x for x in self.clustering.groups if x.name == codebook.group)
         mask = np.ones(group.codebook.shape, bool)
-        rows = [self.held[f"{x.name}.weight"].numpy().reshape(-1, *mask.shape[1:]) for x in group.layers]
+        rows = [self.held[x.name].numpy().reshape(-1, *mask.shape[1:]) for x in group.layers]
         np.logical_and.at(mask, group.indices, np.concatenate(rows))
         mask |= ~group.codebook.any(axis=(1, 2), keepdims=True)
         return torch.from_numpy(clustering.by_use(replace(group, codebook=mask))[0])
 
 
 def zeros(network: nn.Module) -> dict[str, Tensor]:
-    """Return where convolutions and batch norms are zero, by parameter, on the CPU."""
+    """Return where the weights of convolutions are zero, by convolution, on the CPU."""
     return {
-        f"{name}.{part}": (value == 0).cpu()
+        name: (module.weight == 0).cpu()
         for name, module in network.named_modules(remove_duplicate=False)
-        if isinstance(module, _PRUNED)
-        for part, value in module._parameters.items()
-        if value is not None
+        if isinstance(module, nn.modules.conv._ConvNd)
     }
 
 
@@ -233,15 +226,16 @@ def _rounded(bank: KernelBank, precision: str) -> KernelBank:
     return replace(bank, weights=quantization.rounded(torch.tensor(bank.weights), precision).numpy())
 
 
-def _guard(module: nn.Module, held: Mapping[str, Tensor]) -> None:
-    module.held = dict(held)
+def _guard(module: nn.Module, part: str, mask: Tensor) -> None:
+    module.held = part, mask
     module.register_forward_pre_hook(_zero_again)
 
 
 @torch.no_grad()
 def _zero_again(module: nn.Module, _: tuple) -> None:
     """Make zero what a module holds so; a function of the module alone, so that a copy has its own."""
-    for name, mask in module.held.items():
-        value, mask = getattr(module, name), mask.to(getattr(module, name).device)
-        if value[mask].any():  # what autograd keeps of a shared weight must not change without need
-            value.masked_fill_(mask, 0)
+    part, mask = module.held
+    value = getattr(module, part)
+    mask = mask.to(value.device)
+    if value[mask].any():  # what autograd keeps of a shared weight must not change without need
+        value.masked_fill_(mask, 0)

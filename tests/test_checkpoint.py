@@ -20,7 +20,6 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kclib import (
-    activations,
     checkpoint,
     clustering,
     compression,
@@ -75,9 +74,6 @@ PARTS = {
 }
 
 
-GRID = activations.Grid(0.1, 17, 8)
-
-
 def tied(module, other, name):
     setattr(module, name, getattr(other, name))
     return module
@@ -108,9 +104,9 @@ def compressed(network, n_clusters=3, *, size=None, precision=None, **options):
 
 
 def noted(network):
-    """Return what is noted of how parameters are stored and of what layers read, by module."""
+    """Return what is noted of how parameters are stored, by module."""
     return {
-        name: (getattr(module, "stored_as", None), getattr(module, "input_grid", None))
+        name: getattr(module, "stored_as", None)
         for name, module in network.named_modules(remove_duplicate=False)
     }
 
@@ -205,8 +201,6 @@ def test_a_network_comes_back_to_the_bit_and_shared_as_it_was(tmp_path_factory, 
     if dtype == torch.float32:
         linear, biases = data.draw(st.sampled_from([(None, None), ("int8", "fp16"), ("int4", "bf16")]))
         expected = quantization.quantize(expected, linear=linear, biases=biases)
-        if data.draw(st.booleans()):
-            activations.put(expected, {"0": GRID, str(len(expected) - 1): activations.Grid(0.01, 0, 4)})
     path, again = (tmp_path_factory.getbasetemp() / f"any {i}.safetensors" for i in range(2))
     coding = data.draw(st.sampled_from(checkpoint.CODINGS))
     saved = save(expected, path, indices=coding)
@@ -791,7 +785,7 @@ def test_contents_that_fit_something_else_are_refused_though_their_hash_is_right
         load(path, architecture=dense)
 
 
-# ---- Precisions of other parameters, and of what layers read
+# ---- Precisions of other parameters
 
 
 @pytest.fixture
@@ -802,7 +796,6 @@ def quantized():
         nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)
     )
     network = quantization.quantize(compressed(dense, 3, precision="int4"), linear="int4")
-    activations.put(network, {"0": GRID, "4": activations.Grid(0.01, 100, 8)})
     return dense, network.eval()
 
 
@@ -812,9 +805,6 @@ def test_each_tensor_takes_the_bytes_of_its_precision(path, quantized):
     linear, biases, norm = 8 + 5 * 2, 2 * (3 + 5), 4 * 4 * 3 + 8
     assert parts["other parameters and buffers"] == linear + biases + norm
     assert inspect(path).bytes.equals(parts)
-    assert inspect(path).description["activations"] == {
-        "0": {"scale": 0.1, "zero_point": 17, "bits": 8}, "4": {"scale": 0.01, "zero_point": 100, "bits": 8}
-    }  # fmt: skip
     assert set(inspect(path).description["stored"]) == {"0.bias", "4.bias", "4.weight"}
 
 
@@ -828,8 +818,6 @@ def test_what_is_noted_comes_back_and_acts(path, quantized):
     assert torch.equal(copied(found)(images), network(images))
     expanded = load(path, architecture=dense, resident="dense").network
     assert torch.equal(expanded(images), network(images))
-    activations.put(network, {"0": activations.Grid(5.0, 0, 2)})
-    assert not torch.equal(found(images), network(images))
 
 
 def test_parameters_trained_since_are_rounded_in_the_file_alone(path, quantized):
@@ -847,11 +835,25 @@ def test_parameters_trained_since_are_rounded_in_the_file_alone(path, quantized)
 
 
 def test_files_of_format_1_are_read(path, dense, small):
-    rewritten(
-        path, both(setting("format", to=1), removing("stored"), removing("activations"), removing("extra"))
-    )
+    rewritten(path, both(setting("format", to=1), removing("stored"), removing("extra")))
     assert inspect(path).description["format"] == 1
     assert_same(load(path, architecture=dense).network, small)
+
+
+def test_files_that_could_round_activations_and_do_not_are_read(path, dense, small):
+    rewritten(path, setting("activations", to={}))
+    assert_same(load(path, architecture=dense).network, small)
+
+
+@pytest.mark.parametrize("grids", [{"0": {"scale": 0.1, "zero_point": 17, "bits": 8}}, ["0"], None], ids=str)
+def test_files_that_round_activations_are_refused(path, dense, small, grids):
+    rewritten(path, both(setting("activations", to=grids), setting("kclib", to="0.0.9")))
+    assert inspect(path).description["activations"] == grids
+    with pytest.raises(InvalidValueError) as refused:
+        load(path, architecture=dense)
+    assert str(refused.value) == (
+        f"{path} rounds activations, and this kclib does not; read it with the version that wrote it (0.0.9)."
+    )
 
 
 STATED = ("stored", "4.weight")
@@ -871,16 +873,6 @@ NOT_NOTED = {
     "codebook short": tensor("codebook values 0", lambda old: old[:-1]),
     "codebook of fewer": tensor("codebook steps 0", lambda old: old[:-1]),
     "codebook without steps": without("codebook steps 0"),
-    "activations a list": setting("activations", to=["0"]),
-    "grid of what is not there": setting("activations", "5", to={"scale": 1.0, "zero_point": 0, "bits": 8}),
-    "grid null": setting("activations", "0", to=None),
-    "grid without scale": removing("activations", "0", "scale"),
-    "grid of more": setting("activations", "0", "more", to=1),
-    "scale 0": setting("activations", "0", "scale", to=0),
-    "scale a word": setting("activations", "0", "scale", to="1"),
-    "scale NaN": setting("activations", "0", "scale", to=float("nan")),
-    "zero point beyond": setting("activations", "0", "zero_point", to=256),
-    "9 bits": setting("activations", "0", "bits", to=9),
 }
 
 

@@ -8,7 +8,6 @@ import tiny
 import torch
 
 from kclib import (
-    activations,
     calibration,
     checkpoint,
     clustering,
@@ -18,7 +17,6 @@ from kclib import (
     kernels,
     kmeans,
     models,
-    pruning,
     sensitivity,
     sequential,
     sweep,
@@ -96,10 +94,7 @@ def test_corrections_are_the_same(made, exact):
     model, data, _, found = made
     small = models.Model("tiny", compression.compress(model.network, found), model.preprocess)
     assert_same_network(on_both(partial(calibration.calibrate, small, model.network, data, **QUIET)))
-    assert_same_network(on_both(partial(activations.quantize, model, data, **QUIET)))
     both = on_both(partial(sequential.cluster, model, data, 3, **QUIET))
-    assert_same_network(found.network for found in both)
-    both = on_both(partial(pruning.prune, model, 0.3, kind="filters", images=data, **QUIET))
     assert_same_network(found.network for found in both)
 
 

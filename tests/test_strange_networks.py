@@ -9,7 +9,6 @@ import torch
 from strange import NETWORKS, model, network, one_kernel, pictures, raw, scaled
 
 from kclib import (
-    activations,
     additivity,
     attribution,
     budget,
@@ -322,7 +321,7 @@ def test_a_layer_times_a_power_of_two_has_the_same_clusters(factor, options):
 
 @EACH
 def test_peers_and_pruned_networks_are_finite_and_within_their_bytes(kind):
-    given, data = model(kind), pictures()
+    given = model(kind)
     budget_ = footprint.convolution_bytes(given.network) // 2
     if kind == "weights x 1e6":
         with pytest.raises(InvalidValueError, match="fp16"):
@@ -334,12 +333,9 @@ def test_peers_and_pruned_networks_are_finite_and_within_their_bytes(kind):
             assert peer.bytes <= budget_
             assert torch.isfinite(answers(peer.network)).all()
     for way in ("kernels", "filters", "weights"):
-        pruned = pruning.prune(given, 0.5, kind=way, images=data if way == "filters" else None, **QUIET)
+        pruned = pruning.prune(given, 0.5, kind=way)
         assert torch.isfinite(answers(pruned.network)).all()
         assert 0 < pruned.kept <= 0.6
-    rounded = activations.quantize(given, data, **QUIET)
-    off, spread = layer_error(given.network, rounded, "0", data)
-    assert off <= 1e-3 * spread + 1e-12
 
 
 @pytest.mark.parametrize("top1", [0.0, 50.0, 100.0])

@@ -19,7 +19,6 @@ from tiny import tiny_data, tiny_model
 from torch import nn
 
 from kclib import (
-    activations,
     adapting,
     additivity,
     attribution,
@@ -421,7 +420,6 @@ WRONG_INPUTS = [
     (quantization.quantize, lambda g: quantization.quantize(g.network, linear="int9"), UNKNOWN, "'int9'"),
     (quantization.unpack, lambda g: quantization.unpack({"values": torch.zeros(2, dtype=torch.uint8)}, "int4", (9,)), DAMAGED, "are not stored in 5 bytes"),
     (quantization.checked, lambda g: quantization.checked(torch.tensor([INFINITE]), "fp16"), WRONG, "no finite fp16"),
-    (activations.quantize, lambda g: activations.quantize(g.model, g.data, bits=1), WRONG, "bits is 1"),
     (calibration.calibrate, lambda g: calibration.calibrate(g.model, g.network, g.data), WRONG, "clustered"),
     (calibration.calibrate, lambda g: calibration.calibrate(replace(g.model, network=g.small), g.network, g.data, damping=0), WRONG, "damping is 0"),
     (moments.batches, lambda g: moments.batches(g.none, g.model.preprocess, 4, "cpu"), WRONG, "no images"),
@@ -434,7 +432,6 @@ WRONG_INPUTS = [
     (damage.restored, lambda g: damage.restored(g.model, g.clustering, pd.DataFrame()), WRONG, "no column 'group'"),
     (damage.bank_of, lambda g: damage.bank_of(g.other, g.clustering), WRONG, "use the architecture"),
     (pruning.prune, lambda g: pruning.prune(g.model, 1), WRONG, "sparsity is 1"),
-    (pruning.to_bytes, lambda g: pruning.to_bytes(g.model, 1), WRONG, "bytes"),
     (pruning.sparse_bytes, lambda g: pruning.sparse_bytes(g.network, precision="x"), UNKNOWN, "'x'"),
     (peers.palettized, lambda g: peers.palettized(g.network, 0), WRONG, "bits is 0"),
     (peers.product_quantized, lambda g: peers.product_quantized(g.network, 0, 3), WRONG, "0"),
