@@ -82,7 +82,7 @@ def smallest(model: models.Model, table: pd.DataFrame, trained: pd.DataFrame, op
     )
     file = combined.save(OUT.with_name("combined.safetensors"), architecture=model.name)
     sizes = {"bytes": combined.n_bytes, "ratio": row.ratio, "file": int(file.bytes.sum())}
-    kept = row[["sparsity", "clustering", "precision", "order"]].to_dict() | sizes
+    kept = row[["pruned", "sparsity", "clustering", "precision", "order"]].to_dict() | sizes
     found = pd.DataFrame([kept | sweep.accuracy(answers, dense)])
     table_of(found, "smallest")
     print(found.to_string(index=False))

@@ -14,18 +14,19 @@ from kclib.errors import InvalidValueError
 
 RESPONSES = ("drop", "logit")
 _FACTORS = ["sparsity", "clustering", "precision"]
-_CELL = [*_FACTORS, "order"]
-_NOTHING = (0.0, "none", "none", "none")
+_CELL = [*_FACTORS, "order", "pruned"]
+_NOTHING = (0.0, "none", "none", "none", "none")
 _NOTHING_LEFT = 1e-12  # a sum of squares that is but rounding
 
 
 def effects(table: pd.DataFrame, response: str = "drop") -> pd.DataFrame:
     """Return what each level of each method does to the accuracy, and each pair beyond that.
 
-    By ordinary least squares on ``sparsity``, ``clustering`` and ``precision``, those of several levels,
-    with all pairs; effects are deviations from the mean over all combinations, each counted once, so that
-    those of a method sum to 0. What is left, higher interactions and seeds, is the error that intervals
-    come from; that the images are a sample is not in them.
+    For each kind of pruning on its own, with what is not pruned. By ordinary least squares on ``sparsity``,
+    ``clustering`` and ``precision``, those of several levels, with all pairs; effects are deviations from the
+    mean over all combinations, each counted once, so that those of a method sum to 0. What is left, higher
+    interactions and seeds, is the error that intervals come from; that the images are a sample is not in
+    them.
 
     Parameters
     ----------
@@ -40,10 +41,11 @@ def effects(table: pd.DataFrame, response: str = "drop") -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        ``term``, a method or ``a:b``, or ``mean`` for that of all; ``level``; ``effect`` in points or log
-        odds, and ``low`` and ``high``, its 95 % interval, missing where nothing is left to take it from;
-        ``share`` of the sums of squares of the term (type II), 0 to 1, the same for all its levels: of them
-        all and ``residual``, the last row, it is eta squared if the design is balanced.
+        ``pruned``, the kind; ``term``, a method or ``a:b``, or ``mean`` for that of all; ``level``;
+        ``effect`` in points or log odds, and ``low`` and ``high``, its 95 % interval, missing where nothing
+        is left to take it from; ``share`` of the sums of squares of the term (type II), 0 to 1, the same for all
+        its levels: of them all and ``residual``, the last row of the kind, it is eta squared if the design is
+        balanced.
 
     Raises
     ------
@@ -52,6 +54,13 @@ def effects(table: pd.DataFrame, response: str = "drop") -> pd.DataFrame:
     """
     checks.check_known("response", response, RESPONSES)
     checks.check_columns(table, (*_CELL, "drop", "top1", "images"))
+    kinds = [kind for kind in table.pruned.unique() if kind != "none"] or ["none"]
+    parts = [_effects(table[table.pruned.isin([kind, "none"])], response) for kind in kinds]
+    return pd.concat(parts, keys=kinds, names=["pruned"]).reset_index("pruned").reset_index(drop=True)
+
+
+def _effects(table: pd.DataFrame, response: str) -> pd.DataFrame:
+    """Return the effects of a table that has one kind of pruning."""
     factors = [name for name in _FACTORS if len(table[name].unique()) > 1]
     _check(table, factors)
     values = _logit(table) if response == "logit" else table["drop"]
@@ -84,11 +93,12 @@ def orthogonality(table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row a combination of two or three methods: ``sparsity``, ``clustering``, ``precision``, ``order``;
-        ``seeds``, the number of rows; ``drop``, the points lost; ``predicted``, the sum of those that each
-        method alone loses; ``excess``, observed less predicted, above 0 if they harm each other, with ``low``
-        and ``high``, its 95 % score interval (`intervals.of_mean`) over the images, which all cells share.
-        No network loses more points than it had: where the prediction is beyond that, the excess is below 0.
+        One row a combination of two or three methods: ``sparsity``, ``clustering``, ``precision``, ``order``,
+        ``pruned``; ``seeds``, the number of rows; ``drop``, the points lost; ``predicted``, the sum of those
+        that each method alone loses, pruning of this kind; ``excess``, observed less predicted, above 0 if
+        they harm each other, with ``low`` and ``high``, its 95 % score interval (`intervals.of_mean`) over
+        the images, which all cells share. No network loses more points than it had: where the prediction is
+        beyond that, the excess is below 0.
 
     Raises
     ------
@@ -103,7 +113,7 @@ def orthogonality(table: pd.DataFrame) -> pd.DataFrame:
         if len(alone := _alone(key)) < 2:
             continue
         if missing := [each for each in (_NOTHING, *alone) if each not in right]:
-            cell = dict(zip(_FACTORS, missing[0], strict=False))
+            cell = dict(zip(_CELL, missing[0], strict=True))
             raise InvalidValueError(f"the table has no row of {cell}; what methods lose alone needs it.")
         lost = right[_NOTHING] - right[key]
         predicted = sum(right[_NOTHING] - right[each] for each in alone)
@@ -165,7 +175,8 @@ def _tested(fit, term: str, contrasts: pd.DataFrame, most: float) -> pd.DataFram
 def _alone(key: tuple) -> list[tuple]:
     """Return the cells of each method alone that a cell combines."""
     changed = [i for i in range(len(_FACTORS)) if key[i] != _NOTHING[i]]
-    return [(*_NOTHING[:i], key[i], *_NOTHING[i + 1 :]) for i in changed]
+    alone = [(*_NOTHING[:i], key[i], *_NOTHING[i + 1 : -1]) for i in changed]
+    return [(*cell, key[-1] if cell[0] else "none") for cell in alone]
 
 
 def _right(rows: pd.DataFrame) -> np.ndarray:

@@ -81,9 +81,9 @@ class Prune(Step):
         weights = given.weights(stage) if self.weighted else None
         if stage.clustering is not None and self.kind == "weights":
             stage = stage.clustered(stages.thinned(stage.clustering, self.sparsity, weights))
-            return stage.pruned(stage.model.network)
+            return stage.pruned(stage.model.network, self.kind)
         found = pruning.prune(stage.model, self.sparsity, kind=self.kind, weights=weights)
-        return stage.pruned(found.network)
+        return stage.pruned(found.network, self.kind)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class Combined:
         Its inertia is that against the kernels that the pipeline began with.
     n_bytes : int
         Of all convolutions: `footprint.stored_bytes`, with entropy-coded indices, where kernels are
-        clustered; else `pruning.sparse_bytes`, with biases as they are rounded: a zero weight in a kernel
-        that is not all zero saves nothing there.
+        clustered: a zero weight in a representative that is not all zero saves nothing there. Else
+        `pruning.sparse_bytes` of the kind that was pruned, with biases as they are rounded.
     table : pandas.DataFrame
         One row a step, ``dense`` first: ``step``; ``bytes`` of all convolutions then; ``zero_kernels``, the
         share of kernels that are all zero, 0 to 1.

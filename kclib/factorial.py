@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kclib import checks, datasets, evaluation, footprint, models, parallel, recovery, sweep
+from kclib import checks, datasets, evaluation, footprint, models, parallel, pruning, recovery, sweep
 from kclib.additivity import effects, orthogonality
 from kclib.combination import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.evaluation import Evaluation
@@ -25,8 +25,9 @@ __all__ = ["ORDERS", "cells", "effects", "orthogonality", "pipeline", "run", "tr
 
 ORDERS = ("prune first", "cluster first")
 # What a cell is: its levels, those of the dense model here.
-_CELL = {"sparsity": 0.0, "clusters": None, "scope": None, "precision": None, "order": None, "seed": None}
-_GIVEN = ("sparsity", "clustering", "precision", "order", "bytes", "ratio")
+_LEVELS = ("pruned", "sparsity", "clusters", "scope", "precision", "order", "seed")
+_CELL = dict.fromkeys(_LEVELS) | {"sparsity": 0.0}
+_GIVEN = ("pruned", "sparsity", "clustering", "precision", "order", "bytes", "ratio")
 
 
 def cells(
@@ -37,6 +38,7 @@ def cells(
     orders: Iterable[str] = ("prune first",),
     seeds: Iterable[int] = (0, 1, 2),
     *,
+    pruned: Iterable[str] = ("kernels",),
     bank: KernelBank | None = None,
 ) -> list[dict]:
     """Return every combination of these levels once.
@@ -44,7 +46,7 @@ def cells(
     Parameters
     ----------
     sparsities : iterable of float
-        Shares of the kernels that are pruned (`combination.Prune`); 0 for none.
+        Shares of the kernels, filters or weights that are pruned (`combination.Prune`); 0 for none.
     clusters, scopes
         K, and who shares a codebook (`combination.Cluster`); None clusters nothing.
     precisions : iterable of str or None
@@ -53,23 +55,28 @@ def cells(
     orders : iterable of {"prune first", "cluster first"}
     seeds : iterable of int
         Of the clustering.
+    pruned : iterable of {"kernels", "filters", "weights"}
+        What is pruned, one of them in a cell. Single weights that are pruned first do not stay zero in
+        representatives; clustered first, they are those of the codebooks.
     bank : KernelBank, optional
         Leaves out a K above the kernels of the largest group that its scope makes of this bank.
 
     Returns
     -------
     list of dict
-        By ``sparsity``, ``clusters``, ``scope``, ``precision``, ``order`` and ``seed``. What does not matter
-        is None: scope and seed where nothing is clustered, order but where kernels are pruned and clustered.
+        By ``pruned``, ``sparsity``, ``clusters``, ``scope``, ``precision``, ``order`` and ``seed``. What does
+        not matter is None: what is pruned at a sparsity of 0, scope and seed where nothing is clustered,
+        order but where something is pruned and clustered.
 
     Raises
     ------
     UnknownNameError
     """
     found = {}
-    names = ("sparsities", "clusters", "scopes", "precisions", "orders", "seeds")
-    levels = map(checks.several, names, (sparsities, clusters, scopes, precisions, orders, seeds))
-    for sparsity, k, scope, precision, order, seed in itertools.product(*levels):
+    names = ("pruned", "sparsities", "clusters", "scopes", "precisions", "orders", "seeds")
+    levels = map(checks.several, names, (pruned, sparsities, clusters, scopes, precisions, orders, seeds))
+    for kind, sparsity, k, scope, precision, order, seed in itertools.product(*levels):
+        checks.check_known("kind of pruning", kind, pruning.KINDS)
         checks.check_known("order", order, ORDERS)
         checks.check_share("sparsity", sparsity)
         order = order if sparsity and k is not None else None
@@ -79,7 +86,7 @@ def cells(
             k, seed = checks.check_whole("clusters", k, 1), checks.check_seed(seed)
             if bank is not None and k > largest(bank, scope):
                 continue
-        values = float(sparsity), k, scope, precision, order, seed
+        values = kind if sparsity else None, float(sparsity), k, scope, precision, order, seed
         found[values] = dict(zip(_CELL, values, strict=True))
     return list(found.values())
 
@@ -93,7 +100,7 @@ def pipeline(cell: Mapping) -> Pipeline:
         From `cells`, or a row of what `run` returns.
     """
     found = {name: None if pd.isna(cell[name]) or cell[name] == "none" else cell[name] for name in _CELL}
-    steps = [Prune(float(found["sparsity"]))] if found["sparsity"] else []
+    steps = [Prune(float(found["sparsity"]), found["pruned"])] if found["sparsity"] else []
     if found["clusters"] is not None:
         steps.append(Cluster(int(found["clusters"]), found["scope"]))
     if found["order"] == "cluster first":
@@ -192,9 +199,9 @@ def trained(
     Returns
     -------
     pandas.DataFrame
-        One row a combination, by the index of `table`: ``sparsity``, ``clustering``, ``precision``,
-        ``order``, ``bytes`` and ``ratio`` as given, bytes before training; ``untrained``, the points it lost;
-        what `sweep.accuracy` says of it trained.
+        One row a combination, by the index of `table`: ``pruned``, ``sparsity``, ``clustering``,
+        ``precision``, ``order``, ``bytes`` and ``ratio`` as given, bytes before training; ``untrained``, the
+        points it lost; what `sweep.accuracy` says of it trained.
 
     Raises
     ------
@@ -290,7 +297,7 @@ def _answers(entry: Entry) -> Evaluation:
 
 def _row(cell: dict, entry: Entry, dense: Evaluation, n_bytes: int) -> dict:
     answers, k = _answers(entry), cell["clusters"]
-    words = {name: cell[name] or "none" for name in ("scope", "precision", "order")}
+    words = {name: cell[name] or "none" for name in ("pruned", "scope", "precision", "order")}
     words["clustering"] = "none" if k is None else f"{k} {cell['scope']}"
     sizes = {"bytes": entry.row["bytes"], "ratio": n_bytes / entry.row["bytes"]}
     right = {"images": len(answers.correct), "right": np.packbits(answers.correct).tobytes()}

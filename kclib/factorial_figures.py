@@ -1,5 +1,7 @@
 """Plots of methods that are combined: each draws given values on axes and returns them."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -8,7 +10,7 @@ from matplotlib.colors import CenteredNorm, to_rgba
 
 
 def interactions(table: pd.DataFrame, *, axes: np.ndarray | None = None) -> np.ndarray:
-    """Draw the drop against the sparsity, a line a clustering, a panel a precision.
+    """Draw the drop against the sparsity, a line a clustering, a panel a precision and kind of pruning.
 
     Lines that run parallel, in all panels alike, are methods whose losses add up.
 
@@ -17,31 +19,35 @@ def interactions(table: pd.DataFrame, *, axes: np.ndarray | None = None) -> np.n
     table : pandas.DataFrame
         From `factorial.run`, of one order; rows that differ in their seed are averaged, intervals too.
     axes : numpy.ndarray, optional
-        As many axes as there are precisions.
+        As many axes as there are precisions, for each kind of pruning.
 
     Returns
     -------
     numpy.ndarray
         Axes ``(n,)``, of a shared drop.
     """
-    precisions, lines = table.precision.unique(), table.clustering.unique()
+    precisions, lines, kinds = table.precision.unique(), table.clustering.unique(), _kinds(table)
     if axes is None:
-        options = {"figsize": (3.2 * len(precisions), 3.2), "layout": "constrained"}
-        axes = plt.subplots(1, len(precisions), sharey=True, squeeze=False, **options)[1]
+        size = 3.2 * len(precisions), 3.2 * len(kinds)
+        options = {"figsize": size, "layout": "constrained", "sharey": True, "squeeze": False}
+        axes = plt.subplots(len(kinds), len(precisions), **options)[1]
     axes = np.asarray(axes).ravel()
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lines)))
     colours[lines == "none"] = to_rgba("tab:red")
-    for ax, precision in zip(axes, precisions, strict=True):
+    for ax, (kind, precision) in zip(axes, itertools.product(kinds, precisions), strict=True):
+        shown = table[table.pruned.isin([kind, "none"]) & (table.precision == precision)]
         for line, colour in zip(lines, colours, strict=True):
-            rows = table[(table.precision == precision) & (table.clustering == line)]
-            means = rows.groupby("sparsity")[["drop", "drop_low", "drop_high"]].mean()
+            means = (
+                shown[shown.clustering == line].groupby("sparsity")[["drop", "drop_low", "drop_high"]].mean()
+            )
             bars = [means["drop"] - means.drop_low, means.drop_high - means["drop"]]
             style = {"color": colour, "marker": "o", "markersize": 4, "capsize": 2, "label": line}
             ax.errorbar(means.index, means["drop"], bars, **style)
         ax.axhline(0, color="0.4", linestyle="--", linewidth=1)
-        ax.set(title=f"precision: {precision}", xlabel="share of kernels pruned")
+        ax.set(title=f"precision: {precision}", xlabel=f"share of {kind} pruned")
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("drop (accuracy points)")
+    for ax in axes[:: len(precisions)]:
+        ax.set_ylabel("drop (accuracy points)")
     beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
     axes[-1].legend(title="clusters", fontsize=8, frameon=False, **beside)
     return axes
@@ -59,10 +65,12 @@ def excess(orthogonality: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax : matplotlib.axes.Axes, optional
     """
     ax = ax or plt.gca()
-    columns, rows = ["precision", "sparsity"], "clustering"
+    columns, rows, kinds = ["precision", "sparsity", "pruned"], "clustering", _kinds(orthogonality)
     shown = orthogonality.pivot_table(["excess", "low", "high"], rows, columns, sort=False)
     precisions = sorted(orthogonality.precision.unique(), key=lambda x: x != "none")  # none comes first
-    names = sorted(shown["excess"].columns, key=lambda x: (precisions.index(x[0]), x[1]))
+    names = sorted(
+        shown["excess"].columns, key=lambda x: (precisions.index(x[0]), x[2] != "none", x[2], x[1])
+    )
     values, low, high = (shown[name][names].to_numpy(float) for name in ("excess", "low", "high"))
     image = ax.imshow(values, cmap="RdBu_r", norm=CenteredNorm(), aspect="auto")
     for (y, x), value in np.ndenumerate(values):
@@ -71,8 +79,15 @@ def excess(orthogonality: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             dark = abs(value) > 0.6 * np.nanmax(np.abs(values))
             ax.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8, weight=weight,
                     color="white" if dark else "black")  # fmt: skip
-    ax.set_xticks(range(len(names)), [f"{name}\n{share:.0%}" for name, share in names], fontsize=8)
+    of = [f"\n{kind}" if len(kinds) > 1 and share else "" for _, share, kind in names]
+    labels = [f"{name}\n{share:.0%}{kind}" for (name, share, _), kind in zip(names, of, strict=True)]
+    ax.set_xticks(range(len(names)), labels, fontsize=8)
     ax.set_yticks(range(len(shown)), shown.index)
-    ax.set(xlabel="precision, share of kernels pruned", ylabel="clusters")
+    ax.set(xlabel=f"precision, share of {' or '.join(kinds)} pruned", ylabel="clusters")
     ax.figure.colorbar(image, ax=ax, label="excess of the drop (points)")
     return ax
+
+
+def _kinds(table: pd.DataFrame) -> list[str]:
+    """Return what is pruned in a table, kernels where nothing is."""
+    return [kind for kind in table.pruned.unique() if kind != "none"] or ["kernels"]

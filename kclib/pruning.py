@@ -1,4 +1,4 @@
-"""Kernels, filters or single weights set to zero, and the bytes that zero kernels save."""
+"""Kernels, filters or single weights set to zero, and the bytes that this saves."""
 
 import math
 from collections.abc import Mapping
@@ -93,16 +93,20 @@ def prune(
     return Pruned(_masked(network, bank, masks), kind, sparsity, masks)
 
 
-def sparse_bytes(network: nn.Module, *, precision: str = "fp16") -> int:
-    """Return the bytes of all convolutions of a network, not clustered, of which some kernels are all zero.
+def sparse_bytes(network: nn.Module, *, kind: str = "kernels", precision: str = "fp16") -> int:
+    """Return the bytes of all convolutions of a network, not clustered, of which a part is zero.
 
-    The layers of `kernels.extract` take a mask that tells which kernels are not zero, and those kernels;
-    every other convolution and all biases count dense. Counted to its favour: a layer's mask takes its
-    entropy, the bound that an arithmetic coder reaches, without the tables it needs.
+    The layers of `kernels.extract` take a mask that tells which kernels, filters or weights are not all zero,
+    and the weights of those; every other convolution and all biases count dense. Of single weights that is
+    `stored.Sparse`. Counted to its favour: a layer's mask takes its entropy, the bound that an arithmetic
+    coder reaches, without the tables it needs.
 
     Parameters
     ----------
     network : torch.nn.Module
+    kind : {"kernels", "filters", "weights"}
+        What the mask tells apart. A zero weight in a kernel or filter that is not all zero saves nothing
+        where it tells those.
     precision : {"fp32", "fp16", "int8", "int4"}
         Of the kernels; int8 and int4 with an fp16 scale for each output channel, as in `stored.Rounded`.
 
@@ -110,15 +114,19 @@ def sparse_bytes(network: nn.Module, *, precision: str = "fp16") -> int:
     ------
     UnknownNameError
     """
+    checks.check_known("kind of pruning", kind, KINDS)
     checks.check_known("precision", precision, PRECISIONS)
     bank = kernels.extract(network)
     dense = sum(stored.size(layer) * layer.itemsize for layer in bank.layers)
-    total, alive = footprint.convolution_bytes(network) - dense, bank.weights.any(axis=(1, 2))
-    for layer in bank.layers:
-        n = int(np.count_nonzero(alive[layer.rows]))
-        mask = coding.entropy_bytes(np.array([n, layer.n_kernels - n]))
+    total = footprint.convolution_bytes(network) - dense
+    for name, module in kernels.matched(network, bank.layers).items():
+        layer = bank.layer(name)
+        alive = _alive(module, bank.weights[layer.rows], kind)
+        n = int(np.count_nonzero(alive))
+        mask = coding.entropy_bytes(np.array([n, alive.size - n]))
         scales = stored.channels(layer)[0] * _HALF if precision in ("int8", "int4") else 0
-        total += math.ceil(mask) + index_bytes(n * math.prod(bank.size), _BITS[precision]) + scales
+        values = index_bytes(n * (stored.size(layer) // alive.size), _BITS[precision])
+        total += math.ceil(mask) + values + scales
     return total
 
 
@@ -172,6 +180,14 @@ def _masked(network: nn.Module, bank: KernelBank, masks: Mapping[str, np.ndarray
     """Return a copy of a network with zeros where the masks of its layers are False."""
     kept = np.concatenate([masks[layer.name].reshape(-1, *bank.size) for layer in bank.layers])
     return kernels.insert(network, replace(bank, weights=np.where(kept, bank.weights, 0)))
+
+
+def _alive(convolution: nn.Module, weights: np.ndarray, kind: str) -> np.ndarray:
+    """Return which of a layer's kernels, filters or weights are not all zero, bool ``(n,)``."""
+    if kind == "weights":
+        return weights.ravel() != 0
+    alive = weights.any(axis=(1, 2))
+    return alive if kind == "kernels" else np.bincount(_filters(convolution).ravel(), alive) > 0
 
 
 def _filters(convolution: nn.Module) -> np.ndarray:

@@ -27,6 +27,8 @@ class Stage:
     precision : str
         Of codebooks, or of the kernels where none are clustered; they are rounded to it.
     clustering : Clustering, optional
+    kind : str
+        What was pruned, of `pruning.KINDS`; bytes of kernels that are not clustered count a mask of these.
     held : mapping of str to torch.Tensor, optional
         What pruning made zero: by convolution, bool in the shape of its weight.
     linear, biases : str, optional
@@ -36,6 +38,7 @@ class Stage:
     model: Model
     precision: str
     clustering: Clustering | None = None
+    kind: str = "kernels"
     held: Mapping[str, Tensor] | None = None
     linear: str | None = None
     biases: str | None = None
@@ -55,9 +58,9 @@ class Stage:
         """Return the stage with another network, and other changes."""
         return replace(self, model=replace(self.model, network=network), **changes)
 
-    def pruned(self, network: nn.Module) -> "Stage":
-        """Return the stage with a network of which a part was made zero, which stays so."""
-        stage = self.on(network, held=zeros(network))
+    def pruned(self, network: nn.Module, kind: str) -> "Stage":
+        """Return the stage with a network of which kernels, filters or weights are zero, and stay so."""
+        stage = self.on(network, kind=kind, held=zeros(network))
         if self.clustering is None:
             return stage
         dead = ~stage.bank.weights.any(axis=(1, 2))
@@ -95,7 +98,7 @@ class Stage:
             return footprint.stored_bytes(network)
         saved = footprint.convolution_bytes(network) - footprint.stored_bytes(network)  # of rounded biases
         counted = "fp16" if self.precision == "bf16" else self.precision
-        return pruning.sparse_bytes(network, precision=counted) - saved
+        return pruning.sparse_bytes(network, kind=self.kind, precision=counted) - saved
 
     def row(self, step: str, network: nn.Module) -> dict[str, object]:
         """Return what the step that made this stage did to bytes and kernels, of its final network."""

@@ -7,7 +7,7 @@ import torch
 from statsmodels.formula.api import ols
 from torch import nn
 
-from kclib import clustering, evaluation, factorial, intervals
+from kclib import clustering, evaluation, factorial, intervals, pruning
 from kclib.combination import Cluster, Prune, Quantize, Train
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
@@ -106,9 +106,15 @@ def test_every_cell_is_there_once_and_what_does_not_matter_is_none():
     for cell in both:
         assert (cell["clusters"] is None) == (cell["scope"] is None) == (cell["seed"] is None)
         assert (cell["order"] is None) == (cell["clusters"] is None or cell["sparsity"] == 0)
-    assert factorial.cells((0,), (None,), precisions=(None,)) == [
-        {"sparsity": 0, "clusters": None, "scope": None, "precision": None, "order": None, "seed": None}
-    ]
+        assert cell["pruned"] == (None if cell["sparsity"] == 0 else "kernels")
+    nothing = dict.fromkeys(("pruned", "clusters", "scope", "precision", "order", "seed"))
+    assert factorial.cells((0,), (None,), precisions=(None,)) == [nothing | {"sparsity": 0}]
+    three = factorial.cells((0, 0.5), (None, 4), ("layer",), (None,), seeds=(0,), pruned=pruning.KINDS)
+    assert [(x["pruned"], x["clusters"]) for x in three] == [
+        (None, None), (None, 4), *((kind, k) for kind in pruning.KINDS for k in (None, 4))
+    ]  # fmt: skip
+    with pytest.raises(UnknownNameError, match="kind of pruning 'layers'"):
+        factorial.cells(pruned=("layers",))
     with pytest.raises(UnknownNameError, match="order"):
         factorial.cells(orders=("cluster last",))
 
@@ -181,10 +187,23 @@ def synthetic(together=0.0, noise=0.0, seeds=2):
     for sparsity, found, precision, seed in itertools.product(SPARSITY, CLUSTERING, PRECISION, range(seeds)):
         drop = 12 + SPARSITY[sparsity] + CLUSTERING[found] + PRECISION[precision] + noise * draw.normal()
         drop += together * (sparsity == 0.7 and found == "64 layer")
-        rows.append((sparsity, found, precision, "none", seed, drop, 90 - drop, 1000))
-    return pd.DataFrame(
-        rows, columns=["sparsity", "clustering", "precision", "order", "seed", "drop", "top1", "images"]
-    )
+        kind = "kernels" if sparsity else "none"
+        rows.append((kind, sparsity, found, precision, "none", seed, drop, 90 - drop, 1000))
+    names = ["pruned", "sparsity", "clustering", "precision", "order", "seed", "drop", "top1", "images"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def test_effects_are_those_of_each_kind_of_pruning_with_what_is_not_pruned():
+    kernels, filters = synthetic(noise=0.1), synthetic(together=5, noise=0.2)
+    filters = filters[filters.pruned != "none"].assign(pruned="filters")
+    found = factorial.effects(pd.concat([kernels, filters], ignore_index=True))
+    assert list(found) == ["pruned", "term", "level", "effect", "low", "high", "share"]
+    dense = kernels[kernels.pruned == "none"]
+    for kind, table in (("kernels", kernels), ("filters", pd.concat([dense, filters]))):
+        expected = factorial.effects(table.assign(pruned=kind))
+        mine = found[found.pruned == kind].reset_index(drop=True)
+        pd.testing.assert_frame_equal(mine, expected)
+        assert (mine.share[mine.term == "sparsity:clustering"] > 0.01).all() == (kind == "filters")
 
 
 def test_effects_that_add_up_are_found_and_no_interaction():
@@ -273,9 +292,10 @@ def test_tables_that_say_nothing_of_effects_are_refused(broken, sentence):
         factorial.effects(synthetic(), "top1")
 
 
-def answered(sparsity, found, precision, right, order="none"):
+def answered(sparsity, found, precision, right, order="none", pruned="kernels"):
     right = np.asarray(right, bool)
     cell = {"sparsity": sparsity, "clustering": found, "precision": precision, "order": order}
+    cell["pruned"] = pruned if sparsity else "none"
     bits = np.packbits(right).tobytes()
     return cell | {"images": len(right), "right": bits, "drop": 100 - 100 * right.mean()}
 
@@ -316,6 +336,38 @@ def test_what_is_lost_beyond_the_sum_is_the_excess_with_its_paired_interval():
     assert found.loc["none", "excess"] == pytest.approx(-10)
 
 
+def test_the_sum_is_of_what_the_kind_of_pruning_loses_alone():
+    filters = [
+        answered(0.5, "none", "none", wrong(0, 4, 5, 6), pruned="filters"),
+        answered(0.5, "none", "int4", wrong(0, 3, 4, 5, 6, 7), pruned="filters"),
+    ]
+    kernels = answered(0.5, "none", "int4", wrong(0, 3))
+    found = factorial.orthogonality(pd.DataFrame([*ALONE, kernels, *filters])).set_index("pruned")
+    assert found.loc["kernels", ["drop", "predicted", "excess"]].tolist() == pytest.approx([20, 20, 0])
+    assert found.loc["filters", ["drop", "predicted", "excess"]].tolist() == pytest.approx([60, 50, 10])
+    with pytest.raises(InvalidValueError, match=r"no row of .*'pruned': 'filters'"):
+        factorial.orthogonality(pd.DataFrame([*ALONE, kernels, filters[1]]))
+
+
+@pytest.mark.parametrize("kind", pruning.KINDS)
+def test_each_kind_of_pruning_has_its_rows_bytes_and_pipeline(kind, store):
+    cells = factorial.cells((0, 0.5), (None, 4), ("layer",), (None, "int8"), seeds=(0,), pruned=(kind,))
+    found = factorial.run(tiny_model(), tiny_data(), cells, store=store, progress=False)
+    assert found.pruned.tolist() == ["none"] * 4 + [kind] * 4
+    alone = found[(found.sparsity > 0) & (found.clustering == "none")].set_index("precision")
+    for row in alone.itertuples():
+        assert factorial.pipeline({**cells[4], "precision": row.Index}).steps[0] == Prune(0.5, kind)
+    # Half of 36 kernels, 10 filters or 324 weights are zero; biases, masks' entropies and scales come on top.
+    small = pruning.prune(tiny_model(), 0.5, kind=kind)
+    n_kept = sum(int(np.count_nonzero(mask)) for mask in small.masks.values())
+    masks = pruning.sparse_bytes(small.network, kind=kind, precision="fp32") - 4 * n_kept - 4 * 10
+    assert alone.bytes["none"] == 4 * (n_kept + 10) + masks
+    assert alone.bytes["int8"] == n_kept + 2 * 10 + 4 * 10 + masks
+    steps = Prune(0.5, kind) >> Cluster(4, "layer") >> Quantize("int8")
+    both = found[(found.sparsity > 0) & (found.precision == "int8") & (found.clustering != "none")]
+    assert both.bytes.tolist() == [steps.run(tiny_model(), progress=False).n_bytes]
+
+
 def test_a_sum_needs_its_parts(table):
     with pytest.raises(InvalidValueError, match=r"no row of {'sparsity': 0.5, 'clustering': 'none'"):
         factorial.orthogonality(table[(table.sparsity == 0) | (table.clustering != "none")])
@@ -329,7 +381,7 @@ def test_effects_without_a_rest_have_no_interval_and_none_passes_100_points():
         cells = [(s, c, p) for s in (0.0, 0.5) for c in ("none", "4 layer") for p in ("none", "int4")]
         rows = [(*cell, "none", loss, 90 - loss, 10) for cell, loss in zip(cells, losses, strict=True)]
         names = ["sparsity", "clustering", "precision", "order", "drop", "top1", "images"]
-        return pd.DataFrame(rows, columns=names)
+        return pd.DataFrame(rows, columns=names).assign(pruned="kernels")
 
     nothing = factorial.effects(table([0.0] * 8)).set_index("term").drop("residual")
     assert nothing.low.isna().all()

@@ -14,7 +14,8 @@ def table():
         for s, c, p, seed in itertools.product((0.0, 0.5), ("none", "64 layer"), ("none", "int4"), (0, 2))
     ]
     made = pd.DataFrame(rows, columns=["sparsity", "clustering", "precision", "seed", "drop"])
-    return made.assign(drop_low=made["drop"] - 1, drop_high=made["drop"] + 3)
+    kind = np.where(made.sparsity > 0, "kernels", "none")
+    return made.assign(drop_low=made["drop"] - 1, drop_high=made["drop"] + 3, pruned=kind)
 
 
 def test_lines_are_clusterings_over_the_sparsity_in_a_panel_a_precision():
@@ -48,6 +49,7 @@ def test_the_excess_is_a_map_around_0_whose_sure_numbers_are_bold():
         (0.5, "64 layer", "int4", -3.0, -4.0, -2.0),
     ]
     made = pd.DataFrame(rows, columns=["sparsity", "clustering", "precision", "excess", "low", "high"])
+    made["pruned"] = np.where(made.sparsity > 0, "filters", "none")
     _, ax = plt.subplots()
     assert factorial_figures.excess(made, ax=ax) is ax
     (image,) = ax.images
@@ -61,3 +63,25 @@ def test_the_excess_is_a_map_around_0_whose_sure_numbers_are_bold():
     ax.figure.canvas.draw()
     assert [x.get_text() for x in ax.get_xticklabels()] == ["none\n50%", "int4\n0%", "int4\n50%"]
     assert [x.get_text() for x in ax.get_yticklabels()] == ["none", "64 layer"]
+    assert ax.get_xlabel() == "precision, share of filters pruned"
+
+
+def test_kinds_of_pruning_have_panels_and_columns_of_their_own():
+    weights = table().query("sparsity > 0").assign(pruned="weights", drop=77.0, drop_low=77.0, drop_high=77.0)
+    both = pd.concat([table(), weights], ignore_index=True)
+    axes = factorial_figures.interactions(both)
+    assert [ax.get_xlabel() for ax in axes] == [
+        f"share of {kind} pruned" for kind in ("kernels", "weights") for _ in range(2)
+    ]
+    assert axes[2].containers[0][0].get_ydata().tolist() == [5, 77]
+    assert [bool(ax.get_ylabel()) for ax in axes] == [True, False, True, False]
+    excess = both.groupby(["sparsity", "clustering", "precision", "pruned"], sort=False, as_index=False)[
+        "drop"
+    ]
+    excess = excess.mean().assign(low=0.0, high=0.0).rename(columns={"drop": "excess"})
+    _, ax = plt.subplots()
+    factorial_figures.excess(excess, ax=ax)
+    each = ["{}\n0%", "{}\n50%\nkernels", "{}\n50%\nweights"]
+    shown = [x.get_text() for x in ax.get_xticklabels()]
+    assert shown == [x.format(precision) for precision in ("none", "int4") for x in each]
+    assert ax.get_xlabel() == "precision, share of kernels or weights pruned"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch import nn
 from torch.nn.utils import prune as reference
 
-from kclib import footprint, models, pruning
+from kclib import footprint, kernels, models, pruning, stored
 from kclib.errors import InvalidValueError, UnknownNameError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,6 +180,31 @@ def test_bytes_are_those_of_masks_kernels_and_what_is_not_pruned():
     assert pruning.sparse_bytes(network, precision="fp32") == footprint.convolution_bytes(network)
 
 
+def test_bytes_by_hand_of_each_kind_of_mask():
+    network = nn.Sequential(convolution([[1, 0], [0, 0], [2, 3], [0, 0]]))  # 4 filters, 8 kernels, 16 weights
+    with torch.no_grad():
+        network[0].weight[0, 0, 0, 0] = 0  # 5 weights of 3 kernels of 2 filters are left
+    entropies = {"kernels": (3, 8), "filters": (2, 4), "weights": (5, 16)}
+    values = {"kernels": 3 * 2, "filters": 2 * 4, "weights": 5}
+    for kind, (n, m) in entropies.items():
+        mask = math.ceil(-(n * math.log2(n / m) + (m - n) * math.log2(1 - n / m)) / 8)
+        assert mask == {"kernels": 1, "filters": 1, "weights": 2}[kind]
+        assert pruning.sparse_bytes(network, kind=kind, precision="fp16") == mask + 2 * values[kind]
+        assert pruning.sparse_bytes(network, kind=kind, precision="int8") == mask + values[kind] + 4 * 2
+        assert pruning.sparse_bytes(network, kind=kind, precision="fp32") == mask + 4 * values[kind]
+
+
+@given(SEEDS, st.floats(0.1, 0.9), st.sampled_from(stored.PRECISIONS))
+@settings(deadline=None, max_examples=10)
+def test_bytes_of_single_weights_are_those_of_the_sparse_form(seed, sparsity, precision):
+    network = prune(random_network(seed), sparsity, kind="weights").network
+    bank = kernels.extract(network)
+    form = stored.Sparse((bank.weights == 0).astype(int), precision, 1)
+    others = 4 * (6 + 4 + 5 * 4 + 5)
+    expected = others + sum(form.bytes(layer) for layer in bank.layers)
+    assert pruning.sparse_bytes(network, kind="weights", precision=precision) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -200,3 +225,5 @@ def test_unknown_kinds_and_precisions_are_refused():
         prune(network, 0.5, "kernel")
     with pytest.raises(UnknownNameError, match="unknown precision 'int2'"):
         pruning.sparse_bytes(network, precision="int2")
+    with pytest.raises(UnknownNameError, match="kind of pruning 'layers'"):
+        pruning.sparse_bytes(network, kind="layers")

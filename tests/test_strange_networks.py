@@ -343,7 +343,7 @@ def test_peers_and_pruned_networks_are_finite_and_within_their_bytes(kind):
 def test_methods_that_change_nothing_have_no_effect_nor_share(top1, response):
     cells = itertools.product([0.0, 0.5], ["none", "4"], ["none", "int8"], [0, 1])
     table = pd.DataFrame(cells, columns=["sparsity", "clustering", "precision", "seed"])
-    table = table.assign(order="none", drop=0.0, top1=top1, images=100)
+    table = table.assign(order="none", pruned="kernels", drop=0.0, top1=top1, images=100)
     found = additivity.effects(table, response)
     np.testing.assert_allclose(found.effect[found.term != "mean"].dropna(), 0, atol=1e-9)
     assert not found.share.fillna(0).any()
