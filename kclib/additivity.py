@@ -43,9 +43,9 @@ def effects(table: pd.DataFrame, response: str = "drop") -> pd.DataFrame:
     pandas.DataFrame
         ``pruned``, the kind; ``term``, a method or ``a:b``, or ``mean`` for that of all; ``level``;
         ``effect`` in points or log odds, and ``low`` and ``high``, its 95 % interval, missing where nothing
-        is left to take it from; ``share`` of the sums of squares of the term (type II), 0 to 1, the same for all
-        its levels: of them all and ``residual``, the last row of the kind, it is eta squared if the design is
-        balanced.
+        is left to take it from; ``share`` of the sums of squares of the term (type II), 0 to 1, the same for
+        all its levels: of them all and ``residual``, the last row of the kind, it is eta squared if the
+        design is balanced.
 
     Raises
     ------
