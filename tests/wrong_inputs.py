@@ -127,6 +127,13 @@ class Idle(nn.Sequential):
         return {1, 2}
 
 
+class Mapping(nn.Module):
+    """A network that does not say which of its answers counts."""
+
+    def forward(self, x):
+        return {"a": x, "b": None, "c": 1}
+
+
 @dataclass
 class Given:
     """What a call is given, made when it is asked for."""
@@ -301,7 +308,7 @@ WRONG_INPUTS = [
     (models.moved, lambda g: models.moved(nn.Conv2d(1, 1, 3, device="meta"), "cpu"), WRONG, "no values yet"),
     (inference.answers, lambda g: models.answers(g.network, torch.ones(2, 7)), WRONG, "does not run on inputs of shape (2, 7)"),
     (inference.answers, lambda g: models.answers(nn.Flatten(0), torch.ones(2, 7)), WRONG, "answers shape (14,) to 2 images"),
-    (inference.picked, lambda g: inference.picked(g.network, {"a": torch.ones(2, 7), "b": None, "c": 1}, 2), WRONG, "a: (2, 7)"),
+    (inference.answers, lambda g: inference.answers(Mapping(), torch.ones(2, 7)), WRONG, "a: (2, 7)"),
     (inference.run, lambda g: inference.run(g.network, torch.ones(2, 1, 8, 8)), WRONG, "reads 3 channels and the images have 1"),
     (inference.on_device, lambda g: inference.on_device(nn.LazyLinear(2), "cpu"), WRONG, "weight has no values yet"),
     (models.load, lambda g: models.load("vgg16-fashion", input_shape=(3, 8, 8)), WRONG, "makes (3, 32, 32)"),
