@@ -434,8 +434,6 @@ WRONG_INPUTS = [
     (moments.batches, lambda g: moments.batches(g.none, g.model.preprocess, 4, "cpu"), WRONG, "no images"),
     (moments.steps, lambda g: moments.steps(nn.ModuleDict({"a": nn.Conv2d(3, 3, 3)}), torch.ones(1, 3, 8, 8), {"a"}), WRONG, "does not run"),
     (moments.measure, lambda g: moments.measure(g.network, g.network, moments.Step("0", 1, None), lambda: iter([torch.full((2, 3, 8, 8), NAN)]), n_images=2), WRONG, "the inputs of layer 0 are not finite"),
-    (latency.convolve_then_gather, lambda g: latency.convolve_then_gather(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 8, 8)), WRONG, "is computed so"),
-    (latency.add_then_convolve, lambda g: latency.add_then_convolve(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 8, 8)), WRONG, "is computed so"),
     (restoration.restore_worst, lambda g: restoration.restore_worst(g.model, g.clustering, -1), WRONG, "budget is -1"),
     (damage.by_cluster, lambda g: damage.by_cluster(kernels.extract(g.other), g.clustering), WRONG, "layer"),
     (damage.restored, lambda g: damage.restored(g.model, g.clustering, pd.DataFrame()), WRONG, "no column 'group'"),
