@@ -7,9 +7,9 @@ from numbers import Integral
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from kclib import checks, datasets, kernels, models, moments
+from kclib.bars import tqdm
 from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
 

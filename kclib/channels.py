@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from kclib import checks, compression, datasets, kernels, models, moments
+from kclib.bars import tqdm
 from kclib.kernels import KernelBank, Layer
 
 

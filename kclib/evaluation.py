@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import stats
-from tqdm.auto import tqdm
 
 from kclib import checks, datasets, inference, intervals, kernels, models
+from kclib.bars import tqdm
 from kclib.errors import InvalidValueError, StoppedError
 from kclib.models import Model
 

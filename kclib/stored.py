@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from kclib import coding, kmeans, palettes, parallel
+from kclib.bars import tqdm
 from kclib.checks import check_known, check_whole
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer
