@@ -76,7 +76,7 @@ class Palette:
 
     def _table(self, values: np.ndarray) -> np.ndarray:
         if self.kind == "kmeans":
-            return palettes.palette(values, 2**self.n_bits)
+            return palettes.palette(half(values), 2**self.n_bits)  # at most 63,487 distinct ones
         return np.linspace(values.min(), values.max(), 2**self.n_bits, dtype=np.float64)
 
 
