@@ -100,16 +100,6 @@ class Evaluation:
         """Top-5 accuracy in percent, with the Wilson score interval."""
         return _proportion(self.in_top5[self.known])
 
-    @property
-    def per_class(self) -> dict[str, float]:
-        """Accuracy in percent of each class that has images; names that several have carry their number."""
-        right = self.predictions == self.labels
-        return {
-            name: 100 * float(right[self.labels == i].mean())
-            for i, name in enumerate(told_apart(self.classes))
-            if (self.labels == i).any()
-        }
-
 
 def evaluate(
     model: Model | torch.nn.Module,
