@@ -48,7 +48,6 @@ bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of othe
 	$(BIN)/python -m benchmarks.similarity
 	WEIGHTS=$(WEIGHTS) $(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.choices
-	$(BIN)/python -m benchmarks.attribution
 	$(BIN)/python -m benchmarks.orthogonality
 	$(BIN)/python -m benchmarks.kmeans $(WEIGHTS)
 

@@ -95,27 +95,13 @@ def case(model: models.Model, bank: kernels.KernelBank, scope: str, k: int, fold
     }
 
 
-def few(model: models.Model, bank: kernels.KernelBank, k: int = 16) -> list[dict]:
-    """Time the ways to reuse representatives' maps where each layer has few."""
-    network = compression.compress(model.network, clustering.cluster(bank, k, progress=False))
-    sides = {"features.7": 16, "features.14": 8, "features.21": 4, "features.28": 2}
-    return [
-        {"layer": name, "K": k, "pixels": side * side}
-        | latency.of_layer(module, torch.randn(16, module.in_channels, side, side))
-        for name, side in sides.items()
-        for module in [layers.clustered(network)[name]]
-    ]
-
-
 def main() -> None:
     model = models.load()
     bank = kernels.extract(model.network)
     with tempfile.TemporaryDirectory() as folder:
         rows = [case(model, bank, *each, Path(folder)) for each in tqdm(CASES, desc="memory", unit="case")]
-    reuse = few(model, bank)
     print(pd.DataFrame(rows).T.to_string())
-    print(pd.DataFrame(reuse).round(2).to_string(index=False))
-    found = {"threads": torch.get_num_threads(), "rows": rows, "reuse": reuse}
+    found = {"threads": torch.get_num_threads(), "rows": rows}
     with files.replacing(OUT) as temporary:
         temporary.write_text(json.dumps(found, indent=1))
     print(f"written to {OUT}")

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kclib import checks, compression, convolutions, datasets, evaluation, inference, kernels, models, prefix
+from kclib import checks, compression, convolutions, datasets, evaluation, inference, kernels, models
 from kclib.clustering import Clustering, checked
 from kclib.datasets import ImageSet
 from kclib.evaluation import Evaluation, Interval
@@ -32,8 +32,9 @@ def by_layer(
 ) -> pd.DataFrame:
     """Return the accuracy points lost where one layer alone is clustered, and where all but it are.
 
-    What runs before the layer is computed once for all layers (`prefix.record`). The answers are those of
-    whole evaluations of each network, to the bit on the CPU.
+    Each batch of images goes through every network in turn: the images are prepared, and the dense network
+    answers them, once for all. The answers are those of whole evaluations of each network, to the bit on the
+    CPU.
 
     Parameters
     ----------
@@ -44,7 +45,7 @@ def by_layer(
     data : ImageSet
     ways : sequence of {"alone", "all but"}
     batch_size, precision, device
-        As in `evaluation.evaluate`. A batch takes the memory of all activations of its images.
+        As in `evaluation.evaluate`.
     progress : bool
         Whether to show a progress bar.
 
@@ -161,35 +162,28 @@ class _Variants(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the dense logits."""
-        logits, others = self._run(self.dense, self.small, inputs, "alone")
-        whole, rest = self._run(self.small, self.dense, inputs, "all but")
-        for key, answer in (others | rest | {_ALL: whole}).items():  # told once all of them have run
+        pairs = {"alone": (self.dense, self.small), "all but": (self.small, self.dense)}
+        logits, whole = (inference.answers(x, inputs.clone()) for x in (self.dense, self.small))
+        answers = {_ALL: whole}
+        for layer, names in self.users.items():
+            for way in self.ways:
+                network, other = pairs[way]
+                with _swapped(network, other, names):
+                    answers[layer, way] = inference.answers(network, inputs.clone())
+        for key, answer in answers.items():  # told once all of them have run
             self.tell(key, answer)
         return logits
 
-    def _run(self, network: nn.Module, other: nn.Module, inputs: Tensor, way: str) -> tuple[Tensor, dict]:
-        """Return a network's logits, and those with each layer taken from the other if asked this way."""
-        if way not in self.ways:
-            return inference.answers(network, inputs), {}
-        users = [network.get_submodule(name) for names in self.users.values() for name in names]
-        recording = inference.run(network, inputs, lambda x: prefix.record(network, x, users))
-        found = {}
-        for layer, names in self.users.items():
-            with _swapped(network, other, names) as changed:
-                answer = inference.run(network, inputs, lambda _, changed=changed: recording.again(changed))
-                found[layer, way] = inference.picked(network, answer, len(inputs))
-        return inference.picked(network, recording.output, len(inputs)), found
-
 
 @contextmanager
-def _swapped(network: nn.Module, other: nn.Module, names: Iterable[str]) -> Iterator[list[nn.Module]]:
-    """While it lasts, some modules of a network have the weights of another's; yield them."""
+def _swapped(network: nn.Module, other: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """While it lasts, some modules of a network have the weights of another's."""
     changed = [network.get_submodule(name) for name in names]
     own = [module.weight for module in changed]
     for name, module in zip(names, changed, strict=True):
         module.weight = other.get_submodule(name).weight
     try:
-        yield changed
+        yield
     finally:
         for module, weight in zip(changed, own, strict=True):
             module.weight = weight

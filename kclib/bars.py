@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from unittest import mock
 
-from tqdm import std
-from tqdm.auto import tqdm
+from tqdm import auto
+
+from kclib import places
 
 if TYPE_CHECKING:  # the command line draws bars before it loads what computes
     from kclib.fitting import Step
@@ -21,6 +21,27 @@ if TYPE_CHECKING:  # the command line draws bars before it loads what computes
 _EVERY = 30  # seconds between the lines of a bar in a log
 _MOVES = re.compile(r"[\r\n]|\x1b\[[\d;]*[A-Za-z]")  # of the cursor
 _CHILDREN = {"TQDM_MININTERVAL": str(_EVERY), "TQDM_MAXINTERVAL": str(_EVERY)}  # tqdm reads them on import
+_readable = False  # whether bars are to print whole lines
+
+
+class tqdm(auto.tqdm):
+    """A progress bar as `tqdm.auto` has it, and in whole lines where `readable` asks for them."""
+
+    def __init__(self, *args, **options):
+        if len(args) < 5 and options.get("file") is None:  # the fifth is the file
+            options |= as_lines(left=bool(options.get("leave", True)))
+        super().__init__(*args, **options)
+
+
+def as_lines(left: bool) -> dict[str, object]:
+    """Return the options of any tqdm bar that draws as `readable` asks for; none outside of it.
+
+    Parameters
+    ----------
+    left : bool
+        Whether a short bar leaves its last state.
+    """
+    return {"file": _Lines(left), "leave": True, "position": 0} if _readable else {}  # moves no cursor
 
 
 def of_shares(what: str, shown: bool) -> tqdm:
@@ -49,7 +70,7 @@ def ticking(bar: tqdm) -> Iterator[None]:
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Let all bars of this process print whole lines, one in 30 s, where ``sys.stderr`` is no terminal.
+    """Let all bars of `kclib` print whole lines, one in 30 s, where ``sys.stderr`` is no terminal.
 
     A bar's last state is a line too, unless the bar would be cleared at its end and none of it was seen.
     Processes that are started meanwhile draw their bars as rarely. On a terminal nothing changes.
@@ -57,17 +78,13 @@ def readable() -> Iterator[None]:
     if sys.stderr.isatty():
         yield
         return
-    original = std.tqdm.__init__
-
-    def begin(bar, *args, **options):
-        if len(args) < 5 and options.get("file") is None:  # the fifth is the file
-            lines = _Lines(left=bool(options.get("leave", True)))
-            options |= {"file": lines, "leave": True, "position": 0}  # one that moves no cursor
-        original(bar, *args, **options)
-
-    changes = {name: value for name, value in _CHILDREN.items() if name not in os.environ}
-    with mock.patch.object(std.tqdm, "__init__", begin), mock.patch.dict(os.environ, changes):
-        yield
+    global _readable
+    before, _readable = _readable, True
+    try:
+        with places.environment({name: value for name, value in _CHILDREN.items() if name not in os.environ}):
+            yield
+    finally:
+        _readable = before
 
 
 class _Lines(io.TextIOBase):

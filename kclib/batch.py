@@ -14,10 +14,10 @@ import filelock
 import nbformat
 import papermill
 from nbclient.exceptions import CellTimeoutError
-from tqdm.auto import tqdm
 from traitlets.config import Config
 
-from kclib import factories, files, profiles, provenance, reports
+from kclib import bars, factories, files, profiles, provenance, reports
+from kclib.bars import tqdm
 from kclib.errors import NotebookError, StorageError, reason
 from kclib.profiles import Profile
 from kclib.reports import Chapter
@@ -141,6 +141,7 @@ def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
         parameters.setdefault("report_dir", str(folder.resolve()))
     start, error, traceback = time.perf_counter(), "", ""
     try:
+        bar = {"desc": chapter.stem, "position": 1, "leave": False} | bars.as_lines(left=False)
         with _private() as config:
             papermill.execute_notebook(
                 source,
@@ -149,7 +150,7 @@ def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
                 cwd=profile.folder,
                 start_timeout=_START,
                 execution_timeout=timeout,
-                progress_bar={"desc": chapter.stem, "position": 1, "leave": False},
+                progress_bar=bar,
                 config=config,
                 kernel_name="python3",  # this environment's, whatever the file was last saved with
                 language="python",

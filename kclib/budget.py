@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 from torch import nn
-from tqdm.auto import tqdm
 
 from kclib import (
     checks,
@@ -23,6 +22,7 @@ from kclib import (
     scopes,
     tradeoff,
 )
+from kclib.bars import tqdm
 from kclib.breakeven import Count
 from kclib.clustering import Clustering
 from kclib.datasets import ImageSet

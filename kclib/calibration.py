@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from kclib import checks, datasets, kernels, layers, models, moments, quantization
+from kclib.bars import tqdm
 from kclib.errors import InvalidValueError
 from kclib.layers import ClusteredConv2d
 from kclib.moments import Moments

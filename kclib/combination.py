@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from kclib import (
     checks,
@@ -19,6 +18,7 @@ from kclib import (
     stages,
     zeros,
 )
+from kclib.bars import tqdm
 from kclib.combined import Combined, Given
 from kclib.errors import InvalidValueError
 from kclib.models import Model, as_model, fingerprint

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from kclib import datasets, evaluation, footprint, models, sweep
+from kclib.bars import tqdm
 from kclib.datasets import ImageSet
 from kclib.evaluation import Evaluation
 from kclib.models import Model

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn import manifold, metrics
 from threadpoolctl import threadpool_limits
-from tqdm.auto import tqdm
 
 from kclib import checks, distances, neighbours
+from kclib.bars import tqdm
 from kclib.errors import InvalidValueError
 from kclib.store import Entry, Store
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import stats
-from tqdm.auto import tqdm
 
 from kclib import checks, datasets, inference, intervals, kernels, models
+from kclib.bars import tqdm
 from kclib.errors import InvalidValueError, StoppedError
 from kclib.models import Model
 
@@ -99,16 +99,6 @@ class Evaluation:
     def top5(self) -> Interval:
         """Top-5 accuracy in percent, with the Wilson score interval."""
         return _proportion(self.in_top5[self.known])
-
-    @property
-    def per_class(self) -> dict[str, float]:
-        """Accuracy in percent of each class that has images; names that several have carry their number."""
-        right = self.predictions == self.labels
-        return {
-            name: 100 * float(right[self.labels == i].mean())
-            for i, name in enumerate(told_apart(self.classes))
-            if (self.labels == i).any()
-        }
 
 
 def evaluate(

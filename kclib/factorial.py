@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from kclib import checks, datasets, evaluation, footprint, models, parallel, pruning, recovery, sweep
 from kclib.additivity import effects, orthogonality
+from kclib.bars import tqdm
 from kclib.combination import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.evaluation import Evaluation
 from kclib.kernels import KernelBank

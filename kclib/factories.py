@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
+from kclib import places
 from kclib.errors import InvalidValueError, KclibError, reason, where
 
 
@@ -114,13 +114,14 @@ def _said(error: BaseException) -> str:
 @contextlib.contextmanager
 def own_modules() -> Iterator[None]:
     """Let modules in this folder be imported, as `python -m` would, by notebooks and workers too."""
-    here = os.getcwd()
+    here, before = os.getcwd(), sys.path
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), here]
-    with (
-        mock.patch.object(sys, "path", [*sys.path, here]),
-        mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
-    ):
-        yield
+    sys.path = [*before, here]
+    try:
+        with places.environment({"PYTHONPATH": os.pathsep.join(paths)}):
+            yield
+    finally:
+        sys.path = before
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from kclib import bars, clusterings, estimates, files, jobs, reports, sources
+from kclib.bars import tqdm
 from kclib.errors import InvalidValueError
 from kclib.jobs import Workers
 from kclib.profiles import Grid, Profile

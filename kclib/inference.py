@@ -41,17 +41,7 @@ def answers(network: nn.Module, inputs: Tensor) -> Tensor:
         The network does not run on such inputs, or answers something else.
     NotEnoughMemoryError
     """
-    return picked(network, run(network, inputs), len(inputs))
-
-
-def picked(network: nn.Module, answer, n_images: int) -> Tensor:
-    """Return the logits among what a network answered to so many images, as `answers` does.
-
-    Raises
-    ------
-    InvalidValueError
-        There are none.
-    """
+    answer, n_images = run(network, inputs), len(inputs)
     logits = counting(answer)
     if logits is None or logits.is_complex() or logits.layout is not torch.strided:
         raise InvalidValueError(
@@ -73,7 +63,7 @@ def picked(network: nn.Module, answer, n_images: int) -> Tensor:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
-def run(network: nn.Module, inputs: Tensor, how: Callable | None = None):
+def run(network: nn.Module, inputs: Tensor):
     """Return what a network answers to a batch, of whatever kind it is.
 
     A network that does not stand the layout of the inputs, such as channels_last where it calls ``view``, is
@@ -83,8 +73,6 @@ def run(network: nn.Module, inputs: Tensor, how: Callable | None = None):
     ----------
     network : torch.nn.Module
     inputs : torch.Tensor
-    how : callable, optional
-        What runs the network on the inputs, if not the network itself.
 
     Raises
     ------
@@ -95,13 +83,13 @@ def run(network: nn.Module, inputs: Tensor, how: Callable | None = None):
     if network in _CONTIGUOUS:
         inputs = inputs.contiguous()
     try:
-        return (how or network)(inputs)
+        return network(inputs)
     except KclibError:
         raise
     except Exception as error:  # other people's code can raise anything
         if inputs.is_contiguous() or _is_memory(error):
             raise _told(network, inputs, error) from error
-    answer = run(network, inputs.contiguous(), how)
+    answer = run(network, inputs.contiguous())
     _CONTIGUOUS.add(network)
     return answer
 

@@ -22,9 +22,9 @@ from torch.utils.data import (
     default_collate,
     default_convert,
 )
-from tqdm.auto import tqdm
 
 from kclib import files, preprocessing
+from kclib.bars import tqdm
 from kclib.class_names import listed
 from kclib.errors import DamagedFileError, InvalidValueError, reason
 from kclib.image_set import ImageSet

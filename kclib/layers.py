@@ -226,13 +226,6 @@ def kind_of(convolution: nn.Module) -> type:
     return parametrize.type_before_parametrizations(convolution)
 
 
-def turned_into(module: ClusteredConv2d, cls: type[ClusteredConv2d]) -> None:
-    """Make a clustered convolution, in place, one of a class derived from its own, or of that again."""
-    module.__class__ = _also(
-        cls, module.stands_for
-    )  # as torch's parametrize does: hooks and shared parts stay
-
-
 @functools.cache
 def _also(cls: type, kind: type) -> type:
     """Return the class of what is clustered and a convolution of a kind."""

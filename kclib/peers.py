@@ -12,9 +12,9 @@ from functools import partial
 
 import numpy as np
 from torch import nn
-from tqdm.auto import tqdm
 
 from kclib import checks, clustering, compression, footprint, kernels, models, stored
+from kclib.bars import tqdm
 from kclib.clustering import Clustering, Group
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank

@@ -1,6 +1,6 @@
-"""Folders that libraries write to at home, for users whose home may not be written to.
+"""Folders that libraries write to at home, for users whose home may not be written to, and their variables.
 
-Set when `kclib` is imported, for the libraries that are imported later and the processes that are started.
+Folders are set when `kclib` is imported, for the libraries imported later and the processes that are started.
 """
 
 import atexit
@@ -9,6 +9,8 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 _VARIABLE = "KCLIB_SCRATCH"  # by which a process knows that its parent has set all this
@@ -51,6 +53,21 @@ def prepare() -> None:
         sys.modules["numba"].config.CACHE_DIR = os.environ.get("NUMBA_CACHE_DIR", "")
     creator = os.getpid()
     atexit.register(lambda: os.getpid() == creator and shutil.rmtree(scratch, ignore_errors=True))
+
+
+@contextmanager
+def environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables in this block, for the processes that are started in it."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _lacking() -> list[str]:

@@ -1,6 +1,7 @@
 """Win back accuracy that clustering took: train a compressed network, its bytes staying as they are."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from kclib import (
     budget,
+    carrying,
     checks,
     datasets,
     evaluation,
@@ -196,25 +198,38 @@ class _Reassignable(ClusteredConv2d):
 
 def _with_latents(network: nn.Module) -> nn.Module:
     """Return a copy in which the indices of plain kernels can move; shared ones by shared latents."""
-    network, latents = copy.deepcopy(network), {}
+
+    def moves(module: ClusteredConv2d) -> bool:
+        return module.scales is None and not module.codebook.turned
+
+    network, latents = _made_of(network, lambda x: _Reassignable if moves(x) else ClusteredConv2d), {}
     for module in layers.clustered(network).values():
-        if module.scales is None and not module.codebook.turned:
+        if isinstance(module, _Reassignable):
             values = module.codebook.values
             members = torch.from_numpy(module.members()).long().to(values.device)
             latent = nn.Parameter(values.detach().flatten(1)[members], values.requires_grad)
             module.latent = latents.setdefault(id(module.indices), latent)
-            layers.turned_into(module, _Reassignable)
     return network
 
 
 def _without_latents(network: nn.Module) -> nn.Module:
     """Return a copy in which all clustered convolutions are ordinary ones again."""
-    network = copy.deepcopy(network)
-    for module in layers.clustered(network).values():
-        if isinstance(module, _Reassignable):
-            del module.latent
-            layers.turned_into(module, ClusteredConv2d)
+    movable = [name for name, x in layers.clustered(network).items() if isinstance(x, _Reassignable)]
+    network = _made_of(network, lambda _: ClusteredConv2d)
+    for name in movable:
+        del network.get_submodule(name).latent
     return network
+
+
+def _made_of(network: nn.Module, kind: Callable[[ClusteredConv2d], type[ClusteredConv2d]]) -> nn.Module:
+    """Return a copy with clustered convolutions of these kinds, which share what the former ones did."""
+    made, copies = {}, {}
+    for module in layers.clustered(network).values():
+        parts = (module.codebook, module.indices, module.scales, module.bias)
+        codebook, indices, scales, bias = (copy.deepcopy(x, copies) for x in parts)
+        options = {"scales": scales, "bias": bias, "block_bytes": module.block_bytes}
+        made[id(module)] = kind(module)(module, codebook, indices, **options)
+    return carrying.swapped(network, made)
 
 
 def _reassigned(network: nn.Module) -> nn.Module:

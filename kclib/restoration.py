@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 from torch import nn
-from tqdm.auto import tqdm
 
 from kclib import checks, coding, compression, damage, footprint, models, quantization, search, tradeoff
+from kclib.bars import tqdm
 from kclib.clustering import Clustering
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from kclib import checks, compression, convolutions, datasets, inference, kernels, models
+from kclib.bars import tqdm
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 

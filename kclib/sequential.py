@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from kclib import (
     calibration,
@@ -21,6 +20,7 @@ from kclib import (
     quantization,
     scopes,
 )
+from kclib.bars import tqdm
 from kclib.clustering import Clustering, Group
 from kclib.kernels import KernelBank, Layer
 from kclib.moments import Moments

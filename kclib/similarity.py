@@ -5,9 +5,9 @@ import warnings
 import numpy as np
 import pandas as pd
 from scipy import stats
-from tqdm.auto import tqdm
 
 from kclib import bars, checks, distances, kmeans, neighbours, nulls, search
+from kclib.bars import tqdm
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Kernels, bank_of
 

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 import safetensors
 from safetensors.numpy import save_file
-from tqdm.auto import tqdm
 
 from kclib import checks, files
+from kclib.bars import tqdm
 from kclib.errors import InvalidValueError, StorageError, UnknownNameError, reason
 
 # Part of every key, by what is kept: raise a number when the same inputs would give other results.

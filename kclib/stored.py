@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from kclib import coding, kmeans, palettes, parallel
+from kclib.bars import tqdm
 from kclib.checks import check_known, check_whole
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer
@@ -76,7 +76,7 @@ class Palette:
 
     def _table(self, values: np.ndarray) -> np.ndarray:
         if self.kind == "kmeans":
-            return palettes.palette(values, 2**self.n_bits)
+            return palettes.palette(half(values), 2**self.n_bits)  # at most 63,487 distinct ones
         return np.linspace(values.min(), values.max(), 2**self.n_bits, dtype=np.float64)
 
 

@@ -10,7 +10,6 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from kclib import (
     checks,
@@ -24,6 +23,7 @@ from kclib import (
     models,
     provenance,
 )
+from kclib.bars import tqdm
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation
 from kclib.scopes import largest

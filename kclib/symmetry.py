@@ -57,18 +57,6 @@ def transforms(side: int) -> np.ndarray:
     return np.stack([face.ravel() for face in turned])
 
 
-def restored(found: SymmetricKMeans) -> np.ndarray:
-    """Return each kernel's turned and scaled centre, float32 ``(n, d)``."""
-    d = found.centres.shape[1]
-    turns = transforms(math.isqrt(d)) if found.transforms.any() else np.arange(d)[None]
-    result = np.empty((len(found.labels), found.centres.shape[1]), np.float32)
-    for block in parallel.blocks(len(result)):
-        centres = found.centres[found.labels[block]]
-        turned = np.take_along_axis(centres, turns[found.transforms[block]], axis=1)
-        result[block] = found.scales[block, None] * turned
-    return result
-
-
 def kmeans(
     points: np.ndarray,
     n_clusters: int,

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from kclib import datasets, files, kernels, models
+from kclib.bars import tqdm
 from kclib.errors import DamagedFileError, InvalidValueError, reason
 from kclib.recipe import Recipe, augment
 

@@ -1,16 +1,13 @@
 """Clusterings of banks that are zero in part, as pruning leaves them: zero is a representative of its own."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 
-from kclib import checks, clustering, coding, fitting, rate, scopes
+from kclib import checks, clustering, fitting, rate, scopes
 from kclib.clustering import Clustering, Group
 from kclib.kernels import KernelBank, Kernels, Layer, bank_of
-from kclib.packing import index_bits, index_bytes
 
 
 def cluster(
@@ -67,26 +64,6 @@ def cluster(
     return Clustering(groups, scope if isinstance(scope, str) else "mapping", seed, notes)
 
 
-def index_table(found: Clustering) -> pd.DataFrame:
-    """Return what it costs to tell by their indices which kernels are zero.
-
-    Parameters
-    ----------
-    found : Clustering
-        From `cluster`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row a group: ``group``; ``kernels``, their number; ``zero``, the share of them that zero stands
-        for; ``fixed_bits`` and ``entropy_bits``, what the index of one such kernel takes at a fixed width,
-        ceil(log2 K), and ideally, -log2 of that share (missing where there is none); the bytes of all indices
-        of the group, ``fixed`` (each layer's rounded up) and ``entropy``, and of the others' alone,
-        ``fixed_without`` and ``entropy_without``, as if it were known which are zero.
-    """
-    return pd.DataFrame([_row(group) for group in found.groups])
-
-
 def _others(bank: KernelBank, alive: np.ndarray) -> KernelBank:
     """Return the bank of the kernels that are not zero; its layers are lists of kernels, one input each."""
     layers, start = [], 0
@@ -129,22 +106,3 @@ def _zero(group: Group) -> int | None:
     """Return the index of the representative that is zero; opposite kernels may have one as their mean."""
     found = np.flatnonzero(~group.codebook.any(axis=(1, 2)))
     return int(found[0]) if len(found) else None
-
-
-def _row(group: Group) -> dict[str, object]:
-    is_zero = group.indices == (-1 if (zero := _zero(group)) is None else zero)
-    share, k = float(is_zero.mean()), group.n_clusters
-    others, k_others = group.indices[~is_zero], k - (zero is not None)
-    ends = np.cumsum([layer.n_kernels for layer in group.layers])[:-1]
-    n_others = [np.count_nonzero(~part) for part in np.split(is_zero, ends)]
-    return {
-        "group": group.name,
-        "kernels": len(group.indices),
-        "zero": share,
-        "fixed_bits": index_bits(k) if share else math.nan,
-        "entropy_bits": -math.log2(share) if share else math.nan,
-        "fixed": sum(index_bytes(x.n_kernels, index_bits(k)) for x in group.layers),
-        "fixed_without": sum(index_bytes(int(n), index_bits(max(1, k_others))) for n in n_others),
-        "entropy": coding.entropy_bytes(coding.counts(group.indices, k)),
-        "entropy_without": coding.entropy_bytes(coding.counts(others, k)),
-    }

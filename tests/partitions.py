@@ -1,11 +1,14 @@
 """What the tests of k-means share: points as kernels have them, and what a partition must be."""
 
+import math
 import signal
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
+
+from kclib.symmetry import transforms
 
 
 def heavy_tailed(n, d=9, seed=0):
@@ -47,3 +50,12 @@ def at_most(seconds):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def restored(found):
+    """Return the turned and scaled centre that stands for each point of a symmetric clustering."""
+    turns = transforms(math.isqrt(found.centres.shape[1]))
+    if not found.transforms.any():
+        turns = np.arange(found.centres.shape[1])[None]
+    turned = np.take_along_axis(found.centres[found.labels], turns[found.transforms], axis=1)
+    return found.scales[:, None] * turned

@@ -140,20 +140,19 @@ class Counted(nn.Conv2d):
         return super().forward(x)
 
 
-def test_layers_before_the_one_that_changes_are_computed_once():
+@pytest.mark.parametrize("ways", [("alone",), ("all but",), attribution.WAYS])
+def test_dense_answers_are_computed_once_for_all_layers(ways):
     def chain():
         layers = [Counted(3, 3, 3, padding=1) for _ in range(4)]
         return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(3, 4))
 
     model, made, data = random_case(chain)
     Counted.runs = 0
-    attribution.by_layer(model, made, data, batch_size=50, **QUIET)
+    table = attribution.by_layer(model, made, data, ways=ways, batch_size=50, **QUIET)
     tried = 2 * 4  # that the replaced layers run, on one image
-    assert Counted.runs == tried + 2 * 4 + 2 * (4 + 3 + 2 + 1)
-    Counted.runs = 0
-    table = attribution.by_layer(model, made, data, ways=("alone",), batch_size=50, **QUIET)
-    assert Counted.runs == tried + 2 * 4 + (4 + 3 + 2 + 1)
-    assert list(table.way) == ["alone"] * 4 + ["all"]
+    networks = 2 + 4 * len(ways)  # the dense one, the clustered one, and those in between
+    assert Counted.runs == tried + 4 * networks
+    assert list(table.way) == [*ways] * 4 + ["all"]
 
 
 def test_wrong_ways_and_architectures_are_refused():

@@ -9,13 +9,14 @@ import threading
 import time
 
 import pytest
-from tqdm.auto import tqdm
+from tqdm import auto
 
 from kclib import bars
+from kclib.bars import tqdm
 
 QUICK = """
-from tqdm.auto import tqdm
 from kclib import bars
+from kclib.bars import tqdm
 with bars.readable():
     for _ in tqdm(range(10_000), desc="steps"):
         pass
@@ -144,6 +145,15 @@ def test_a_bar_that_has_a_file_of_its_own_keeps_it(log):
         list(tqdm(range(3), None, None, True, own))
     assert own.getvalue().count("\r") >= 2
     assert log.getvalue() == ""
+
+
+def test_a_librarys_bar_is_a_line_with_the_options_that_say_so(log):
+    assert bars.as_lines(left=True) == {}
+    with bars.readable():
+        for left in (True, False):
+            list(auto.tqdm(range(3), desc="theirs", **{"leave": left} | bars.as_lines(left)))
+    (line,) = log.getvalue().splitlines()
+    assert line.startswith("theirs: 100%")
 
 
 def test_a_bar_is_disabled_where_it_asks_to_be_off_terminals(log):

@@ -361,7 +361,6 @@ def test_classes_of_one_name_stay_two():
     network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     data = replace(images(), classes=("crane", "cat", "crane"), labels=torch.arange(40) % 3)
     found = evaluated(models.Model("m", network, models.plain("m", network).preprocess, data.classes), data)
-    assert list(found.per_class) == ["crane (0)", "cat", "crane (2)"]
     assert attribution.by_class(found, found)["name"].tolist() == ["crane (0)", "cat", "crane (2)"]
 
 

@@ -170,9 +170,6 @@ def test_its_sizes_are_those_of_the_benchmark():
         row = [names[r["scope"]], f"{r['K']:,}", *(f"{n_bytes / 1e6:.2f}" for n_bytes in sizes)]
         row += [f"{r['resident (bytes)'] / 1e6:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
         assert f"| {' | '.join(row)} |" in text
-    for r in run["reuse"]:
-        ways = [r[way] for way in ("dense", "packed", "convolve then gather", "add then convolve")]
-        assert f"| {r['layer']} | {r['pixels']} | {' | '.join(f'{ms:.2f}' for ms in ways)} |" in text
 
 
 def test_its_times_of_sweeps_are_those_of_the_benchmark():

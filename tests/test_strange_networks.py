@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from partitions import restored
 from strange import NETWORKS, model, network, one_kernel, pictures, raw, scaled
 
 from kclib import (
@@ -296,7 +297,7 @@ def test_clusters_are_found_far_from_zero(options, n_clusters):
     for offset in (0, 1000):
         points = (near + offset).astype(np.float32)
         if options:
-            stands = symmetry.restored(symmetry.kmeans(points, n_clusters, scaled=False, **options))
+            stands = restored(symmetry.kmeans(points, n_clusters, scaled=False, **options))
         else:
             found = kmeans.kmeans(points, n_clusters)
             stands = found.centres[found.labels]

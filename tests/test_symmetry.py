@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
-from partitions import heavy_tailed, uneven
+from partitions import heavy_tailed, restored, uneven
 
 from kclib import kmeans as ordinary
 from kclib.errors import InvalidValueError
-from kclib.symmetry import kmeans, restored, transforms
+from kclib.symmetry import kmeans, transforms
 
 COMBINATIONS = [
     {"scaled": scaled, "turned": turned} for scaled, turned in itertools.product([False, True], repeat=2)

@@ -1,5 +1,3 @@
-import math
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -92,26 +90,6 @@ def test_zero_kernels_are_zero_in_a_compressed_network(precision):
     small = compression.expand(compression.compress(network, found, precision=precision))
     assert torch.equal(~small[0].weight.flatten(2).any(2), gone)
     assert small[1].weight.flatten(2).any(2).all()
-
-
-def test_the_index_of_zero_costs_bits_by_its_share():
-    bank = bank_of(one=[ZERO, A, ZERO, B, ZERO, ZERO, ZERO, ZERO], two=[A, B], three=[ZERO] * 5)
-    table = zeros.index_table(zeros.cluster(bank, 2, scope={"one": "a", "two": "a", "three": "b"}))
-    first, second = table.to_dict("records")
-    entropy = 6 * math.log2(10 / 6) + 4 * math.log2(10 / 2)
-    assert (first["group"], first["kernels"], first["zero"], first["fixed_bits"]) == ("a", 10, 0.6, 2)
-    assert first["entropy_bits"] == pytest.approx(math.log2(10 / 6))
-    assert (first["fixed"], first["fixed_without"]) == (2 + 1, 1 + 1)
-    assert first["entropy"] == pytest.approx(entropy / 8)
-    assert first["entropy_without"] == pytest.approx(4 / 8)
-    assert (second["zero"], second["fixed_bits"], second["entropy_bits"]) == (1, 0, 0)
-    assert [second[x] for x in ("fixed", "fixed_without", "entropy", "entropy_without")] == [0] * 4
-    (full,) = zeros.index_table(zeros.cluster(bank_of(one=[A, B, B]), 2)).to_dict("records")
-    assert full["zero"] == 0
-    assert math.isnan(full["fixed_bits"])
-    assert math.isnan(full["entropy_bits"])
-    assert full["fixed"] == full["fixed_without"] == 1
-    assert full["entropy"] == full["entropy_without"]
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,13 @@ class Idle(nn.Sequential):
         return {1, 2}
 
 
+class Mapping(nn.Module):
+    """A network that does not say which of its answers counts."""
+
+    def forward(self, x):
+        return {"a": x, "b": None, "c": 1}
+
+
 @dataclass
 class Given:
     """What a call is given, made when it is asked for."""
@@ -300,7 +307,7 @@ WRONG_INPUTS = [
     (models.moved, lambda g: models.moved(nn.Conv2d(1, 1, 3, device="meta"), "cpu"), WRONG, "no values yet"),
     (inference.answers, lambda g: models.answers(g.network, torch.ones(2, 7)), WRONG, "does not run on inputs of shape (2, 7)"),
     (inference.answers, lambda g: models.answers(nn.Flatten(0), torch.ones(2, 7)), WRONG, "answers shape (14,) to 2 images"),
-    (inference.picked, lambda g: inference.picked(g.network, {"a": torch.ones(2, 7), "b": None, "c": 1}, 2), WRONG, "a: (2, 7)"),
+    (inference.answers, lambda g: inference.answers(Mapping(), torch.ones(2, 7)), WRONG, "a: (2, 7)"),
     (inference.run, lambda g: inference.run(g.network, torch.ones(2, 1, 8, 8)), WRONG, "reads 3 channels and the images have 1"),
     (inference.on_device, lambda g: inference.on_device(nn.LazyLinear(2), "cpu"), WRONG, "weight has no values yet"),
     (models.load, lambda g: models.load("vgg16-fashion", input_shape=(3, 8, 8)), WRONG, "makes (3, 32, 32)"),
@@ -425,8 +432,6 @@ WRONG_INPUTS = [
     (moments.batches, lambda g: moments.batches(g.none, g.model.preprocess, 4, "cpu"), WRONG, "no images"),
     (moments.steps, lambda g: moments.steps(nn.ModuleDict({"a": nn.Conv2d(3, 3, 3)}), torch.ones(1, 3, 8, 8), {"a"}), WRONG, "does not run"),
     (moments.measure, lambda g: moments.measure(g.network, g.network, moments.Step("0", 1, None), lambda: iter([torch.full((2, 3, 8, 8), NAN)]), n_images=2), WRONG, "the inputs of layer 0 are not finite"),
-    (latency.convolve_then_gather, lambda g: latency.convolve_then_gather(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 8, 8)), WRONG, "is computed so"),
-    (latency.add_then_convolve, lambda g: latency.add_then_convolve(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 8, 8)), WRONG, "is computed so"),
     (restoration.restore_worst, lambda g: restoration.restore_worst(g.model, g.clustering, -1), WRONG, "budget is -1"),
     (damage.by_cluster, lambda g: damage.by_cluster(kernels.extract(g.other), g.clustering), WRONG, "layer"),
     (damage.restored, lambda g: damage.restored(g.model, g.clustering, pd.DataFrame()), WRONG, "no column 'group'"),
