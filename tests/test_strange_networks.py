@@ -8,6 +8,7 @@ import pytest
 import torch
 from strange import NETWORKS, model, network, one_kernel, pictures, raw, scaled
 
+from benchmarks import representatives
 from kclib import (
     activations,
     additivity,
@@ -28,7 +29,6 @@ from kclib import (
     peers,
     pruning,
     recovery,
-    representatives,
     restoration,
     sensitivity,
     sequential,
