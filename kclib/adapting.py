@@ -14,8 +14,8 @@ from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, KclibError
 from kclib.kernels import KernelBank
 from kclib.models import Model
-from kclib.recipe import Recipe
 from kclib.scopes import largest
+from kclib.training import Recipe
 
 _SHARE = 4  # of what there is, one in so many is taken where more was asked for than there is
 _ROOM = 1.5  # times the least bytes must be there, for more than a cluster or two in each layer
