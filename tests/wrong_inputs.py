@@ -585,7 +585,7 @@ WRONG_COMMANDS = [
     (["sweep", "{folder}/tiny.yaml", "--backend", "dsk"], "did you mean 'dask'"),
     (["sweep", "{folder}/tiny.yaml", "--scheduler", "tcp://localhost:1"], "loky has none"),
     (["sweep", "{folder}/notebooks.yaml"], "has no sweep"),
-    (["sweep", "{folder}/nan.yaml"], "it must be finite"),
+    (["sweep", "{folder}/nan.yaml"], "it must be a whole number"),
     (["sweep"], "Missing argument"),
     (["sweeep", "smoke"], "No such command"),
     (["report", "{folder}/tiny.yaml", "--out", "{folder}/none"], "has no report"),
