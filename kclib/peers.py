@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from scipy import stats
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -291,10 +292,7 @@ def _pruned(network: nn.Module, bank: KernelBank, form: Callable[[int], stored.S
 
 def _ranks(bank: KernelBank) -> np.ndarray:
     """Return each weight's place by magnitude, 0 the largest, int64 in the shape of the bank's weights."""
-    order = np.argsort(-np.abs(bank.weights), axis=None, kind="stable")
-    ranks = np.empty_like(order)
-    ranks[order] = np.arange(order.size)
-    return ranks.reshape(bank.weights.shape)
+    return stats.rankdata(-np.abs(bank.weights), "ordinal").reshape(bank.weights.shape) - 1
 
 
 def _moved(bank: KernelBank, peer: Peer) -> float:
