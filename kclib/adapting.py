@@ -147,8 +147,7 @@ def budgets(model: Model, bank: KernelBank, shares: Iterable[float]) -> tuple[di
     """
     shares = sorted(shares)
     for share in shares:
-        if not (checks.is_real(share) and share >= 1):
-            raise InvalidValueError(f"a share is {share!r}; it must be a number, at least 1.")
+        checks.check_real("a share", share, lambda x: x >= 1, "a number, at least 1")
     dense = footprint.convolution_bytes(model.network)
     single = clustering.cluster(bank, 1, progress=False)
     stored = footprint.ledger(model.network, single, codings=["entropy"])

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from kclib import checks, clustering, compression, footprint, kernels, models, stored
 from kclib.clustering import Clustering, Group
-from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 
 _PRODUCT_KS = tuple(1 << bits for bits in range(1, 13))
@@ -148,8 +147,7 @@ def pruned(network: nn.Module, keep: float, *, precision: str = "fp16") -> Peer:
         A share out of range, weights beyond fp16, an unknown precision.
     """
     network = models.network_of(network)
-    if not (checks.is_real(keep) and 0 < keep <= 1):
-        raise InvalidValueError(f"keep is {keep!r}; it must be a share of the weights, above 0 to 1.")
+    checks.check_real("keep", keep, lambda x: 0 < x <= 1, "a share of the weights, above 0 to 1")
     bank = kernels.extract(network)
     form = partial(stored.Sparse, _ranks(bank), precision)
     return _pruned(network, bank, form, max(1, round(keep * bank.weights.size)))

@@ -55,11 +55,9 @@ class Recipe:
             object.__setattr__(self, name, checks.check_whole(name, getattr(self, name), least))
         object.__setattr__(self, "seed", checks.check_seed(self.seed))
         for name in ("peak_rate", "temperature"):
-            if not (checks.is_real(getattr(self, name)) and getattr(self, name) > 0):
-                raise InvalidValueError(f"{name} is {getattr(self, name)!r}; it must be finite and above 0.")
+            checks.check_real(name, getattr(self, name), lambda x: x > 0, "finite and above 0")
         for name in ("weight_decay", "label_smoothing"):
-            if not (checks.is_real(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
-                raise InvalidValueError(f"{name} is {getattr(self, name)!r}; it must be 0 to 1.")
+            checks.check_real(name, getattr(self, name), lambda x: 0 <= x <= 1, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def train(
         A checkpoint that cannot be read.
     """
     if teacher is None:
-        data = _labelled(data)
+        data = datasets.known(data)
     kept, held = split(data, recipe)
     identity = _identity(network, data, recipe, teacher)
     network = _copied(network, device)
@@ -154,12 +152,6 @@ def train(
         _write(checkpoint, parts, {"identity": identity, "history": history, "best": best})
     network.load_state_dict(best)
     return Trained(network.eval(), tuple(history))
-
-
-def _labelled(data: datasets.ImageSet) -> datasets.ImageSet:
-    """Return the images whose label is known."""
-    known = data.labels >= 0
-    return data if known.all() else datasets.select(data, known.nonzero()[:, 0])
 
 
 def _identity(network: nn.Module, data: datasets.ImageSet, recipe: Recipe, teacher: nn.Module | None) -> dict:

@@ -117,7 +117,7 @@ def test_the_index_of_zero_costs_bits_by_its_share():
 @pytest.mark.parametrize(
     ("n_clusters", "options", "sentence"),
     [
-        (4, {}, "n_clusters is 4; it must be a whole number from 1 to 3"),
+        (4, {}, "n_clusters is 4; it must be a whole number, 1 to 3"),
         (0, {}, "n_clusters is 0"),
         (1, {"weights": np.ones(3)}, r"weights have shape \(3,\); it must be \(5,\)"),
         (1, {"price": -1}, "price is -1"),
