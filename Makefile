@@ -52,11 +52,11 @@ bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of othe
 	$(BIN)/python -m benchmarks.kmeans $(WEIGHTS)
 
 train: setup  ## Train the shipped model again (START=features.safetensors; resumable, about an hour)
-	$(BIN)/kclib train --out data/vgg16_fashion.fp16.safetensors $(if $(START),--start $(START))
+	$(BIN)/python data/train.py --out data/vgg16_fashion.fp16.safetensors $(if $(START),--start $(START))
 
 clean:  ## Remove the environment and what can be made again at once; results stay
 	rm -rf .venv data/cache/FashionMNIST .pytest_cache .hypothesis .ruff_cache .import_linter_cache
-	find kclib tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find kclib tests benchmarks data notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 clean-all: clean  ## Remove all that was made here: results, reports and the states of trainings too
 	rm -rf data/cache reports

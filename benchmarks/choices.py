@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from benchmarks import networks
+from benchmarks import networks, representatives
 from benchmarks.recovery import PRECISION, Rows
 from kclib import (
     clustering,
@@ -25,7 +25,6 @@ from kclib import (
     footprint,
     kernels,
     models,
-    representatives,
     sensitivity,
     tradeoff,
 )

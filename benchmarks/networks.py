@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+from data.train import start_from_features
 from kclib import datasets, files, models, training
 
 CALIBRATION = 1024
@@ -62,7 +63,7 @@ def probed_vgg16(features: Path, cache: Path) -> models.Model:
         Safetensors file in the layout of ``VGG16_Weights.IMAGENET1K_FEATURES``.
     """
     base = models.vgg16_fashion()
-    training.start_from_features(base, features)
+    start_from_features(base, features)
     network = nn.Sequential()
     network.features, network.flatten = base.features, nn.Flatten()
     network.classifier = nn.Linear(512 * 2 * 2, 10)

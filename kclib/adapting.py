@@ -14,8 +14,8 @@ from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, KclibError
 from kclib.kernels import KernelBank
 from kclib.models import Model
-from kclib.recipe import Recipe
 from kclib.scopes import largest
+from kclib.training import Recipe
 
 _SHARE = 4  # of what there is, one in so many is taken where more was asked for than there is
 _ROOM = 1.5  # times the least bytes must be there, for more than a cluster or two in each layer
@@ -147,8 +147,7 @@ def budgets(model: Model, bank: KernelBank, shares: Iterable[float]) -> tuple[di
     """
     shares = sorted(shares)
     for share in shares:
-        if not (checks.is_real(share) and share >= 1):
-            raise InvalidValueError(f"a share is {share!r}; it must be a number, at least 1.")
+        checks.check_real("a share", share, lambda x: x >= 1, "a number, at least 1")
     dense = footprint.convolution_bytes(model.network)
     single = clustering.cluster(bank, 1, progress=False)
     stored = footprint.ledger(model.network, single, codings=["entropy"])

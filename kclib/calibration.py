@@ -184,8 +184,7 @@ def _bias(convolution: nn.Module) -> Tensor | float:
 
 def check_damping(damping: float) -> None:
     """Raise an `InvalidValueError` unless damping is above 0."""
-    if not (checks.is_real(damping) and damping > 0):
-        raise InvalidValueError(f"damping is {damping!r}; it must be a share above 0, such as 0.01.")
+    checks.check_real("damping", damping, lambda x: x > 0, "a share above 0, such as 0.01")
 
 
 def _fit(module: ClusteredConv2d, original: nn.Module, read: Moments, damping: float, *, alone: bool) -> None:

@@ -89,8 +89,7 @@ def broken(table: pd.DataFrame, max_drop: float) -> list[str]:
     ------
     InvalidValueError
     """
-    if not (checks.is_real(max_drop) and max_drop >= 0):
-        raise InvalidValueError(f"max_drop is {max_drop!r}; it must be a number of points, at least 0.")
+    checks.check_real("max_drop", max_drop, lambda x: x >= 0, "a number of points, at least 0")
     found = []
     for row in table.itertuples():
         what = _called(row)

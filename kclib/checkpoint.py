@@ -77,8 +77,8 @@ def save(
         raise InvalidValueError(
             f"architecture is {architecture!r}; it must be a name that models.load knows."
         )
-    if accuracy is not None and not (checks.is_real(accuracy) and 0 <= accuracy <= 100):
-        raise InvalidValueError(f"accuracy is {accuracy!r}; it must be in percent, 0 to 100, or None.")
+    if accuracy is not None:
+        checks.check_real("accuracy", accuracy, lambda x: 0 <= x <= 100, "in percent, 0 to 100, or None")
     described, tensors = encoded(network, indices=indices)
     accuracy = None if accuracy is None else float(accuracy)
     description = {"architecture": architecture, "accuracy": accuracy} | described

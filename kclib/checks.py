@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 
 import numpy as np
@@ -22,10 +22,21 @@ def said(value: object) -> str:
     return textwrap.shorten(repr(value), 60, placeholder=" ...")
 
 
-def check_whole(name: str, value: int, least: int, most: float = math.inf) -> int:
-    """Return a whole number, numpy's too, as Python's; InvalidValueError if it is none in a range."""
+def check_real(name: str, value: float, right: Callable[[float], bool], must: str) -> float:
+    """Return a number; InvalidValueError, which says what it must be, unless it is finite and right."""
+    if not (is_real(value) and right(value)):
+        raise InvalidValueError(f"{name} is {said(value)}; it must be {must}.")
+    return value
+
+
+def check_whole(name: str, value: int, least: int, most: float = math.inf, of: str = "") -> int:
+    """Return a whole number, numpy's too, as Python's; InvalidValueError if it is none in a range.
+
+    `of` says what the largest is, such as "the kernels of the layer", or the unit.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
         limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
+        limits += f", {of}" if of else ""
         raise InvalidValueError(f"{name} is {said(value)}; it must be a whole number, {limits}.")
     return int(value)
 
@@ -44,8 +55,7 @@ def several(name: str, values: Iterable) -> list:
 
 def check_share(name: str, value: float) -> None:
     """Raise an `InvalidValueError` unless a value is a number at least 0 and below 1."""
-    if not (is_real(value) and 0 <= value < 1):
-        raise InvalidValueError(f"{name} is {value!r}; it must be a share, at least 0 and below 1.")
+    check_real(name, value, lambda x: 0 <= x < 1, "a share, at least 0 and below 1")
 
 
 def check_known(kind: str, name: str, known: Iterable[str]) -> None:

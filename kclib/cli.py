@@ -67,26 +67,6 @@ def batch(
 
 @app.command()
 @cli_sweeps.aside
-def train(
-    out: Annotated[Path, typer.Option(parser=files.output, help="Where the fp16 safetensors go.")],
-    start: Annotated[
-        Path | None,
-        typer.Option(help="Safetensors of VGG-16 features; torchvision's own if not given."),
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 12,
-    seed: Annotated[int, typer.Option()] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
-) -> None:
-    """Train the shipped VGG-16 on Fashion-MNIST; a second call goes on where the first stopped."""
-    from kclib import training
-
-    files.check_output(out, binary=True)
-    trained = training.train_fashion(out, start, training.Recipe(epochs=epochs, seed=seed), device)
-    typer.echo(f"{out.resolve()}: {trained.held_back:.2f} % on the held-back training images")
-
-
-@app.command()
-@cli_sweeps.aside
 def compress(
     model: Annotated[str, typer.Argument(help="A name models.load knows, or package.module:factory.")],
     clusters: Annotated[int, typer.Option(min=1, help="K, clusters a group.")],

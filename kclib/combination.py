@@ -22,8 +22,8 @@ from kclib.bars import tqdm
 from kclib.combined import Combined, Given
 from kclib.errors import InvalidValueError
 from kclib.models import Model, as_model, fingerprint
-from kclib.recipe import Recipe
 from kclib.stages import Stage
+from kclib.training import Recipe
 
 
 class Step:

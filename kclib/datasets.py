@@ -137,6 +137,12 @@ def select(data, indices: torch.Tensor) -> ImageSet:
     return replace(data, images=chosen, labels=data.labels[indices], fingerprint=digest)
 
 
+def known(data: ImageSet) -> ImageSet:
+    """Return the images whose label is known."""
+    where = data.labels >= 0
+    return data if where.all() else select(data, where.nonzero()[:, 0])
+
+
 def aligned(
     data,
     names: Sequence[str],

@@ -1,7 +1,6 @@
 """YAML documents that know their lines: what is wrong with one is a sentence that says where."""
 
 import math
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,13 @@ from pathlib import Path
 import jsonschema
 import yaml
 
+from kclib import checks
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, UnknownNameError, reason
 
 _LARGEST = 1 << 20  # bytes: more was not written by hand
+_JSON = jsonschema.Draft202012Validator.TYPE_CHECKER
+_FINITE = _JSON.redefine("number", lambda _, x: _JSON.is_type(x, "number") and abs(x) < math.inf)
+_Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=_FINITE)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Document:
         except OSError as error:
             raise DamagedFileError(f"{path} could not be read ({error.strerror}).") from error
         except yaml.YAMLError as error:
-            raise DamagedFileError(f"{_place(path, error)} is not plain YAML ({_said(error)}).") from error
+            mark, said = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+            place = f"line {mark.line + 1} of {path}" if mark else path
+            raise DamagedFileError(f"{place} is not plain YAML ({said or reason(error)}).") from error
         except (ValueError, OverflowError, RecursionError) as error:  # such as a date of month 13
             raise DamagedFileError(f"{path} is not plain YAML ({reason(error)}).") from error
 
@@ -74,12 +79,7 @@ class Document:
             A key that the schema does not have.
         InvalidValueError
         """
-        for place, value in _values(self.content, ()):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InvalidValueError(
-                    f"{self.where(*place)}: {_name(place)} is {value}; it must be finite."
-                )
-        errors = jsonschema.Draft202012Validator(schema).iter_errors(self.content)
+        errors = _Validator(schema).iter_errors(self.content)
         first = min(errors, key=lambda x: self.lines.get(tuple(x.absolute_path), 0), default=None)
         if first is not None:
             raise self._error(first)
@@ -98,8 +98,9 @@ class Document:
         if error.parent is None and "propertyNames" in error.absolute_schema_path:
             place = (*place, error.instance)
         must = error.schema.get("description") or "one of " + ", ".join(error.schema.get("enum", ()))
-        value = textwrap.shorten(repr(error.instance), 80, placeholder=" ...")
-        return InvalidValueError(f"{self.where(*place)}: {_name(place)} is {value}; it must be {must}.")
+        return InvalidValueError(
+            f"{self.where(*place)}: {_name(place)} is {checks.said(error.instance)}; it must be {must}."
+        )
 
 
 def _check_no_references(path: Path, text: str) -> None:
@@ -131,23 +132,5 @@ def _lines(path: Path, node: yaml.Node, place: tuple = ()) -> Iterator[tuple[tup
             yield from _lines(path, value, (*place, i))
 
 
-def _values(content: object, place: tuple) -> Iterator[tuple[tuple, object]]:
-    """Yield every plain value and its place."""
-    if isinstance(content, (dict, list)):
-        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-            yield from _values(value, (*place, key))
-    else:
-        yield place, content
-
-
 def _name(place: tuple) -> str:
     return ".".join(map(str, place)) or "the whole"
-
-
-def _place(path: Path, error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1} of {path}" if mark else str(path)
-
-
-def _said(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or reason(error)

@@ -212,8 +212,7 @@ def trustworthiness(graph: Graph, layout: np.ndarray, *, limit: int = 2000, seed
 def _check_settings(graph: Graph, n_neighbors: int, min_dist: float, seed: int) -> None:
     most = graph.indices.shape[1]
     checks.check_whole("n_neighbors", n_neighbors, min(2, most), most)
-    if not (checks.is_real(min_dist) and 0 <= min_dist <= 1):
-        raise InvalidValueError(f"min_dist is {min_dist!r}; it must be from 0 to 1.")
+    checks.check_real("min_dist", min_dist, lambda x: 0 <= x <= 1, "from 0 to 1")
     checks.check_seed(seed)
 
 

@@ -87,5 +87,5 @@ def _probed(subject: Subject) -> float:
 
 
 def _few(data: datasets.ImageSet, n: int) -> datasets.ImageSet:
-    known = data if (data.labels >= 0).all() else datasets.select(data, (data.labels >= 0).nonzero()[:, 0])
+    known = datasets.known(data)
     return datasets.limited(known, min(n, len(known)))

@@ -16,10 +16,10 @@ from kclib.bars import tqdm
 from kclib.combination import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.evaluation import Evaluation
 from kclib.kernels import KernelBank
-from kclib.recipe import Recipe
 from kclib.scopes import largest
 from kclib.stages import Stage
 from kclib.store import Entry, Store
+from kclib.training import Recipe
 
 __all__ = ["ORDERS", "cells", "effects", "orthogonality", "pipeline", "run", "trained"]
 

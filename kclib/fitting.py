@@ -59,10 +59,10 @@ class Options:
 
     def __post_init__(self):
         object.__setattr__(self, "max_iter", checks.check_whole("max_iter", self.max_iter, 0))
-        if self.tol is not None and not (checks.is_real(self.tol) and self.tol >= 0):
-            raise InvalidValueError(f"tol is {self.tol!r}; it must be a share of the inertia, at least 0.")
-        if self.reach is not None and not (checks.is_real(self.reach) and self.reach > 0):
-            raise InvalidValueError(f"reach is {self.reach!r}; it must be above 0, or None for exact rounds.")
+        if self.tol is not None:
+            checks.check_real("tol", self.tol, lambda x: x >= 0, "a share of the inertia, at least 0")
+        if self.reach is not None:
+            checks.check_real("reach", self.reach, lambda x: x > 0, "above 0, or None for exact rounds")
         object.__setattr__(self, "seed", checks.check_seed(self.seed))
         if self.n_threads is not None:
             checks.check_whole("n_threads", self.n_threads, 1)

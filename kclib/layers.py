@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from kclib import carrying, packing, symmetry
+from kclib import carrying, checks, packing, symmetry
 from kclib.errors import InvalidValueError
 
 BLOCK_BYTES = 8 << 20
@@ -105,7 +105,7 @@ class ClusteredConv2d(nn.Module):
     def __init__(self, convolution, codebook: Codebook, indices: Tensor, *, scales=None, bias=None,
                  block_bytes: int = BLOCK_BYTES):  # fmt: skip
         nn.Module.__init__(self)  # not its other class's, which would make a weight
-        self.block_bytes = _checked_block_bytes(block_bytes)
+        self.block_bytes = checks.check_whole("block_bytes", block_bytes, 1)
         self.codebook = codebook
         self.register_buffer("indices", indices)
         self.register_parameter("scales", scales)
@@ -253,15 +253,6 @@ def by_codebook(network: nn.Module) -> list[tuple[Codebook, dict[str, ClusteredC
             members[name] = module
             seen.add(id(module.indices))
     return list(groups.values())
-
-
-def _checked_block_bytes(block_bytes: int) -> int:
-    """Return `block_bytes` if it is a positive whole number."""
-    if isinstance(block_bytes, bool) or not isinstance(block_bytes, (int, np.integer)) or block_bytes < 1:
-        raise InvalidValueError(
-            f"block_bytes is {block_bytes!r}; it must be a whole number of bytes, at least 1."
-        )
-    return int(block_bytes)
 
 
 def _cut(first: int, last: int, step: int) -> list[tuple[int, int]]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from scipy import stats
 from torch import nn
 
 from kclib import checks, clustering, compression, footprint, kernels, models, stored
 from kclib.bars import tqdm
 from kclib.clustering import Clustering, Group
-from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 
 _PRODUCT_KS = tuple(1 << bits for bits in range(1, 13))
@@ -147,8 +147,7 @@ def pruned(network: nn.Module, keep: float, *, precision: str = "fp16") -> Peer:
         A share out of range, weights beyond fp16, an unknown precision.
     """
     network = models.network_of(network)
-    if not (checks.is_real(keep) and 0 < keep <= 1):
-        raise InvalidValueError(f"keep is {keep!r}; it must be a share of the weights, above 0 to 1.")
+    checks.check_real("keep", keep, lambda x: 0 < x <= 1, "a share of the weights, above 0 to 1")
     bank = kernels.extract(network)
     form = partial(stored.Sparse, _ranks(bank), precision)
     return _pruned(network, bank, form, max(1, round(keep * bank.weights.size)))
@@ -291,10 +290,7 @@ def _pruned(network: nn.Module, bank: KernelBank, form: Callable[[int], stored.S
 
 def _ranks(bank: KernelBank) -> np.ndarray:
     """Return each weight's place by magnitude, 0 the largest, int64 in the shape of the bank's weights."""
-    order = np.argsort(-np.abs(bank.weights), axis=None, kind="stable")
-    ranks = np.empty_like(order)
-    ranks[order] = np.arange(order.size)
-    return ranks.reshape(bank.weights.shape)
+    return stats.rankdata(-np.abs(bank.weights), "ordinal").reshape(bank.weights.shape) - 1
 
 
 def _moved(bank: KernelBank, peer: Peer) -> float:

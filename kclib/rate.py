@@ -1,14 +1,12 @@
 """k-means that pays for its indices: squared error and entropy-coded bits against each other (ECVQ)."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kclib import coding, fitting, lloyd, parallel, search
+from kclib import checks, coding, fitting, lloyd, parallel, search
 from kclib.compiled import njit
-from kclib.errors import InvalidValueError
 from kclib.fitting import Options, Progress, Step
 from kclib.framing import Frame
 from kclib.kmeans import kmeans as unpriced
@@ -124,10 +122,7 @@ def kmeans(
 
 def checked_price(price: float) -> float:
     """Return a price as a float; raise InvalidValueError unless it is a finite number, at least 0."""
-    real = isinstance(price, (int, float, np.integer, np.floating)) and not isinstance(price, bool)
-    if not (real and 0 <= price < math.inf):
-        raise InvalidValueError(f"price is {price!r}; it must be a finite number, at least 0.")
-    return float(price)
+    return float(checks.check_real("price", price, lambda x: x >= 0, "a finite number, at least 0"))
 
 
 @dataclass(frozen=True)

@@ -288,8 +288,7 @@ def _after(bank: KernelBank, clustering: Clustering, bought: list[_Split]) -> Cl
 
 def _check(clustering: Clustering, budget: float, precision: str) -> None:
     checks.check_known("precision", precision, footprint.PRECISIONS)
-    if not (checks.is_real(budget) and budget >= 0):
-        raise InvalidValueError(f"budget is {budget!r}; it must be a number of bytes, at least 0.")
+    checks.check_real("budget", budget, lambda x: x >= 0, "a number of bytes, at least 0")
     if any(group.scales is not None or group.turns is not None for group in clustering.groups):
         raise InvalidValueError(
             "clusters of scaled or turned kernels cannot be split; cluster without scaled and turned."

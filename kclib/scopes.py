@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 
 from kclib import checks
@@ -69,15 +68,11 @@ def wanted(
             raise InvalidValueError(
                 f"n_clusters must name every group; not matching: {', '.join(sorted(map(str, wrong)))}."
             )
-        for name, k in n_clusters.items():
-            _check(k, counts[name], f"group {name}")
-        return {name: int(k) for name, k in n_clusters.items()}
-    _check(n_clusters, max(counts.values()), "the largest group")
-    return dict.fromkeys(counts, int(n_clusters))
-
-
-def _check(k: int, n: int, what: str) -> None:
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
-        raise InvalidValueError(
-            f"n_clusters is {checks.said(k)}; it must be a whole number from 1 to {n}, the kernels of {what}."
-        )
+        return {
+            name: checks.check_whole("n_clusters", k, 1, counts[name], f"the kernels of group {name}")
+            for name, k in n_clusters.items()
+        }
+    most = max(counts.values())
+    return dict.fromkeys(
+        counts, checks.check_whole("n_clusters", n_clusters, 1, most, "the kernels of the largest group")
+    )

@@ -17,8 +17,7 @@ _FEWEST = 3  # kernels whose distances to the nearest say how alike they are
 def near_zero(bank: Kernels, share: float = 0.01) -> np.ndarray:
     """Return which kernels are shorter than `share` of their layer's rms length, bool ``(n,)``."""
     bank = bank_of(bank)
-    if not (checks.is_real(share) and share >= 0):
-        raise InvalidValueError(f"share is {share!r}; it must be a number, at least 0.")
+    checks.check_real("share", share, lambda x: x >= 0, "a number, at least 0")
     lengths = np.linalg.norm(bank.points.astype(np.float64), axis=1)
     result = np.zeros(len(bank), bool)
     for layer in bank.layers:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from kclib import checks, files
 from kclib.bars import tqdm
-from kclib.errors import InvalidValueError, StorageError, UnknownNameError, reason
+from kclib.errors import StorageError, UnknownNameError, reason
 
 # Part of every key, by what is kept: raise a number when the same inputs would give other results.
 VERSIONS = {"clustering": 1, "evaluation": 5, "combination": 2, "curve": 2, "neighbours": 3, "layout": 3}
@@ -194,8 +194,8 @@ class Store:
         InvalidValueError
             Days below 0, or not finite.
         """
-        if days is not None and not (checks.is_real(days) and days >= 0):
-            raise InvalidValueError(f"days is {days!r}; it must be a finite number, at least 0.")
+        if days is not None:
+            checks.check_real("days", days, lambda x: x >= 0, "a finite number, at least 0")
         found = []
         paths = sorted([*self.root.glob("*"), *self.root.glob("*/*")])
         for path in tqdm(paths, desc="store", unit="file", delay=2, leave=False):

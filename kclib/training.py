@@ -1,24 +1,63 @@
-"""Train a classifier from given weights, resumable and seeded: how the shipped model was made."""
+"""Train a classifier from given weights by a recipe, resumable and seeded."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from kclib import datasets, files, kernels, models
+from kclib import checks, datasets, files, kernels, models
 from kclib.bars import tqdm
 from kclib.errors import DamagedFileError, InvalidValueError, reason
-from kclib.recipe import Recipe, augment
 
-__all__ = [
-    "Recipe", "Trained", "augment", "save_half", "split", "start_from_features", "train", "train_fashion"
-]  # fmt: skip
+_LEAST = {"epochs": 1, "batch_size": 1, "shift": 0, "square": 0, "held_back": 1, "images": 0, "patience": 0}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; rates are AdamW's, shifts and squares in pixels.
+
+    Attributes
+    ----------
+    label_smoothing : float
+        Of the labels; a teacher's answers are taken as they are.
+    images : int
+        Images an epoch, drawn anew for each; 0 takes all that are not held back.
+    patience : int
+        Epochs in a row without a better held-back check than an earlier epoch's after which training ends; 0
+        never ends it early. The start is no epoch: high rates first lose some of what it was.
+    temperature : float
+        What a teacher's logits and the network's are divided by before they are compared.
+
+    Raises
+    ------
+    InvalidValueError
+    """
+
+    epochs: int = 12
+    batch_size: int = 128
+    peak_rate: float = 2e-4
+    weight_decay: float = 0.02
+    label_smoothing: float = 0.1
+    shift: int = 2
+    square: int = 8
+    held_back: int = 5000
+    seed: int = 0
+    images: int = 0
+    patience: int = 0
+    temperature: float = 2.0
+
+    def __post_init__(self):
+        for name, least in _LEAST.items():
+            object.__setattr__(self, name, checks.check_whole(name, getattr(self, name), least))
+        object.__setattr__(self, "seed", checks.check_seed(self.seed))
+        for name in ("peak_rate", "temperature"):
+            checks.check_real(name, getattr(self, name), lambda x: x > 0, "finite and above 0")
+        for name in ("weight_decay", "label_smoothing"):
+            checks.check_real(name, getattr(self, name), lambda x: 0 <= x <= 1, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -90,7 +129,7 @@ def train(
         A checkpoint that cannot be read.
     """
     if teacher is None:
-        data = _labelled(data)
+        data = datasets.known(data)
     kept, held = split(data, recipe)
     identity = _identity(network, data, recipe, teacher)
     network = _copied(network, device)
@@ -113,56 +152,6 @@ def train(
         _write(checkpoint, parts, {"identity": identity, "history": history, "best": best})
     network.load_state_dict(best)
     return Trained(network.eval(), tuple(history))
-
-
-def train_fashion(out: Path, start: Path | None, recipe: Recipe, device: str = "cpu") -> Trained:
-    """Train ``vgg16-fashion`` from ImageNet features and write it to `out`.
-
-    The state after each epoch lies in the data folder's cache; the same call resumes.
-    """
-    torch.manual_seed(recipe.seed)  # the classifier starts at random
-    network = models.vgg16_fashion()
-    start_from_features(network, start)
-    data = datasets.load("fashion-mnist", "train")
-    checkpoint = files.cache_dir() / f"{out.stem}.training.pt"
-    trained = train(network, data, models.fashion_preprocess(), recipe, checkpoint, device=device)
-    metadata = {"recipe": json.dumps(asdict(recipe)), "held_back": f"{trained.held_back:.2f}"}
-    save_half(trained.network, out, metadata)
-    return trained
-
-
-def save_half(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Write a network's state as fp16 safetensors, whole or not at all."""
-    state = {k: v.detach().cpu().half().contiguous() for k, v in network.state_dict().items()}
-    if lost := [k for k, v in state.items() if not v.isfinite().all()]:
-        raise InvalidValueError(f"{lost[0]} has values that are no finite fp16, so {path} is not written.")
-    with files.replacing(path) as temporary:
-        save_file(state, temporary, metadata=metadata)
-
-
-def start_from_features(network: nn.Module, path: Path | None) -> None:
-    """Fill the convolutions of a `vgg16_fashion` in place from ImageNet weights.
-
-    `path` is a safetensors file in the layout of ``VGG16_Weights.IMAGENET1K_FEATURES``; None takes
-    that file itself from torch hub's cache or the network.
-    """
-    if path is None:
-        from torchvision.models import VGG16_Weights
-
-        state = VGG16_Weights.IMAGENET1K_FEATURES.get_state_dict(weights_only=True)
-    else:
-        state = models.read_weights(path)
-    features = {k: v.float() for k, v in state.items() if k.startswith("features.")}
-    wanted = {k: v.shape for k, v in network.state_dict().items() if k.startswith("features.")}
-    if {k: v.shape for k, v in features.items()} != wanted:
-        raise InvalidValueError(f"{path} does not hold the 13 convolutions of VGG-16.")
-    network.load_state_dict(features, strict=False)
-
-
-def _labelled(data: datasets.ImageSet) -> datasets.ImageSet:
-    """Return the images whose label is known."""
-    known = data.labels >= 0
-    return data if known.all() else datasets.select(data, known.nonzero()[:, 0])
 
 
 def _identity(network: nn.Module, data: datasets.ImageSet, recipe: Recipe, teacher: nn.Module | None) -> dict:
@@ -251,6 +240,28 @@ def _changed(data, order, preprocess, recipe, generator) -> Iterator[tuple[torch
         images = augment(data.images[chosen], recipe, generator)
         part = replace(data, images=images, labels=data.labels[chosen])
         yield from datasets.batches(part, preprocess, recipe.batch_size)
+
+
+def augment(images: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
+    """Return images ``(b, c, h, w)`` each mirrored, shifted and with a square made 0, at random."""
+    n, _, height, width = images.shape
+
+    def draw(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, (n, 1), generator=generator)
+
+    flip, erase = draw(0, 2).bool(), draw(0, 2).bool()
+    rows = torch.arange(height) + draw(0, 2 * recipe.shift + 1)
+    columns = torch.arange(width) + draw(0, 2 * recipe.shift + 1)
+    columns = torch.where(flip, columns.flip(1), columns)
+    padded = F.pad(images, (recipe.shift,) * 4)
+    shifted = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
+    offset_y = torch.arange(height) - draw(1 - recipe.square, height)
+    offset_x = torch.arange(width) - draw(1 - recipe.square, width)
+    inside_y = (offset_y >= 0) & (offset_y < recipe.square) & erase
+    inside_x = (offset_x >= 0) & (offset_x < recipe.square)
+    return shifted * ~(inside_y[:, None, :, None] & inside_x[:, None, None, :])
 
 
 def _read(data, preprocess, batch_size) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

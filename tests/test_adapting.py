@@ -10,7 +10,7 @@ from torch import nn
 
 from kclib import adapting, clustering, datasets, factorial, footprint, kernels, models, training
 from kclib.errors import InvalidValueError
-from kclib.recipe import Recipe
+from kclib.training import Recipe
 
 BANK = kernels.extract(tiny_model().network)  # layers of 12 and 24 kernels
 LARGEST = {"layer": 24, "global": 36}

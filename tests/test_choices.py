@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from benchmarks import choices
+from benchmarks import choices, representatives
 from benchmarks.choices import Setting, Trial, first_price, matched
-from kclib import representatives
 from kclib.kernels import KernelBank, Layer
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sentences import is_one_sentence
 
-from kclib import batch, checkpoint, cli, datasets, evaluation, exporting, models, training
+from kclib import batch, checkpoint, cli, datasets, evaluation, exporting, models
 from kclib.compression import expand
 from kclib.errors import InvalidValueError, NotebookError
 
@@ -158,26 +158,10 @@ def test_a_run_that_ends_early_leaves_no_traceback(kclib, monkeypatch, profile, 
     assert (found, "Traceback" in said) == (code, False)
 
 
-def test_training_takes_its_recipe_from_the_options(kclib, monkeypatch, tmp_path):
-    asked = []
-    trained = training.Trained(None, ({"held_back": 93.456}, {"held_back": 90.0}))
-    monkeypatch.setattr(training, "train_fashion", lambda *options: asked.append(options) or trained)
-    code, out, _ = kclib("train", "--out", tmp_path / "w.safetensors", "--epochs", 3, "--seed", 4)
-    assert (code, "93.46 %" in out) == (0, True)
-    assert asked == [(tmp_path / "w.safetensors", None, training.Recipe(epochs=3, seed=4), "cpu")]
-
-
-def test_training_for_no_epochs_or_from_nowhere_is_exit_code_2(kclib, tmp_path):
-    assert kclib("train", "--out", tmp_path / "w.safetensors", "--epochs", 0)[0] == 2
-    absent = tmp_path / "absent.safetensors"
-    code, _, said = kclib("train", "--out", tmp_path / "w.safetensors", "--start", absent)
-    assert (code, said) == (2, f"kclib: weights file {absent} does not exist.\n")
-
-
 def test_without_a_command_the_commands_are_listed(kclib):
     code, out, said = kclib()
     assert code == 2
-    for command in ("batch", "train", "compress", "inspect", "evaluate", "export"):
+    for command in ("batch", "sweep", "compress", "inspect", "evaluate", "export"):
         assert command in out + said
 
 
@@ -430,7 +414,7 @@ def test_a_file_that_is_missing_or_damaged_is_one_sentence(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--clusters", 81], "n_clusters is 81; it must be a whole number from 1 to 80"),
+        (["--clusters", 81], "n_clusters is 81; it must be a whole number, 1 to 80"),
         (["--clusters", 5, "--scope", "laye"], "did you mean 'layer'?"),
         (
             ["--clusters", 5, "--precision", "fp8"],

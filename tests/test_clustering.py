@@ -286,7 +286,7 @@ def test_error_share_is_none_where_all_is_kept_and_all_where_kernels_cancel_out(
 @pytest.mark.parametrize(
     ("n_clusters", "scope", "sentence"),
     [
-        (0, "layer", "n_clusters is 0; it must be a whole number from 1 to 3"),
+        (0, "layer", "n_clusters is 0; it must be a whole number, 1 to 3"),
         (4, "layer", "n_clusters is 4; .* 1 to 3, the kernels of the largest group"),
         (6, "global", "n_clusters is 6; .* 1 to 5"),
         (True, "layer", "n_clusters is True"),

@@ -15,7 +15,7 @@ from kclib.combination import Cluster, Pipeline, Prune, Quantize, Step, Train
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.models import Model
-from kclib.recipe import Recipe
+from kclib.training import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(epochs=2, batch_size=8, peak_rate=1e-2, weight_decay=0, shift=1, square=2, held_back=8)

@@ -12,8 +12,8 @@ from kclib.combination import Cluster, Prune, Quantize, Train
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.models import Model
-from kclib.recipe import Recipe
 from kclib.store import Store
+from kclib.training import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = {"sparsities": (0, 0.5), "clusters": (None, 4), "precisions": (None, "int4"), "seeds": (0, 1)}

@@ -406,7 +406,7 @@ def test_layers_in_blocks_follow_the_training_flag_and_describe_themselves():
 
 @pytest.mark.parametrize("block_bytes", [0, -1, True, 1.5, "1", None])
 def test_block_bytes_that_are_no_positive_whole_number_are_refused(block_bytes):
-    with pytest.raises(InvalidValueError, match=r"block_bytes is .*; it must be a whole number of bytes"):
+    with pytest.raises(InvalidValueError, match=r"block_bytes is .*; it must be a whole number"):
         layer_of(nn.Conv2d(2, 2, 3), block_bytes=block_bytes)
 
 

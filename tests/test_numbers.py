@@ -23,13 +23,13 @@ from kclib import (
     latency,
     neighbours,
     packing,
-    recipe,
     sequential,
     state_dicts,
     stored,
     sweep,
     symmetry,
     tradeoff,
+    training,
 )
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
@@ -96,8 +96,8 @@ WHOLE = {
     "pack": (lambda g, x: packing.pack(np.arange(4), x), 3),
     "palette": (lambda g, x: stored.Palette(x, "kmeans", "tensor"), 3),
     "product": (lambda g, x: stored.Product(x, 1).bytes(g.bank.layers[0]), 3),
-    "Recipe, epochs": (lambda g, x: recipe.Recipe(epochs=x), 3),
-    "Recipe, seed": (lambda g, x: recipe.Recipe(seed=x), 3),
+    "Recipe, epochs": (lambda g, x: training.Recipe(epochs=x), 3),
+    "Recipe, seed": (lambda g, x: training.Recipe(seed=x), 3),
 }  # fmt: skip
 
 

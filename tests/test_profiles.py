@@ -184,11 +184,15 @@ def test_a_profile_that_is_not_plain_yaml_is_damaged_and_runs_no_code(folder, mo
         ),
         (
             "notebooks:\n  good:\n    seconds: soon",
-            "line 3 of p.yaml: notebooks.good.seconds is 'soon'; it must be a number of expected seconds.*",
+            "line 3 of p.yaml: notebooks.good.seconds is 'soon'; it must be a finite number of .*",
         ),
         (
             "notebooks:\n  good: {seconds: .nan}",
-            "line 2 of p.yaml: notebooks.good.seconds is nan; .* finite.",
+            "line 2 of p.yaml: notebooks.good.seconds is nan; it must be a finite number .*",
+        ),
+        (
+            "parameters:\n  a: [1, -.inf]\nnotebooks: {good: }",
+            "line 2 .* parameters.a.1 is -inf; .* finite .*",
         ),
         ("notebooks:\n  good: 5", "line 2 of p.yaml: notebooks.good is 5; it must be a mapping with .*"),
         ("notebooks:\n  ../good: ", "line 2 of p.yaml: notebooks.../good is '../good'; it must be a note.*"),

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from scipy.spatial.distance import cdist
 from torch import nn
 
+from benchmarks.representatives import KINDS, cluster
 from kclib import clustering, compression, kernels, search, symmetry
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
-from kclib.representatives import KINDS, cluster
 
 EACH = pytest.mark.parametrize("kind", KINDS)
 SCALED = pytest.mark.parametrize("kind", ["scaled", "scaled-symmetric"])
@@ -262,6 +262,8 @@ def test_the_seed_reaches_the_table_of_scales():
 def test_an_unknown_kind_is_refused_with_the_nearest_known_one():
     with pytest.raises(UnknownNameError, match=r"unknown kind of representative 'mediod' .*'medoid'\?"):
         cluster(bank_of(drawn(2, 2, 3, 3)), 1, "mediod")
+    with pytest.raises(UnknownNameError, match="'fp8'"):
+        cluster(bank_of(drawn(2, 2, 3, 3)), 1).n_bytes("fp8")
 
 
 @pytest.mark.parametrize("scale_bits", [1, 17, 4.0, True])

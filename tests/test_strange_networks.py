@@ -9,6 +9,7 @@ import torch
 from partitions import restored
 from strange import NETWORKS, model, network, one_kernel, pictures, raw, scaled
 
+from benchmarks import representatives
 from kclib import (
     additivity,
     attribution,
@@ -28,7 +29,6 @@ from kclib import (
     peers,
     pruning,
     recovery,
-    representatives,
     restoration,
     sensitivity,
     sequential,

@@ -1,17 +1,13 @@
 import copy
 import itertools
 import math
-from collections import OrderedDict
 from dataclasses import replace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import save_file
 from scipy.special import softmax
 from scipy.stats import entropy
 from torch import nn
@@ -77,14 +73,6 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(tmp_path, interr
         resumed = training.train(network(), data(), scaler(calls_left + taught), RECIPE, path, **how)
         assert resumed.history == whole.history
         assert equal(resumed.network.state_dict(), whole.network.state_dict())
-
-
-def test_weights_that_half_precision_cannot_hold_are_not_written(tmp_path):
-    network = nn.Linear(2, 2)
-    network.weight.data[0, 1] = 1e6
-    with pytest.raises(InvalidValueError, match="weight has values"):
-        training.save_half(network, tmp_path / "x.safetensors", {})
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_callers_network_is_untouched(tmp_path):
@@ -326,29 +314,6 @@ def test_the_loss_falls_on_an_easy_problem(tmp_path):
     trained = training.train(network(), data(), scaler(), replace(RECIPE, epochs=8), tmp_path / "a.pt")
     assert trained.history[-1]["loss"] < 0.7 * trained.history[1]["loss"]
     assert trained.held_back == 100
-
-
-def test_the_shipped_recipe_sees_the_training_split_alone_and_leaves_halves(tmp_path, monkeypatch):
-    layers = {"features": nn.Sequential(nn.Conv2d(3, 2, 3)), "pool": nn.AdaptiveAvgPool2d(1)}
-    net = nn.Sequential(OrderedDict(layers, flatten=nn.Flatten(), classifier=nn.Linear(2, 2)))
-    start = {"features.0.weight": torch.full((2, 3, 3, 3), 0.25), "features.0.bias": torch.zeros(2)}
-    save_file(start, tmp_path / "start.safetensors")
-    images = replace(data(), images=data().images.repeat(1, 1, 4, 4)[..., :28, :28])
-    monkeypatch.setenv("KCLIB_DATA", str(tmp_path))
-    monkeypatch.setattr(models, "vgg16_fashion", lambda: net)
-    monkeypatch.setattr(datasets, "load", load := Mock(return_value=images))
-    out = tmp_path / "out.safetensors"
-    trained = training.train_fashion(out, tmp_path / "start.safetensors", replace(RECIPE, peak_rate=1e-9))
-    load.assert_called_once_with("fashion-mnist", "train")
-    assert equal(models.read_weights(out), {k: v.half() for k, v in trained.network.state_dict().items()})
-    assert torch.allclose(trained.network.features[0].weight, torch.tensor(0.25))
-    assert safe_open(out, "pt").metadata()["held_back"] == f"{trained.held_back:.2f}"
-
-
-def test_a_start_without_the_thirteen_convolutions_is_refused(tmp_path):
-    save_file({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "start.safetensors")
-    with pytest.raises(InvalidValueError, match="13 convolutions"):
-        training.start_from_features(models.vgg16_fashion(), tmp_path / "start.safetensors")
 
 
 def augmented(images, seed: int = 0, **changes):

@@ -95,7 +95,7 @@ def test_zero_kernels_are_zero_in_a_compressed_network(precision):
 @pytest.mark.parametrize(
     ("n_clusters", "options", "sentence"),
     [
-        (4, {}, "n_clusters is 4; it must be a whole number from 1 to 3"),
+        (4, {}, "n_clusters is 4; it must be a whole number, 1 to 3"),
         (0, {}, "n_clusters is 0"),
         (1, {"weights": np.ones(3)}, r"weights have shape \(3,\); it must be \(5,\)"),
         (1, {"price": -1}, "price is -1"),
