@@ -4,7 +4,7 @@ PROFILE ?= smoke
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab dashboard test faults fuzz lint bench train clean clean-all
+.PHONY: help setup run lab dashboard test faults fuzz lint bench tables train clean clean-all
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -50,6 +50,9 @@ bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of othe
 	$(BIN)/python -m benchmarks.choices
 	$(BIN)/python -m benchmarks.orthogonality
 	$(BIN)/python -m benchmarks.kmeans $(WEIGHTS)
+
+tables: setup  ## Write the README's tables from the runs kept in docs/
+	$(BIN)/python -m benchmarks.tables
 
 train: setup  ## Train the shipped model again (START=features.safetensors; resumable, about an hour)
 	$(BIN)/python data/train.py --out data/vgg16_fashion.fp16.safetensors $(if $(START),--start $(START))

@@ -1,0 +1,194 @@
+"""Write the rows of the README's tables from the runs kept in ``docs/``: ``make tables``.
+
+``<!-- rows: NAME -->`` stands above each such table; its two lines of heading are the README's own.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).parents[1]
+_TABLE = re.compile(r"(<!-- rows: (\w+) -->\n(?:\|.*\n){2})(?:\|.*\n)*")
+_SCOPES = {"dense": "dense", "layer": "a layer", "global": "for all"}
+_NETWORKS = {
+    "resnet18-fashion": "ResNet-18: ",
+    "vgg16-imagenet-probe": "ImageNet's VGG-16 and a linear probe: ",
+}
+_MODELS = {
+    "dense": "dense",
+    "clustering, corrected": "corrected, not trained",
+    "clustering, trained": "corrected and trained",
+    "dense, trained as long": "dense, trained as long",
+}
+_SWEEPS = {
+    "plain calls": "plain calls, nothing stored",
+    "one job": "`--jobs 1`",
+    "two jobs": "`--jobs 2`",
+    "dask, two jobs": "`--jobs 2 --backend dask`",
+    "stored": "again, all stored",
+    "papermill over a script": "a notebook by papermill, beyond the same lines as a script",
+}
+
+
+def rewritten(text: str) -> str:
+    """Return the README with the rows of all marked tables written anew."""
+    return _TABLE.sub(
+        lambda found: found[1] + "".join(f"| {' | '.join(row)} |\n" for row in ROWS[found[2]]()), text
+    )
+
+
+def _run(name: str) -> dict:
+    return json.loads((ROOT / "docs" / f"{name}.json").read_text())
+
+
+def _drop(row, digits: int = 2) -> str:
+    return f"{row['drop']:.{digits}f} [{row['drop_low']:.{digits}f}, {row['drop_high']:.{digits}f}]"
+
+
+def _megabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 1e6:.2f}"
+
+
+def _accuracy():
+    run = pd.read_csv(ROOT / "docs" / "accuracy.csv")
+    for _, r in run[run.k.isin([0, 256, 1024, 4096, 16384, 65536, 235367])].iterrows():
+        shares = [f"{r.kernels_removed:.2f}", f"{r.bytes_removed:.2f}"]
+        yield [_SCOPES[r.scope], f"{r.k:,}" if r.k else "–", f"{r.top1:.2f}", _drop(r), *shares]
+
+
+def _engine():
+    for name, weights in (("shipped", "vgg16-fashion"), ("ImageNet", "vgg16_imagenet_features")):
+        for r in _run(f"kmeans-{weights}")["peers"]:
+            ratios = [f"{r['time ratio']:.3f}", f"{r['inertia ratio']:.3f}"]
+            yield [name, f"{r['K']:,}", r["peer"], f"{r['ours (s)']:.1f}", f"{r['peer (s)']:.1f}", *ratios]
+
+
+def _recovered(networks):
+    for r in _run("recovery")["rows"]:
+        if r["network"] in networks and r["method"] in _MODELS and "top1" in r:
+            name = networks[r["network"]] + _MODELS[r["method"]]
+            yield [name, _megabytes(r["bytes"]), f"{r['ratio']:.1f}", f"{r['top1']:.2f}", _drop(r)]
+
+
+def _recovery():
+    for row in _recovered({"vgg16-fashion": ""}):
+        yield ["as shipped, dense" if row[0] == "dense" else row[0], *row[1:]]
+
+
+def _smallest():
+    for r in _run("smallest")["rows"]:
+        if r["share"] and "top1" in r:
+            yield [r["method"], _megabytes(r["bytes"]), f"{r['ratio']:.1f}", _drop(r)]
+
+
+def _ways():
+    ways = {}
+    for r in _run("recovery")["rows"]:
+        if r["network"] == "vgg16-fashion" and r["share"] and "top1" in r:
+            ways.setdefault(r["method"], {})[r["share"]] = f"{r['drop']:.2f}"
+    for name, drops in ways.items():
+        yield [name, *(drops.get(share, "–") for share in (16, 24, 32, 48))]
+
+
+def _recipes():
+    for r in _run("recovery")["rows"]:
+        if r["network"] == "vgg16-fashion" and "Son" in r["method"]:
+            yield [f"{r['method']}, {r['setting']}", f"{r['ratio']:.1f}", _drop(r)]
+
+
+def _choices(table: str) -> list[dict]:
+    return [r for r in _run("choices")["rows"] if r["table"] == table]
+
+
+def _weights():
+    divergences = {}
+    for r in _choices("weights"):
+        divergences.setdefault((r["layer"], r["clusters"]), {})[r["kind"]] = r["kl"]
+    for (layer, k), by_kind in divergences.items():
+        values = [by_kind[kind] for kind in ("uniform", "input", "output", "fisher", "hessian")]
+        cells = (f"**{x:.4f}**" if x == min(values) else f"{x:.4f}" for x in values)
+        yield [f"{'all layers' if layer == 'all' else layer}, K = {k:,}", *cells]
+
+
+def _representatives():
+    kinds = {}
+    for r in _choices("representatives"):
+        bits = f", {r['scale_bits']} bits" if "scaled" in r["kind"] else ""
+        fits = [f"{r['clusters']:,}", f"{r['kl']:.3f}", f"{r['drop']:.1f}"] if r["clusters"] else ["–"] * 3
+        kinds.setdefault(f"{r['kind']}{bits}, {_SCOPES[r['scope']]}", {})[r["share"]] = fits
+    for name, by_share in kinds.items():
+        yield [name, *by_share[16], *by_share[32]]
+
+
+def _prices():
+    for r in _run("choices")["rows"]:
+        if r["table"] not in ("weights", "representatives"):
+            numbers = [f"{r['clusters']:,}", _megabytes(r["bytes"]), f"{r['kl']:.3f}", _drop(r, 1)]
+            yield [f"{r['method']}, {_SCOPES[r['scope']]}", *numbers]
+
+
+def _memory():
+    for r in _run("memory")["rows"]:
+        sizes = [r["file (bytes)"], r["entropy of the indices (bytes)"], r["indices and tables (bytes)"]]
+        sizes.append(min(r[f"{name} (bytes)"] for name in ("zip -9", "zstd -19", "7z")))
+        ratios = [f"{r[f'latency ratio, batch {batch}']:.2f}" for batch in (1, 16, 64)]
+        resident = f"{r['resident (bytes)'] / 1e6:.1f}"
+        name = {"global": "one for all", "layer": "one a layer"}[r["scope"]]
+        yield [name, f"{r['K']:,}", *map(_megabytes, sizes), resident, *ratios]
+
+
+def _sweeps():
+    run = _run("sweeps")
+    for key, name in _SWEEPS.items():
+        seconds = run[f"{key} (s)"]
+        yield [f"{name} (s)", f"{seconds:.{1 if seconds > 1 else 2}f}"]
+
+
+def _pairs():
+    for r in _run("similarity")["pairs"]:
+        speeds = [r["million pairs a second"], r["on one thread"], r.get("pdist and histogram")]
+        yield [r["distance"], *("–" if speed is None else f"{speed:,.0f}" for speed in speeds)]
+
+
+def _nearest():
+    for r in _run("similarity")["nearest"]:
+        seconds = [r["ours (s)"], r["cKDTree (s)"], r["scikit-learn (s)"]]
+        yield [f"{r['kernels']:,}", *(f"{s:.3g}" for s in seconds), f"{seconds[0] / seconds[1]:.3f}"]
+
+
+def _slider():
+    for r in _run("similarity")["slider"]:
+        yield [f"{r['K up to']:,}", f"{r['median (s)']:.2f}", f"{r['95th percentile (s)']:.2f}"]
+
+
+def _maps():
+    for r in _run("similarity")["maps"]:
+        seconds = [f"{r['neighbours (s)']:.2f}", f"{r['layout (s)']:.1f}"]
+        yield [f"{r['kernels']:,}", *seconds, f"{r['trustworthiness']:.3f}"]
+
+
+def _combinations():
+    run = pd.read_csv(ROOT / "docs" / "orthogonality.csv", keep_default_na=False)
+    run = run[run.order != "cluster first"]
+    means = run.pivot_table(["ratio", "drop"], ["clustering", "sparsity", "precision"])
+    for clusters in ("none", "1024 layer", "4096 layer", "4096 global"):
+        for sparsity in sorted(run.sparsity.unique()):
+            cell = means.loc[clusters, sparsity]
+            drops = (f"{cell.loc[name, 'drop']:.1f}" for name in ("none", "int8", "int4"))
+            yield [clusters, f"{sparsity:.0%}", f"{cell.loc['int8', 'ratio']:.1f}", *drops]
+
+
+ROWS = {
+    "accuracy": _accuracy, "engine": _engine, "recovery": _recovery, "smallest": _smallest, "ways": _ways,
+    "recipes": _recipes, "networks": lambda: _recovered(_NETWORKS), "weights": _weights,
+    "representatives": _representatives, "prices": _prices, "memory": _memory, 
+    "sweeps": _sweeps, "pairs": _pairs, "nearest": _nearest, "slider": _slider, "maps": _maps,
+    "combinations": _combinations,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(rewritten(readme.read_text()))
