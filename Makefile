@@ -4,7 +4,7 @@ PROFILE ?= smoke
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab dashboard test faults fuzz lint bench tables train clean clean-all
+.PHONY: help setup run lab dashboard test faults fuzz lint bench tables soak train clean clean-all
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -28,6 +28,10 @@ dashboard: setup  ## Serve notebook 04's explorer alone, as a page (Voila)
 test: setup  ## Run the tests: browsers' alone, then a file of them to a processor, the longest first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --ignore=tests/browser
+
+soak: setup  ## What is too long for every day: 200 kills, whole profiles on the shipped model (at most 30 minutes)
+	SOAK=1 OMP_NUM_THREADS=1 timeout --kill-after=30 30m $(BIN)/python -m pytest -n logical --maxprocesses=4 \
+		--dist=loadfile --no-loadscope-reorder tests/test_survival.py tests/test_notebooks*.py
 
 faults: setup  ## Try every fault and write docs/what-happens-if.md from what is seen (as root)
 	WRITE_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0
