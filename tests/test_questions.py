@@ -278,7 +278,8 @@ def test_fifty_choices_from_eight_threads_end_with_the_last_questions_own_answer
     assert explorer.question.number in {order[-1] for order in orders}
     assert explorer.status == ""
     assert len(seen) >= 400
-    assert all(status == "working …" or question == number for question, number, status in seen[-1:])
+    question, number, status = seen[-1]
+    assert status == "working …" or question == number
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_an_invalid_choice_is_refused_and_changes_nothing():
     explorer.ask(1)
     seen = told(explorer)
     before = explorer.question, explorer.answer, explorer.status
-    with pytest.raises(InvalidValueError, match=r"^number is -1; it must be at least 0.$"):
+    with pytest.raises(InvalidValueError, match=r"^number is -1;"):
         explorer.choose(number=-1, words="new")
     with pytest.raises(TypeError, match="colour"):
         explorer.choose(colour="red")

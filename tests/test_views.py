@@ -202,9 +202,11 @@ def test_a_control_follows_a_question_that_is_asked_in_python(name, description,
 def test_the_numbers_beside_the_picture_are_the_answers():
     explorer, view = opened()
     facts = every(view, widgets.HTML)[1]
-    assert facts.value.count("8") >= 1
+    before = facts.value
     control(view, "K").value = 33
     settled(explorer)
+    assert facts.value != before
+    assert explorer.answer.facts
     for text in (*explorer.answer.facts, *explorer.answer.facts.values()):
         assert text in facts.value
 
@@ -436,22 +438,6 @@ def test_evaluate_and_cancel_can_be_pressed_when_they_would_do_something(evaluat
     assert f"top-1 of what is shown: {explorer.rows[-1]['top1']:.2f} %" in line.value
 
 
-def test_cancel_ends_an_evaluation_and_says_so(evaluating, gate):
-    explorer, view = evaluating
-    start, stop = control(view, "Evaluate"), control(view, "Cancel")
-    line, table = accuracy(view)
-    gate.close()
-    start.click()
-    assert gate.reached.wait(PATIENCE)
-    stop.click()
-    assert (start.disabled, stop.disabled) == (False, True)
-    assert ">cancelled<" in line.value
-    gate.open.set()
-    settled(explorer)
-    assert (">cancelled<" in line.value, table.value, explorer.rows) == (True, "", ())
-    assert every(view, widgets.Image)[1].layout.display == "none"
-
-
 def test_the_bar_and_the_time_left_move_while_images_are_answered(evaluating):
     explorer, view = evaluating
     (bar,), (line, _) = every(view, widgets.FloatProgress), accuracy(view)
@@ -460,7 +446,9 @@ def test_the_bar_and_the_time_left_move_while_images_are_answered(evaluating):
     line.observe(lambda change: said.append(change.new), "value")
     evaluated(explorer, view)
     assert shares == pytest.approx([64 / 140, 0.5, 0.5 + 64 / 140, 1, 0])  # two batches each
-    assert all("about 00:0" in text for text in said if "46%" in text or "96%" in text)
+    timed = [text for text in said if "46%" in text or "96%" in text]
+    assert timed
+    assert all("about 00:0" in text for text in timed)
     assert sum("%, about" in text for text in said) >= 3
 
 
@@ -494,37 +482,6 @@ def test_the_table_and_the_curve_grow_with_each_evaluation(evaluating):
     assert curve.layout.display != "none"
     for unit in ("(%)", "(points)"):
         assert unit in table.value
-
-
-def test_accuracy_is_marked_as_stale_as_soon_as_the_slider_moves_and_no_longer_when_it_is_back(evaluating):
-    explorer, view = evaluating
-    evaluated(explorer, view)
-    line, _ = accuracy(view)
-    top1 = f"{explorer.rows[-1]['top1']:.2f} %"
-    assert "stale" not in line.value
-    control(view, "clusters K").value = 20
-    assert "stale" in line.value
-    assert top1 in line.value
-    assert "K = 8" in line.value
-    control(view, "K").value = 8
-    assert "stale" not in line.value
-    control(view, "colour").value = cluster_explorer.COLOURS[1]
-    assert "stale" not in line.value
-    settled(explorer)
-
-
-def test_accuracy_is_marked_as_stale_also_after_a_cancelled_evaluation(evaluating, gate):
-    explorer, view = evaluating
-    evaluated(explorer, view)
-    gate.close()
-    control(view, "Evaluate").click()
-    assert gate.reached.wait(PATIENCE)
-    control(view, "Cancel").click()
-    gate.open.set()
-    settled(explorer)
-    control(view, "K").value = 20
-    assert "stale" in accuracy(view)[0].value
-    settled(explorer)
 
 
 def test_an_evaluation_that_cannot_be_says_why(evaluating, monkeypatch):
