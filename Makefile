@@ -31,7 +31,7 @@ test: setup  ## Run the tests: browsers' alone, then a file of them to a process
 
 soak: setup  ## What is too long for every day: 200 kills, whole profiles on the shipped model (at most 30 minutes)
 	SOAK=1 OMP_NUM_THREADS=1 timeout --kill-after=30 30m $(BIN)/python -m pytest -n logical --maxprocesses=4 \
-		--dist=loadfile --no-loadscope-reorder tests/test_survival.py tests/test_notebooks*.py
+		--dist=loadfile --no-loadscope-reorder tests/test_survival.py tests/test_embedding.py tests/test_notebooks*.py
 
 faults: setup  ## Try every fault and write docs/what-happens-if.md from what is seen (as root)
 	WRITE_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0

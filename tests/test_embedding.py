@@ -1,3 +1,4 @@
+import os
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +15,9 @@ from kclib.store import Store
 from kclib.symmetry import transforms
 
 pytestmark = pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")  # umap's import
+in_soak = pytest.mark.skipif(
+    "SOAK" not in os.environ, reason="UMAP compiles its transform for 90 s: make soak"
+)
 BLOBS, BLOB = datasets.make_blobs(400, 9, centers=4, random_state=0)
 BLOBS = BLOBS.astype(np.float32)
 POINTS, NEW = BLOBS[:300], BLOBS[300:]
@@ -235,6 +239,20 @@ def unit_map(store):
     return graph, embedding.layout(graph, store=store)
 
 
+def test_kernels_are_placed_in_blocks_as_the_map_prepares_them(store, monkeypatch):
+    graph, blocks = embedding.graph(POINTS, kind="unit", store=store), []
+    monkeypatch.setattr("pynndescent.NNDescent", lambda points, **_: points)
+    model = SimpleNamespace(transform=lambda rows: blocks.append(rows) or rows[:, :2])
+    monkeypatch.setattr(embedding, "_fitted", lambda *_: model)
+    monkeypatch.setattr(embedding, "_BLOCK", 40)
+    found = embedding.placed(graph, 3 * NEW)
+    expected = NEW / np.linalg.norm(NEW, axis=1, keepdims=True) / graph.unit
+    np.testing.assert_allclose(found, expected[:, :2], rtol=1e-5)
+    assert [len(block) for block in blocks] == [50, 50]
+    assert embedding.placed(graph, NEW[:0]).shape == (0, 2)
+
+
+@in_soak
 def test_a_maps_own_kernels_are_placed_near_their_places(graph, layout):
     extent = np.ptp(layout, axis=0).max()
     nearly = POINTS[:100] * np.float32(1 + 1e-6)
@@ -245,6 +263,7 @@ def test_a_maps_own_kernels_are_placed_near_their_places(graph, layout):
     assert off.max() < 0.25 * extent
 
 
+@in_soak
 def test_new_kernels_fall_among_their_like_in_any_number_of_blocks_and_at_any_length(unit_map, monkeypatch):
     graph, layout = unit_map
     monkeypatch.setattr(embedding, "_BLOCK", 40)
@@ -253,17 +272,11 @@ def test_new_kernels_fall_among_their_like_in_any_number_of_blocks_and_at_any_le
     assert (BLOB[:300][cKDTree(layout).query(found)[1]] == BLOB[300:]).mean() > 0.95
 
 
-def test_no_kernels_have_no_places(graph):
-    assert embedding.placed(graph, np.empty((0, 9), np.float32)).shape == (0, 2)
-
-
 def test_a_graph_that_cannot_be_is_refused(store):
-    with pytest.raises(UnknownNameError, match=r"unknown kind of map 'units' .*'unit'\?.*known: raw, "):
+    with pytest.raises(UnknownNameError, match=r"'units'.*'unit'\?"):
         embedding.graph(POINTS, kind="units", store=store)
     for n_neighbors in (1, 301):
-        with pytest.raises(
-            InvalidValueError, match=f"n_neighbors is {n_neighbors}; it must be a whole number, 2 to 300"
-        ):
+        with pytest.raises(InvalidValueError, match=f"n_neighbors is {n_neighbors};"):
             embedding.graph(POINTS, n_neighbors=n_neighbors, store=store)
     with pytest.raises(InvalidValueError, match=r"have 6 weights; .* square"):
         embedding.graph(POINTS[:, :6].copy(), kind="symmetric", store=store)
@@ -272,10 +285,10 @@ def test_a_graph_that_cannot_be_is_refused(store):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"n_neighbors": 1}, "n_neighbors is 1; it must be a whole number, 2 to 30"),
-        ({"n_neighbors": 31}, "n_neighbors is 31; it must be a whole number, 2 to 30"),
-        ({"min_dist": -0.1}, r"min_dist is -0\.1; it must be from 0 to 1"),
-        ({"min_dist": 1.5}, r"min_dist is 1\.5; it must be from 0 to 1"),
+        ({"n_neighbors": 1}, "n_neighbors is 1;"),
+        ({"n_neighbors": 31}, "n_neighbors is 31;"),
+        ({"min_dist": -0.1}, r"min_dist is -0\.1;"),
+        ({"min_dist": 1.5}, r"min_dist is 1\.5;"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_and_so_are_places_on_it(graph, store, settings, sentence):
@@ -286,7 +299,7 @@ def test_a_layout_that_cannot_be_is_refused_and_so_are_places_on_it(graph, store
 
 
 def test_kernels_are_not_placed_on_a_symmetric_map(symmetric):
-    with pytest.raises(InvalidValueError, match="on a raw or a unit map, not on a symmetric one"):
+    with pytest.raises(InvalidValueError, match="symmetric"):
         embedding.placed(symmetric, COPIES)
 
 
@@ -314,7 +327,7 @@ def test_few_kernels_more_have_a_map_of_as_many_neighbours_as_there_are(n, store
 
 def test_places_are_only_found_on_a_map_that_umap_made(store):
     graph = embedding.graph(cloud(4, 0), n_neighbors=4, store=store)
-    with pytest.raises(InvalidValueError, match="has 4 kernels; UMAP places others on one of at least 5"):
+    with pytest.raises(InvalidValueError, match=r"4 kernels.*5"):
         embedding.placed(graph, cloud(2, 1), n_neighbors=4)
 
 

@@ -154,7 +154,7 @@ def test_the_gradient_of_a_representative_is_the_sum_over_its_members(how, reass
     assert movable == [reassignable and not how] * 3
 
 
-@pytest.mark.parametrize("interrupted_at", [0, 1, 2, 5, 10, 11, 12, 14, 16, 19])
+@pytest.mark.parametrize("interrupted_at", [0, 5, 11, 12, 19])
 def test_a_resumed_fine_tune_equals_one_in_one_go_to_the_bit(tmp_path, teacher, last_is_best, interrupted_at):
     model = compressed(n_clusters=14)
 
