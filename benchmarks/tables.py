@@ -183,7 +183,7 @@ def _combinations():
 ROWS = {
     "accuracy": _accuracy, "engine": _engine, "recovery": _recovery, "smallest": _smallest, "ways": _ways,
     "recipes": _recipes, "networks": lambda: _recovered(_NETWORKS), "weights": _weights,
-    "representatives": _representatives, "prices": _prices, "memory": _memory, 
+    "representatives": _representatives, "prices": _prices, "memory": _memory,
     "sweeps": _sweeps, "pairs": _pairs, "nearest": _nearest, "slider": _slider, "maps": _maps,
     "combinations": _combinations,
 }  # fmt: skip

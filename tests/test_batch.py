@@ -262,9 +262,7 @@ def test_a_notebook_that_cannot_be_written_stops_no_other(folder, tmp_path, monk
 
     monkeypatch.setattr(papermill, "execute_notebook", refuse)
     profile = profiles.load(profile_file(folder, dict.fromkeys(["good", "other"])))
-    with pytest.raises(
-        errors.NotebookError, match=r"good failed \(.*No space left on device\): \S*index.html"
-    ):
+    with pytest.raises(errors.NotebookError, match=r"good failed.*No space left.*index\.html"):
         batch.run(profile, tmp_path)
     assert 'href="good' not in (tmp_path / "tiny" / "index.html").read_text()
     chapters = reports.read(tmp_path / "tiny", "tiny").chapters

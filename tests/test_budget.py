@@ -181,7 +181,7 @@ def test_goals_that_cannot_be_reached_say_what_can(given):
         assert allocated(given, n_bytes=least, scopes=scopes).n_bytes == least
     most = allocated(given, n_bytes=10_000, ks=(1,)).table["drop"].min()
     assert most > 1
-    with pytest.raises(InvalidValueError, match=f"max_drop is 1; .* loses {most:.2f} points on tiny/train"):
+    with pytest.raises(InvalidValueError, match=f"max_drop is 1;.*{most:.2f}.*tiny/train"):
         allocated(given, max_drop=1, ks=(1,))
 
 
@@ -189,7 +189,7 @@ def test_one_finite_goal_is_given_and_a_precision_that_the_ledger_counts(given):
     for goals in ({}, {"n_bytes": 900, "max_drop": 1}):
         with pytest.raises(InvalidValueError, match="give n_bytes or max_drop, and not both"):
             allocated(given, **goals)
-    with pytest.raises(InvalidValueError, match="n_bytes or max_drop is nan; it must be a finite"):
+    with pytest.raises(InvalidValueError, match="n_bytes or max_drop is nan;"):
         allocated(given, max_drop=float("nan"))
     with pytest.raises(UnknownNameError, match="unknown precision 'bf16'"):
         allocated(given, n_bytes=900, precision="bf16")

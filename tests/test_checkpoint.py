@@ -406,7 +406,7 @@ def ownnets(tmp_path, monkeypatch):
 
 def test_a_factory_is_used_if_asked_for_but_not_on_a_files_word(path, small, ownnets):
     save(small, path, architecture="ownnets:network")
-    with pytest.raises(InvalidValueError, match=r"no module is imported on a file's word"):
+    with pytest.raises(InvalidValueError, match=r"no module is imported"):
         load(path)
     with pytest.raises(KclibError):
         load(path, architecture="")
@@ -445,7 +445,7 @@ def test_a_name_that_is_given_wins_over_the_files(path):
 
 
 def test_a_file_that_names_no_architecture_or_an_unknown_one_needs_one(path, dense, small):
-    with pytest.raises(InvalidValueError, match="does not name its architecture; pass the network"):
+    with pytest.raises(InvalidValueError, match=r"architecture.*pass the network"):
         load(path)
     save(small, path, architecture="resnet81")
     with pytest.raises(UnknownNameError, match="resnet81"):
@@ -574,7 +574,7 @@ def test_layers_that_use_a_codebook_alike_share_frequencies_and_others_have_thei
         assert_same(load(path, architecture=dense).network, network)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=3),
     st.integers(1, 20),
@@ -593,7 +593,7 @@ def test_entropy_coding_never_takes_more_than_fixed_width(tmp_path_factory, shap
 def test_what_is_not_compressed_or_coded_unheard_of_is_refused(path, dense, small):
     before = path.read_bytes()
     for network in (dense, compression.expand(small), nn.Linear(2, 2)):
-        with pytest.raises(InvalidValueError, match="no clustered convolutions; compress it first"):
+        with pytest.raises(InvalidValueError, match="compress it first"):
             save(network, path)
     with pytest.raises(UnknownNameError, match="'huffman'; known: entropy, fixed"):
         save(small, path, indices="huffman")

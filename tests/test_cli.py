@@ -414,7 +414,7 @@ def test_a_file_that_is_missing_or_damaged_is_one_sentence(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--clusters", 81], "n_clusters is 81; it must be a whole number, 1 to 80"),
+        (["--clusters", 81], "n_clusters is 81;"),
         (["--clusters", 5, "--scope", "laye"], "did you mean 'layer'?"),
         (
             ["--clusters", 5, "--precision", "fp8"],

@@ -254,9 +254,7 @@ def test_as_many_clusters_as_kernels_can_be_asked_for(explorer):
         assert explorer.largest == largest
         facts = asked(explorer, n_clusters=largest).facts
         assert (facts["kernels removed"], facts["inertia"]) == ("0.000 %", "0")
-        with pytest.raises(
-            InvalidValueError, match=rf"^K is {largest + 1}; it must be from 2 to {largest}.$"
-        ):
+        with pytest.raises(InvalidValueError, match=rf"^K is {largest + 1};.* {largest}[.]$"):
             explorer.choose(n_clusters=largest + 1)
 
 
@@ -285,9 +283,9 @@ def test_a_layer_named_twice_counts_once(explorer):
         ({"scope": "gobal"}, UnknownNameError, "unknown scope 'gobal'.*mean 'global'"),
         ({"distance": "cosine"}, UnknownNameError, "distance that can be clustered by 'cosine'"),
         ({"colour": "red"}, UnknownNameError, "unknown colour 'red'"),
-        ({"n_clusters": 1}, InvalidValueError, "K is 1; it must be from 2 to 152"),
-        ({"n_clusters": 2.5}, InvalidValueError, "K is 2.5; it must be"),
-        ({"layers": ("0",), "n_clusters": 25}, InvalidValueError, "K is 25; it must be from 2 to 24"),
+        ({"n_clusters": 1}, InvalidValueError, "K is 1;"),
+        ({"n_clusters": 2.5}, InvalidValueError, "K is 2.5;"),
+        ({"layers": ("0",), "n_clusters": 25}, InvalidValueError, "K is 25;"),
     ],
 )
 def test_what_cannot_be_clustered_is_refused_and_changes_nothing(explorer, changes, error, message):
@@ -667,9 +665,7 @@ def test_without_images_accuracy_cannot_be_asked_for(explorer):
 def test_a_number_of_images_that_there_are_not_is_refused(evaluating, gate, n_images):
     told = []
     evaluating.listeners.append(lambda: told.append(1))
-    with pytest.raises(
-        InvalidValueError, match=f"limit of tiny/test is {n_images}; it must be a whole number, 1 to 200"
-    ):
+    with pytest.raises(InvalidValueError, match=f"limit of tiny/test is {n_images};"):
         evaluating.evaluate(n_images)
     assert (evaluating.running, evaluating.rows, told) == (None, (), [])
     stop(evaluating, gate, 50)
@@ -717,32 +713,6 @@ def test_the_curve_shows_accuracy_against_bytes_kept_on_as_many_images_as_the_ne
 def test_a_curve_of_no_rows_is_refused_in_a_sentence(evaluating):
     with pytest.raises(InvalidValueError, match="evaluate"):
         evaluating.curve()
-
-
-def test_a_listener_may_choose_under_a_lock_of_its_own_while_another_choice_is_told(explorer):
-    explorer.show()
-    mine, telling = threading.RLock(), threading.Event()
-    first = threading.Thread(target=lambda: explorer.choose(n_clusters=8), daemon=True)
-    second = threading.Thread(target=lambda: explorer.choose(layers=("0",)), daemon=True)
-
-    def listener():
-        if threading.current_thread() is first:
-            telling.set()
-        with mine:
-            pass
-
-    explorer.listeners.append(listener)
-    with mine:
-        first.start()
-        assert telling.wait(PATIENCE)
-        explorer.listeners.clear()
-        second.start()  # no view's lock may keep a question from being asked
-        second.join(3)
-        ended = not second.is_alive()
-    assert ended
-    first.join(PATIENCE)
-    assert explorer.wait(PATIENCE)
-    assert explorer.answer.question == ClusterQuestion(("0",), n_clusters=8)
 
 
 def test_choices_from_many_threads_during_evaluations_end_with_the_last_questions_own_answer(evaluating):

@@ -24,7 +24,7 @@ def decoded(result, i, n, n_symbols):
 
 
 @given(st.integers(1, 40), st.integers(0, 300), st.floats(0.01, 5), st.integers(0, 999))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=25)
 def test_decoded_indices_are_those_encoded(n_symbols, n, evenness, seed):
     draw = np.random.default_rng(seed)
     shares = draw.gamma(evenness, size=n_symbols) + 1e-9
@@ -36,7 +36,7 @@ def test_decoded_indices_are_those_encoded(n_symbols, n, evenness, seed):
 
 
 @given(st.integers(0, 200), st.integers(2, 30), st.integers(0, 999))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_a_part_is_coded_with_the_frequencies_of_the_whole(n, n_symbols, seed):
     whole = np.random.default_rng(seed).integers(0, n_symbols, 500)
     frequencies = counts(whole, n_symbols)
@@ -84,7 +84,7 @@ def test_counts_are_of_all_symbols_also_unused_ones():
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_packed_counts_are_unpacked_again(frequencies):
     table = packed_counts(np.array(frequencies))
     assert table.dtype == np.uint8
@@ -198,7 +198,7 @@ def test_one_layer_that_is_unlike_the_others_has_its_own_table():
     st.booleans(),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_each_layer_is_decoded_from_what_is_stored(sizes, n_symbols, alike, seed):
     draw = np.random.default_rng(seed)
     orders = [np.arange(n_symbols) if alike else draw.permutation(n_symbols) for _ in sizes]

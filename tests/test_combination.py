@@ -174,7 +174,7 @@ def test_weights_of_codebooks_are_scored_by_what_they_add_to_the_error():
         found = run(Cluster(3) >> Prune(gone / 6, "weights"), model)
         assert sorted(found.clustering.groups[0].codebook.reshape(-1, 2).tolist()) == sorted(expected)
     assert found.clustering.inertia == 3 * 4 + 1 + 16
-    with pytest.raises(InvalidValueError, match="6 of 6 weights of codebooks are to go; at most 5 can"):
+    with pytest.raises(InvalidValueError, match=r"6 of 6 weights.*5"):
         run(Cluster(3) >> Prune(0.99, "weights"), model)
 
 
@@ -249,7 +249,7 @@ def test_the_same_seed_gives_the_same_and_another_another():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Prune(1), "sparsity is 1; it must be a share"),
+        (lambda: Prune(1), "sparsity is 1;"),
         (lambda: Prune(0.1) >> Cluster(3) >> Prune(0.2), "Prune is there 2 times"),
         (lambda: Cluster(3) >> Cluster(3), "Cluster is there 2 times"),
         (lambda: Cluster(3) >> 3, "3 is no step; it must be Prune"),

@@ -391,7 +391,7 @@ def test_a_convolution_whose_weight_was_cut_is_refused(kind, how):
     network = nn.Sequential(kind(8, 8, 3, bias=False))
     network[0].weight = nn.Parameter(network[0].weight[:4])  # as structured pruning may leave it
     result = cluster(extract(network), 12, **how)
-    with pytest.raises(InvalidValueError, match=r"layer 0 says .* \(8, 8, 3, 3\), but it has \(4, 8, 3, 3\)"):
+    with pytest.raises(InvalidValueError, match=r"layer 0.*\(8, 8, 3, 3\).*\(4, 8, 3, 3\)"):
         compress(network, result)
 
 
@@ -406,9 +406,7 @@ class Standardised(nn.Conv2d):
 def test_a_convolution_with_a_forward_of_its_own_is_refused_but_its_kernels_are_replaced():
     network = nn.Sequential(Standardised(3, 4, 3))
     x, result = torch.randn(1, 3, 6, 6), cluster(extract(network), 3)
-    with pytest.raises(
-        InvalidValueError, match="layer 0 is a Standardised that computes in a way of its own"
-    ):
+    with pytest.raises(InvalidValueError, match="layer 0 is a Standardised"):
         compress(network, result)
     dense = replaced(network, result)
     np.testing.assert_array_equal(extract(dense).weights, quantized(result))
@@ -479,7 +477,7 @@ def test_precision_is_the_networks_own_by_default(network, dtype, precision):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_int8_of_a_half_network_is_refused(network, dtype):
     network = network.to(dtype)
-    with pytest.raises(InvalidValueError, match=r"an int8 codebook needs a float32 network, .*\.float\(\)"):
+    with pytest.raises(InvalidValueError, match=r"int8.*float32.*\.float\(\)"):
         compress(network, cluster(extract(network), 4), precision="int8")
 
 
@@ -492,12 +490,12 @@ def test_values_that_the_precision_cannot_hold_are_refused(network):
         compress(network, result, precision="fp16")
     scaled = cluster(extract(network), 4, scaled=True)
     for precision in ("fp16", "int8"):  # int8 has its scales in fp16
-        with pytest.raises(InvalidValueError, match=f"has values that are no finite {precision}"):
+        with pytest.raises(InvalidValueError, match=f"finite {precision}"):
             compress(network, scaled, precision=precision)
 
 
 def test_unknown_precision_is_refused(network):
-    with pytest.raises(UnknownNameError, match=r"unknown precision 'fp8'; known: fp32"):
+    with pytest.raises(UnknownNameError, match=r"'fp8'"):
         compress(network, cluster(extract(network), 4), precision="fp8")
 
 
@@ -515,9 +513,7 @@ def test_block_bytes_are_those_of_every_layer(network):
 def test_layers_of_several_types_cannot_share_a_codebook_but_have_their_own(network):
     network[3].half()
     bank = extract(network)
-    with pytest.raises(
-        InvalidValueError, match=r"group global are of several kinds.*float16 on cpu, .*float32"
-    ):
+    with pytest.raises(InvalidValueError, match=r"global.*float16.*float32"):
         compress(network, cluster(bank, 3, scope="global"))
     packed = compress(network, cluster(bank, 3))
     assert [codebook.precision for codebook, _ in by_codebook(packed)] == ["fp32", "fp16", "fp32"]
@@ -538,7 +534,7 @@ class Projection(nn.Module):
 def test_a_weight_that_something_else_shares_is_refused(other):
     convolution = nn.Conv2d(2, 4, 3)
     network = nn.ModuleDict({"conv": convolution, "other": other(convolution.weight)})
-    with pytest.raises(InvalidValueError, match="layer conv shares its weight with other, which is no 2D"):
+    with pytest.raises(InvalidValueError, match=r"conv shares .* with other"):
         compress(network, cluster(extract(network), 2))
 
 

@@ -171,9 +171,7 @@ def test_limited_draws_images_with_their_labels_and_leaves_the_set_alone():
 
 @pytest.mark.parametrize("limit", [0, 11])
 def test_limited_refuses_what_the_set_has_not(limit):
-    with pytest.raises(
-        InvalidValueError, match=f"limit of small/test is {limit}; it must be a whole number, 1 to 10"
-    ):
+    with pytest.raises(InvalidValueError, match=f"limit of small/test is {limit};"):
         datasets.limited(small(10), limit)
 
 

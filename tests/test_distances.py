@@ -47,7 +47,7 @@ def independent(name, a, b):
 
 @EACH
 @given(KERNELS, KERNELS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_each_distance_agrees_with_an_independent_formula(name, a, b):
     assume(has_shape(a) and has_shape(b))
     assert between(name, a, b) == pytest.approx(independent(name, a, b), rel=1e-5, abs=2e-6)
@@ -66,7 +66,7 @@ def test_distances_by_hand():
 
 @EACH
 @given(KERNELS, KERNELS)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_distance_is_symmetric_zero_of_itself_and_within_its_range(name, a, b):
     assume(has_shape(a) and has_shape(b))
     there, back = between(name, a, b), between(name, b, a)
@@ -94,7 +94,7 @@ CHANGES = {
 
 @EACH
 @given(KERNELS, KERNELS, SCALES, st.floats(-5, 5), st.integers(0, 3), st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_distance_does_not_change_by_what_it_is_blind_to(name, a, b, scale, offset, quarter, flipped):
     assume(has_shape(a) and has_shape(b))
     other = b.astype(np.float64)
@@ -123,7 +123,7 @@ def test_distance_changes_by_everything_else(name, change):
 
 @EACH
 @given(st.lists(st.floats(0, 1), min_size=1))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_of_squared_and_to_squared_are_inverse(name, shares):
     named = distances.named(name)
     values = np.array(shares) * min(named.largest, 1e3)
@@ -210,7 +210,7 @@ def test_each_distance_says_what_it_is():
 
 
 def test_a_distance_that_is_none_and_kernels_that_cannot_be_turned_are_refused():
-    with pytest.raises(UnknownNameError, match=r"unknown distance 'cosin' .*'cosine'\?.*known: euclidean,"):
+    with pytest.raises(UnknownNameError, match=r"'cosin'.*'cosine'\?"):
         distances.named("cosin")
     with pytest.raises(InvalidValueError, match=r"the kernels have 15 weights; .* square"):
         distances.named("symmetric").orbit(15)

@@ -323,7 +323,7 @@ def test_what_torch_cannot_export_is_refused_in_one_sentence_and_leaves_no_file(
     write, name, network, shape, tmp_path
 ):
     network = compressed(network, 3)
-    with pytest.raises(InvalidValueError, match="torch could not export the network for images of this") as e:
+    with pytest.raises(InvalidValueError, match="could not export") as e:
         write(network, tmp_path / name, shape)
     assert "\n" not in str(e.value)
     assert list(tmp_path.iterdir()) == []
@@ -340,7 +340,7 @@ def test_a_file_half_written_is_not_left_in_the_place_of_the_old_one(write, plac
 
     monkeypatch.setattr(place, save)
     (tmp_path / "model").write_text("old")
-    with pytest.raises(StorageError, match=r"model could not be written: No space left on device\."):
+    with pytest.raises(StorageError, match=r"model could not be written.*No space"):
         write(compressed(two_layers(), 3), tmp_path / "model", (3, 8, 8))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model").read_text() == "old"

@@ -43,7 +43,7 @@ def test_options_at_the_ends_of_their_ranges_are_taken():
 
 
 @given(st.lists(st.floats(0, 1), max_size=20))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_shares_told_to_the_caller_never_exceed_one_in_total(shares):
     steps = []
     report = Progress(steps.append)

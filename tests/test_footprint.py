@@ -336,7 +336,7 @@ def test_half_precision_network_has_half_the_dense_bytes():
     st.sampled_from([4, 2]),
     st.sampled_from(list(ROW)),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_break_even_is_the_largest_k_that_takes_fewer_bytes_than_dense(
     counts, scope, size, stored, precision
 ):

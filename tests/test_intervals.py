@@ -34,7 +34,7 @@ def paired(b: int, c: int, n: int) -> tuple[float, float]:
     return intervals.of_mean([-1, 0, 1], [c, n - b - c, b], -1, 1)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6))
 def test_of_three_values_it_is_tangos(b, c, rest):
     n = b + c + rest
@@ -42,7 +42,7 @@ def test_of_three_values_it_is_tangos(b, c, rest):
         assert paired(b, c, n) == pytest.approx(tango(b, c, n), abs=1e-8)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000), st.integers(0, 1000))
 def test_of_two_values_it_is_wilsons(hits, misses):
     if n := hits + misses:
@@ -57,7 +57,7 @@ def test_a_published_example_comes_out():
     assert paired(7, 1, 21) == pytest.approx((0.026, 0.517), abs=5e-4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(0, 30), min_size=5, max_size=5).filter(any), st.floats(0.5, 3))
 def test_it_holds_the_mean_within_the_limits_and_has_a_width(counts, scale):
     values = scale * np.arange(-2, 3)

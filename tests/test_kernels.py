@@ -51,13 +51,13 @@ def networks(draw):
 
 
 @given(networks())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_extract_then_insert_is_the_identity_to_the_bit(network):
     assert bits(kernels.insert(network, kernels.extract(network))) == bits(network)
 
 
 @given(networks(), st.integers(0, 99))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_inserted_kernels_are_extracted_again_and_nothing_else_changes(network, seed):
     bank, before = kernels.extract(network), bits(network)
     other = np.random.default_rng(seed).integers(-8, 9, bank.weights.shape).astype(np.float32)
@@ -387,7 +387,7 @@ def test_no_kernels_says_which_convolutions_there_are_and_why_not(make, says):
 
 @pytest.mark.parametrize("size", [True, "3x3", (3,), 3.0, np.zeros(2)])
 def test_size_of_another_kind_is_refused(size):
-    with pytest.raises(InvalidValueError, match=r"the model has no .* kernels \(found: 8 of 1×1, 6 of 3×3"):
+    with pytest.raises(InvalidValueError, match=r"8 of 1×1, 6 of 3×3"):
         kernels.extract(nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(2, 3, 3)), size=size)
 
 

@@ -55,14 +55,14 @@ def test_one_cluster_is_the_mean():
 
 
 @given(GRIDS, st.data())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_any_k_on_points_with_many_duplicates_is_a_partition(points, data):
     n_clusters = data.draw(st.integers(1, len(points)))
     assert_is_a_partition(points, n_clusters, kmeans(points, n_clusters))
 
 
 @given(st.integers(1, 120), st.sampled_from([1, 9, 49]), st.integers(0, 99), st.floats(0, 1))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_any_k_on_heavy_tailed_points_is_a_partition(n, d, seed, share):
     points, n_clusters = heavy_tailed(n, d, seed), 1 + round(share * (n - 1))
     result = kmeans(points, n_clusters, seed=seed)
@@ -78,7 +78,7 @@ def test_any_k_on_heavy_tailed_points_is_a_partition(n, d, seed, share):
     st.floats(0, 1),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_any_k_on_weighted_points_that_occur_again_and_again_is_a_partition(
     n, d, distinct, without, share, seed
 ):
@@ -316,7 +316,7 @@ def test_a_true_answer_stops_early_with_the_best_so_far(n_clusters):
 
 @pytest.mark.parametrize("n_clusters", [0, -1, 5, 2.0, True])
 def test_k_outside_one_to_n_is_refused(n_clusters):
-    with pytest.raises(InvalidValueError, match=f"n_clusters is {n_clusters}; with 4 kernels .* 1 to 4"):
+    with pytest.raises(InvalidValueError, match=f"n_clusters is {n_clusters};.* 1 to 4"):
         kmeans(np.eye(4), n_clusters)
 
 
@@ -328,7 +328,7 @@ def test_points_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("shape", [(4,), (4, 0), (4, 3, 3)])
 def test_points_that_are_no_rows_are_refused(shape):
-    with pytest.raises(InvalidValueError, match=r"the points have shape .* must be \(n, d\)"):
+    with pytest.raises(InvalidValueError, match=r"points.*\(n, d\)"):
         kmeans(np.zeros(shape), 1)
 
 
@@ -391,7 +391,7 @@ def test_points_close_together_and_far_from_zero_are_a_partition(d):
 
 
 @given(GRIDS, st.data())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_points_that_differ_in_their_last_bits_are_a_partition(steps, data):
     points = (np.float32(1.5) + np.float32(2**-23) * steps).astype(np.float32)
     n_clusters = data.draw(st.integers(1, len(points)))
@@ -537,7 +537,7 @@ def test_a_ladder_tells_all_its_work_and_ends_with_the_rung_at_hand(in_cells):
 
 
 def test_a_ladder_without_rungs_or_with_one_out_of_range_is_refused():
-    with pytest.raises(InvalidValueError, match="there are no numbers of clusters; give at least one"):
+    with pytest.raises(InvalidValueError, match="no numbers of clusters"):
         ladder(np.eye(4), [])
     for k, name in ((0, "a number of clusters"), (5, "n_clusters")):
         with pytest.raises(InvalidValueError, match=f"{name} is {k}; "):

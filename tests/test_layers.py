@@ -101,7 +101,7 @@ def squared(module):
 
 
 @given(convolutions(), st.integers(1, 9), st.sampled_from(HOW), st.sampled_from([(), (1,), (2,)]))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_a_layer_of_one_block_answers_like_the_dense_one_to_the_bit(convolution, n_clusters, how, batch):
     assume(squared(convolution) or not how["turned"])
     layer = layer_of(convolution, n_clusters, **how)
@@ -129,7 +129,7 @@ def test_a_layer_of_one_block_answers_like_the_dense_one_on_two_threads_too(kind
 
 
 @given(convolutions(dtypes=[torch.float32]), st.sampled_from(HOW), st.integers(1, 3000), st.booleans())
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_a_layer_in_blocks_answers_like_the_dense_one(convolution, how, block_bytes, batched):
     assume(squared(convolution) or not how["turned"])
     layer = layer_of(convolution, **how, block_bytes=block_bytes)
@@ -148,7 +148,7 @@ def test_a_layer_in_blocks_answers_like_the_dense_one(convolution, how, block_by
     st.sampled_from([torch.float32, torch.float16]),
     st.integers(1, 40_000),
 )
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 def test_blocks_hold_each_channel_once_and_fit(kind, groups, out, fan_in, how, dtype, block_bytes):
     convolution = kind(groups * fan_in, groups * out, 3, groups=groups, dtype=dtype)
     layer = layer_of(convolution, **how, block_bytes=block_bytes)
@@ -406,7 +406,7 @@ def test_layers_in_blocks_follow_the_training_flag_and_describe_themselves():
 
 @pytest.mark.parametrize("block_bytes", [0, -1, True, 1.5, "1", None])
 def test_block_bytes_that_are_no_positive_whole_number_are_refused(block_bytes):
-    with pytest.raises(InvalidValueError, match=r"block_bytes is .*; it must be a whole number"):
+    with pytest.raises(InvalidValueError, match=r"block_bytes is .*;"):
         layer_of(nn.Conv2d(2, 2, 3), block_bytes=block_bytes)
 
 

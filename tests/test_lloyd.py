@@ -105,7 +105,7 @@ def test_a_point_without_weight_takes_a_centre_only_if_no_other_can():
 
 
 @given(st.integers(1, 60), st.sampled_from([1, 2, 9]), st.integers(1, 80), st.booleans(), st.integers(0, 999))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_no_empty_cluster_survives_unless_every_point_lies_on_a_centre(n, d, k, grid, seed):
     draw = np.random.default_rng(seed)
     points = draw.integers(-1, 2, (n, d)).astype(np.float32) if grid else heavy_tailed(n, d, seed)
@@ -159,7 +159,7 @@ def test_a_fit_has_no_empty_cluster_and_exact_labels(k, reach, max_iter):
 @given(
     st.integers(1, 40), st.sampled_from([1, 2, 9]), st.integers(1, 40), st.integers(0, 3), st.integers(0, 99)
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_a_fit_of_points_with_many_duplicates_and_ties_has_distinct_centres(n, d, k, max_iter, seed):
     draw = np.random.default_rng(seed)
     points, start = (draw.integers(-2, 3, (rows, d)).astype(np.float32) for rows in (n, k))

@@ -84,7 +84,7 @@ def assert_nearest(found, points, k, queries=None, **orbit):
     st.booleans(),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=25)
 def test_neighbours_are_those_of_comparing_all(kind, n, d, k, asked, seed):
     points, k = drawn(kind, n, d, seed), min(k, n - 1)
     queries = drawn(kind, n // 2, d, seed + 1) if asked else None
@@ -99,7 +99,7 @@ def test_neighbours_are_those_of_comparing_all(kind, n, d, k, asked, seed):
     st.booleans(),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_neighbours_up_to_a_symmetry_are_those_of_comparing_all_members_of_orbits(
     kind, n, k, given, asked, seed
 ):

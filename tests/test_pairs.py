@@ -139,21 +139,17 @@ def test_a_histogram_leaves_its_arguments_alone():
 
 @pytest.mark.parametrize("edges", [[0], [], [0, 0], [0, 2, 1], [-1, 1], [0, np.nan]])
 def test_edges_that_do_not_ascend_from_zero_or_more_are_refused(edges):
-    with pytest.raises(InvalidValueError, match="edges must be at least two distances, ascending from 0"):
+    with pytest.raises(InvalidValueError, match="edges must"):
         pair_histogram(cloud(3, 0), edges)
 
 
 def test_unknown_distance_and_too_few_kernels_are_refused():
-    with pytest.raises(
-        UnknownNameError, match=r"unknown distance 'cosin' .*'cosine'.*known: euclidean, cosine"
-    ):
+    with pytest.raises(UnknownNameError, match=r"'cosin'.*'cosine'"):
         pair_histogram(cloud(3, 0), [0, 1], distance="cosin")
-    with pytest.raises(InvalidValueError, match="1 of 1 kernels can be compared by euclidean distance"):
+    with pytest.raises(InvalidValueError, match=r"1 of 1 kernels.*euclidean"):
         pair_histogram(cloud(1, 0), [0, 1])
     zeros = np.vstack([cloud(1, 0), np.zeros((4, 9), np.float32)])
-    with pytest.raises(
-        InvalidValueError, match=r"1 of 5 kernels can be compared by cosine distance; .* least 2"
-    ):
+    with pytest.raises(InvalidValueError, match=r"1 of 5 kernels.*cosine.* 2"):
         pair_histogram(zeros, [0, 1], distance="cosine")
     with pytest.raises(InvalidValueError, match=r"15 weights; .* square"):
         pair_histogram(cloud(5, 0, 15), [0, 1], distance="symmetric")

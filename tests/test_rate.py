@@ -81,7 +81,7 @@ def test_a_dear_point_takes_the_frequent_centre_a_heavy_one_the_near():
     st.sampled_from([(1, 0), (1e-4, 0), (1, 1), (1e-20, 0)]), st.integers(0, 99),
 )  # fmt: skip
 @example(15, 4, 1.0, 0.5, "zeros", (1, 0), 0)  # points that weigh nothing, and several most frequent centres
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_a_round_is_that_of_the_paper(n, d, share, dear, kind, moved, seed):
     points = heavy_tailed(n, d, seed) * np.float32(moved[0]) + np.float32(moved[1])
     weights, n_clusters = weights_of(kind, n, seed), 1 + round(share * (n - 1) / 2)
@@ -194,7 +194,7 @@ def test_progress_sums_to_one_and_may_stop_the_rounds():
 
 @pytest.mark.parametrize("price", [-1, np.nan, np.inf, True, "1", None])
 def test_a_price_out_of_range_is_refused(price):
-    with pytest.raises(InvalidValueError, match=r"price is .*; it must be a finite number, at least 0"):
+    with pytest.raises(InvalidValueError, match=r"price is .*;"):
         rate.kmeans(heavy_tailed(10), 2, price=price)
 
 

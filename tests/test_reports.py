@@ -189,7 +189,7 @@ def test_a_damaged_report_is_begun_anew_and_that_is_said(tmp_path, caplog):
 
 
 def test_a_report_that_was_never_made_cannot_be_rebuilt(tmp_path):
-    with pytest.raises(MissingFileError, match="has no report; kclib batch or kclib sweep makes one"):
+    with pytest.raises(MissingFileError, match=r"no report.*kclib batch"):
         reports.rebuild(tmp_path, "tiny")
 
 

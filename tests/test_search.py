@@ -80,7 +80,7 @@ def guesses(quality, points, centres, seed=0):
     st.integers(1, 150),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_the_nearest_centres_are_exact_whatever_the_guess(quality, kind, n, d, k, seed):
     points, centres = points_and_centres(kind, n, d, k, seed)
     guess = guesses(quality, points, centres, seed)
@@ -178,7 +178,7 @@ def test_rows_are_listed_label_by_label():
 
 
 @given(st.lists(st.integers(0, 9)))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_each_label_lists_its_own_rows_in_ascending_order(labels):
     order, starts = search.by_label(np.array(labels, np.int32), 10)
     for label in range(10):

@@ -339,7 +339,7 @@ def test_layers_that_cannot_be_measured_are_named(kind):
 
 def test_what_cannot_work_is_said():
     network = Net(conv(4, 6))
-    with pytest.raises(UnknownNameError, match=r"kind of sensitivity 'fischer'.*mean 'fisher'"):
+    with pytest.raises(UnknownNameError, match=r"'fischer'.*'fisher'"):
         measured(network, kind="fischer")
     with pytest.raises(InvalidValueError, match="pictures/test has no images"):
         measured(network, pictures(0))
@@ -347,7 +347,7 @@ def test_what_cannot_work_is_said():
         measured(network, batch_size=0)
     with pytest.raises(InvalidValueError, match="one row for each image"):
         measured(conv(4, 6))
-    with pytest.raises(InvalidValueError, match=r"layer convs.0 has an infinite or NaN sensitivity"):
+    with pytest.raises(InvalidValueError, match=r"convs.0.*NaN"):
         measured(network, kind="input", preprocess=lambda x: scaled(x) * 1e25)
 
 

@@ -286,5 +286,5 @@ def test_layers_of_fewer_than_three_comparable_kernels_are_left_out():
     bank = bank_of(cloud(5, 0), cloud(2, 1), np.concatenate([cloud(2, 2), np.zeros((4, 9))]))
     assert [x.name for x in similarity.comparable(bank).layers] == ["a"]
     assert [x.name for x in similarity.comparable(bank, share=0, distance="euclidean").layers] == ["a", "c"]
-    with pytest.raises(InvalidValueError, match="at most 2 kernels that cosine distance can compare"):
+    with pytest.raises(InvalidValueError, match=r"2 kernels.*cosine"):
         similarity.comparable(bank.only("b", "c"))

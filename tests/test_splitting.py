@@ -33,7 +33,7 @@ def assert_labels_stay_in_their_cells(cells, counts, centres, labels):
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 50)), min_size=1, max_size=12), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_shares_sum_to_k_with_at_least_one_a_cell_and_at_most_its_size(cells, data):
     inertias, sizes = np.array([x[0] for x in cells]), np.array([x[1] for x in cells])
     n_clusters = data.draw(st.integers(np.count_nonzero(sizes), sizes.sum()))
@@ -80,7 +80,7 @@ def test_centres_come_cell_after_cell():
     st.booleans(),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_labels_of_points_stay_in_their_cells(n, d, n_cells, mass, duplicates, seed):
     draw = np.random.default_rng(seed)
     points = draw.integers(-1, 2, (n, d)) if duplicates else heavy_tailed(n, d, seed)

@@ -43,7 +43,7 @@ def store(tmp_path):
     return Store(tmp_path / "store")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(arrays=ARRAYS, row=ROWS)
 def test_what_is_put_comes_back_to_the_bit(arrays, row):
     with tempfile.TemporaryDirectory() as folder:

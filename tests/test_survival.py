@@ -195,7 +195,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_one_sentence_and_what_was_finished_is_whole(small_disk, undisturbed, seen):
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(200 << 10))
-    with pytest.raises(StorageError, match=r"could not be (written|locked): .*No space left on device"):
+    with pytest.raises(StorageError, match=r"No space left"):
         swept(small_disk / "store")
     there = list((small_disk / "store").rglob("*.safetensors"))
     assert there

@@ -313,7 +313,7 @@ def test_what_the_caller_gives_stays_as_it_is(how):
 @pytest.mark.parametrize("d", [2, 6, 8])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_kernels_that_are_not_square_cannot_be_turned(d, scaled):
-    with pytest.raises(InvalidValueError, match=f"the kernels have {d} weights; they must be square"):
+    with pytest.raises(InvalidValueError, match=f"{d} weights; .*square"):
         kmeans(np.ones((5, d)), 2, scaled=scaled, turned=True)
 
 

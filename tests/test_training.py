@@ -112,33 +112,33 @@ def test_a_recipe_that_leaves_no_batch_to_train_on_is_refused(tmp_path, held_bac
 
 @pytest.mark.parametrize("images", [7, 49])
 def test_an_epoch_of_less_than_a_batch_or_more_than_all_images_is_refused(tmp_path, images):
-    with pytest.raises(InvalidValueError, match=f"images is {images}; it must be 8 .a batch. to 48, or 0"):
+    with pytest.raises(InvalidValueError, match=f"images is {images};"):
         training.train(network(), data(), scaler(), replace(RECIPE, images=images), tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"epochs": 0}, "epochs is 0; it must be a whole number, at least 1."),
-        ({"batch_size": 1.5}, "batch_size is 1.5; it must be a whole number, at least 1."),
-        ({"patience": -1}, "patience is -1; it must be a whole number, at least 0."),
-        ({"images": True}, "images is True; it must be a whole number, at least 0."),
-        ({"peak_rate": float("nan")}, "peak_rate is nan; it must be finite and above 0."),
-        ({"temperature": 0}, "temperature is 0; it must be finite and above 0."),
-        ({"label_smoothing": 1.1}, "label_smoothing is 1.1; it must be 0 to 1."),
-        ({"weight_decay": -0.1}, "weight_decay is -0.1; it must be 0 to 1."),
+        ({"epochs": 0}, "epochs is 0;"),
+        ({"batch_size": 1.5}, "batch_size is 1.5;"),
+        ({"patience": -1}, "patience is -1;"),
+        ({"images": True}, "images is True;"),
+        ({"peak_rate": float("nan")}, "peak_rate is nan;"),
+        ({"temperature": 0}, "temperature is 0;"),
+        ({"label_smoothing": 1.1}, "label_smoothing is 1.1;"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1;"),
     ],
 )
 def test_a_bad_recipe_is_refused_in_a_sentence(changes, sentence):
     with pytest.raises(InvalidValueError) as caught:
         Recipe(**changes)
-    assert str(caught.value) == sentence
+    assert str(caught.value).startswith(sentence)
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
-    with pytest.raises(InvalidValueError, match=r"0\.weight is torch\.float16; call \.float"):
+    with pytest.raises(InvalidValueError, match=r"0\.weight.*float16.*\.float"):
         training.train(network().half(), data(), scaler(), RECIPE, tmp_path / "a.pt")
-    with pytest.raises(InvalidValueError, match=r"loss of epoch 1 is nan; .* below 0\.01"):
+    with pytest.raises(InvalidValueError, match=r"epoch 1 is nan.* 0\.01"):
         training.train(network(), data(), lambda x: x * math.nan, RECIPE, tmp_path / "a.pt")
 
 
