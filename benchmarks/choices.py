@@ -16,24 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+import kclib
 from benchmarks import networks, representatives
 from benchmarks.recovery import PRECISION, Rows
-from kclib import (
-    clustering,
-    datasets,
-    evaluation,
-    footprint,
-    kernels,
-    models,
-    sensitivity,
-    tradeoff,
-)
-from kclib.breakeven import Count
-from kclib.clustering import Clustering
-from kclib.evaluation import Evaluation
-from kclib.kernels import KernelBank, Layer
-from kclib.layers import N_TURNS
-from kclib.scopes import grouping
+from kclib import clustering, datasets
+from kclib.clustering import grouping
+from kclib.compression import footprint
+from kclib.compression.footprint import Count
+from kclib.compression.layers import N_TURNS
+from kclib.kernels import Layer, copying
+from kclib.recovery import sensitivity, tradeoff
 
 OUT = Path("reports/bench/choices.json")
 HELD_BACK, TEST, CALIBRATION = 500, 1000, 256  # images
@@ -50,23 +42,23 @@ STEPS, NEAR = 6, 0.01  # most prices tried, and how near to the bytes wished for
 class Bench:
     """The dense model, its kernels, and what it answers."""
 
-    model: models.Model
-    bank: KernelBank
+    model: kclib.Model
+    bank: kclib.KernelBank
     images: networks.Images
-    held_back: datasets.ImageSet
-    test: datasets.ImageSet
+    held_back: kclib.ImageSet
+    test: kclib.ImageSet
     answers: Tensor
-    dense: Evaluation
+    dense: kclib.Evaluation
     rows: Rows
 
     @classmethod
-    def of(cls, model: models.Model, rows: Rows) -> "Bench":
+    def of(cls, model: kclib.Model, rows: Rows) -> "Bench":
         """Return the bench of a model, which it evaluates."""
-        images, test = networks.images(), datasets.load(limit=TEST)
+        images, test = networks.images(), kclib.load_data(limit=TEST)
         held_back = datasets.limited(images.held_back, HELD_BACK)
         answers = log_shares(model, held_back)
-        dense = evaluation.evaluate(model, test, precision=PRECISION)
-        return cls(model, kernels.extract(model.network), images, held_back, test, answers, dense, rows)
+        dense = kclib.evaluate(model, test, precision=PRECISION)
+        return cls(model, kclib.extract(model.network), images, held_back, test, answers, dense, rows)
 
     @property
     def dense_bytes(self) -> int:
@@ -92,8 +84,8 @@ class Bench:
     def losses(self, rows: np.ndarray) -> dict:
         """Return that, and the accuracy points lost on test images."""
         model = replace(self.model, network=self._with(rows))
-        answers = evaluation.evaluate(model, self.test, precision=PRECISION)
-        lost = evaluation.drop(self.dense, answers).points
+        answers = kclib.evaluate(model, self.test, precision=PRECISION)
+        lost = kclib.drop(self.dense, answers).points
         drop = {"drop": lost.estimate, "drop_low": lost.low, "drop_high": lost.high}
         return self.divergence(rows) | drop
 
@@ -107,19 +99,19 @@ class Bench:
         return result
 
     def _with(self, rows: np.ndarray) -> nn.Module:
-        return kernels.insert(self.model.network, replace(self.bank, weights=rows))
+        return kclib.insert(self.model.network, replace(self.bank, weights=rows))
 
 
-def log_shares(model: models.Model, data: datasets.ImageSet) -> Tensor:
+def log_shares(model: kclib.Model, data: kclib.ImageSet) -> Tensor:
     """Return the log-probability of each class, float64 ``(n, classes)``, as `evaluation.evaluate` runs."""
-    network = kernels.copied(model.network).eval().to(memory_format=torch.channels_last)
+    network = copying.copied(model.network).eval().to(memory_format=torch.channels_last)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         batches = datasets.batches(data, model.preprocess, 64)
         logits = [network(inputs.to(memory_format=torch.channels_last)) for inputs, _ in batches]
     return torch.cat(logits).double().log_softmax(1)
 
 
-def stored(found: Clustering) -> np.ndarray:
+def stored(found: kclib.Clustering) -> np.ndarray:
     """Return what stands for each kernel once codebooks are fp16, in the rows of the bank."""
     return clustering.quantized(tradeoff.stored(found, "fp16"))
 
@@ -134,7 +126,7 @@ def weighting(bench: Bench, kind: str) -> None:
         return
     weights = bench.weights(kind)
     for k, seed in sorted({(x["clusters"], x["seed"]) for x in missing}):
-        found = stored(clustering.cluster(bench.bank, k, weights=weights, seed=seed))
+        found = stored(kclib.cluster(bench.bank, k, weights=weights, seed=seed))
         for which in (x for x in missing if (x["clusters"], x["seed"]) == (k, seed)):
             bench.rows.put(key | which | bench.divergence(bench.mixed(found, which["layer"])))
 
@@ -154,7 +146,7 @@ class Setting:
         found = [cls(x, scale_bits=bits) for x in kinds for bits in (SCALE_BITS if "scaled" in x else (16,))]
         return found + [cls(x, "global") for x in ("mean", "layer-normalised", "filter-normalised")]
 
-    def largest(self, bank: KernelBank, n_bytes: float) -> int:
+    def largest(self, bank: kclib.KernelBank, n_bytes: float) -> int:
         """Return the largest K a group that fits into so many bytes, 0 if none does."""
         groups = list(grouping(bank, self.scope).values())
         scale_bits = self.scale_bits if "scaled" in self.kind else 0
@@ -166,7 +158,7 @@ class Setting:
 
         return bisect.bisect_right(range(1, len(bank) + 1), n_bytes, key=needed)
 
-    def _beside(self, bank: KernelBank, n_groups: int) -> int:
+    def _beside(self, bank: kclib.KernelBank, n_groups: int) -> int:
         """Return the bytes of tables of scales, and of the scales of layers or filters."""
         if "scaled" in self.kind:
             return 2 * n_groups * (1 << self.scale_bits) if self.scale_bits < 16 else 0
@@ -212,9 +204,9 @@ def priced(bench: Bench, weights: np.ndarray, scope: str, k: int) -> None:
     if bench.rows.get(**key, method="priced"):
         return
 
-    def build(price: float, k: int) -> tuple[Clustering, int]:
-        found = clustering.cluster(bench.bank, k, scope=scope, weights=weights, price=price)
-        table = footprint.ledger(bench.model.network, found, codings=("entropy",))
+    def build(price: float, k: int) -> tuple[kclib.Clustering, int]:
+        found = kclib.cluster(bench.bank, k, scope=scope, weights=weights, price=price)
+        table = kclib.footprint(bench.model.network, found, codings=("entropy",))
         return found, int(table.loc["convolutions", "entropy_fp16"])
 
     def keep(method: str, trial: Trial) -> None:
@@ -243,12 +235,12 @@ class Trial:
     """What was built at a price, its bytes, and the log of their excess over those wished for."""
 
     price: float
-    found: Clustering
+    found: kclib.Clustering
     n_bytes: int
     excess: float
 
 
-def matched(build: Callable[[float], tuple[Clustering, int]], goal: int, price: float) -> Trial:
+def matched(build: Callable[[float], tuple[kclib.Clustering, int]], goal: int, price: float) -> Trial:
     """Return the trial whose bytes come nearest to `goal`, of a few that start at a price."""
     tried = []
     for _ in range(STEPS):
@@ -288,7 +280,7 @@ def tables(rows: list[dict]) -> list[pd.DataFrame]:
 def main() -> None:
     rows = Rows(OUT)
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench.of(models.load(), rows)
+    bench = Bench.of(kclib.load_model(), rows)
     for kind in sensitivity.KINDS:
         weighting(bench, kind)
     weights = bench.weights()

@@ -8,7 +8,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from kclib import datasets, evaluation, files, models
+import kclib
+from kclib import datasets
+from kclib._util import files
 
 BATCH, IMAGES, REPEATS = 64, 2000, 5
 
@@ -22,8 +24,8 @@ def bare_loop(network: torch.nn.Module, batches: list[torch.Tensor], precision: 
 
 
 def main() -> None:
-    model, data = models.load(), datasets.load(limit=IMAGES)
-    network = models.load().network.to(memory_format=torch.channels_last)
+    model, data = kclib.load_model(), kclib.load_data(limit=IMAGES)
+    network = kclib.load_model().network.to(memory_format=torch.channels_last)
     ready = [
         inputs.contiguous(memory_format=torch.channels_last)
         for inputs, _ in datasets.batches(data, model.preprocess, BATCH)
@@ -35,7 +37,7 @@ def main() -> None:
         for _ in range(REPEATS):  # in turn, so that a drifting machine slows both
             bare.append(bare_loop(network, ready, precision))
             start = time.perf_counter()
-            evaluation.evaluate(model, data, batch_size=BATCH, precision=precision, progress=False)
+            kclib.evaluate(model, data, batch_size=BATCH, precision=precision, progress=False)
             ours.append(time.perf_counter() - start)
         rows.append(
             {

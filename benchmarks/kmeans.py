@@ -22,7 +22,11 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from tqdm.auto import tqdm
 
-from kclib import files, fitting, kernels, kmeans, lloyd, models, parallel, search
+import kclib
+from kclib import kmeans
+from kclib._util import files
+from kclib._util import threads as util_threads
+from kclib.kmeans import fitting, lloyd, nearest
 
 OUT = Path("reports/bench")
 LADDER = [*(2**power for power in range(4, 18)), 235_367]
@@ -81,7 +85,7 @@ def timed(call: Callable):
 
 def inertia(points: np.ndarray, centres: np.ndarray) -> float:
     centres = np.ascontiguousarray(centres, np.float32)
-    return float(search.nearest(points, centres).errors.sum(dtype=np.float64))
+    return float(nearest.nearest(points, centres).errors.sum(dtype=np.float64))
 
 
 def against_peers(points: np.ndarray, repeats: int, rows: list[dict]) -> Iterator[list[dict]]:
@@ -93,7 +97,7 @@ def against_peers(points: np.ndarray, repeats: int, rows: list[dict]) -> Iterato
                 continue
             times, ratios = [], []
             for seed in tqdm(range(repeats), desc=f"K = {k:,}: {name}", leave=False):
-                ours, found = timed(lambda k=k, seed=seed: kmeans.kmeans(points, k, seed=seed))
+                ours, found = timed(lambda k=k, seed=seed: kmeans.fit(points, k, seed=seed))
                 theirs, centres = timed(lambda peer=peer: peer(points))
                 if not seed:
                     theirs_inertia = inertia(points, centres)
@@ -117,8 +121,7 @@ def against_single_fits(points: np.ndarray, repeats: int) -> tuple[dict, list[di
     runs = []
     for seed in range(repeats):
         singles = [
-            timed(lambda k=k, seed=seed: kmeans.kmeans(points, k, seed=seed))
-            for k in tqdm(LADDER, leave=False)
+            timed(lambda k=k, seed=seed: kmeans.fit(points, k, seed=seed)) for k in tqdm(LADDER, leave=False)
         ]
         whole, ladder = timed(lambda seed=seed: kmeans.ladder(points, LADDER, seed=seed))
         runs.append((singles, whole, ladder))
@@ -150,8 +153,8 @@ def growth(points: np.ndarray, repeats: int) -> dict:
     for k in tqdm(SLOPE_KS, desc="growth with K", leave=False):
         runs = []
         for seed in range(repeats):
-            whole, found = timed(lambda k=k, seed=seed: kmeans.kmeans(points, k, seed=seed))
-            last, _ = timed(lambda found=found: search.nearest(points, found.centres, guess=found.labels))
+            whole, found = timed(lambda k=k, seed=seed: kmeans.fit(points, k, seed=seed))
+            last, _ = timed(lambda found=found: nearest.nearest(points, found.centres, guess=found.labels))
             runs.append((whole, last))
         whole, last = (statistics.median(column) for column in zip(*runs, strict=True))
         by_k.append(
@@ -167,7 +170,7 @@ def growth(points: np.ndarray, repeats: int) -> dict:
     for n in [len(points) >> shift for shift in range(6, -1, -1)]:
         part = points[np.sort(np.random.default_rng(0).choice(len(points), n, replace=False))]
         times = [
-            timed(lambda part=part, s=s: kmeans.kmeans(part, len(part) // 100, seed=s))[0]
+            timed(lambda part=part, s=s: kmeans.fit(part, len(part) // 100, seed=s))[0]
             for s in range(repeats)
         ]
         by_n.append({"N": n, "all (s)": statistics.median(times)})
@@ -210,7 +213,7 @@ def peak(file: Path, k: int) -> dict:
     before = private()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    seconds, _ = timed(lambda: kmeans.kmeans(points, k))
+    seconds, _ = timed(lambda: kmeans.fit(points, k))
     done.set()
     watcher.join()
     return {
@@ -218,17 +221,17 @@ def peak(file: Path, k: int) -> dict:
         "K": k,
         "seconds": seconds,
         "peak beside the points (GiB)": (max(high) - before) / 2**30,
-        "estimate (GiB)": kmeans.memory(*points.shape, k) / 2**30,
+        "estimate (GiB)": fitting.memory(*points.shape, k) / 2**30,
     }
 
 
 def lost(points: np.ndarray, k: int) -> float:
     """How much more inertia labels have that are looked for as in the rounds, not exactly."""
-    options, threads = fitting.Options(25, None, 1.6, 0, None), parallel.threads()
+    options, threads = kmeans.Options(25, None, 1.6, 0, None), util_threads.threads()
     centres, guess = lloyd.start(points, None, k, options)
-    guess = search.nearest(points, centres, guess=guess, reach=1.6).labels
+    guess = nearest.nearest(points, centres, guess=guess, reach=1.6).labels
     centres = lloyd.means(points, None, guess, centres, threads)
-    near, exact = (search.nearest(points, centres, guess=guess, reach=reach) for reach in (1.6, None))
+    near, exact = (nearest.nearest(points, centres, guess=guess, reach=reach) for reach in (1.6, None))
     return lloyd.total(near.errors, None) / lloyd.total(exact.errors, None) - 1
 
 
@@ -257,7 +260,7 @@ def draw(result: dict, path: Path) -> None:
 
 def load(name: str) -> np.ndarray:
     if name == "vgg16-fashion":
-        return np.ascontiguousarray(kernels.extract(models.load(name).network).points)
+        return np.ascontiguousarray(kclib.extract(kclib.load_model(name).network).points)
     weights = [w for w in load_file(name).values() if w.ndim == 4 and w.shape[2:] == (3, 3)]
     return np.concatenate([w.astype(np.float32).reshape(-1, 9) for w in weights])
 
@@ -280,7 +283,7 @@ def main() -> None:
     name = Path(options.weights).name.split(".")[0]
     path = OUT / f"kmeans-{name}.json"
     result = json.loads(path.read_text()) if path.exists() else {}  # a run that was stopped goes on
-    result |= {"weights": name, "points": len(points), "threads": parallel.threads()}
+    result |= {"weights": name, "points": len(points), "threads": util_threads.threads()}
     for step, call in {"growth": growth, "ladder": against_single_fits, "memory": memory}.items():
         if step not in result:
             result[step] = call(points, options.repeats)

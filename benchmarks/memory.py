@@ -15,18 +15,10 @@ import zstandard
 from torch.utils import benchmark
 from tqdm.auto import tqdm
 
-from kclib import (
-    checkpoint,
-    clustering,
-    compression,
-    files,
-    footprint,
-    kernels,
-    latency,
-    layers,
-    models,
-    residence,
-)
+import kclib
+from kclib import models
+from kclib._util import files
+from kclib.compression import footprint, latency, layers, residence
 
 CASES = (("global", 256), ("global", 4096), ("global", 65_536), ("layer", 256))
 OUT = Path("reports/bench/memory.json")
@@ -67,13 +59,13 @@ def decoding(network: torch.nn.Module) -> dict[str, float]:
     }
 
 
-def case(model: models.Model, bank: kernels.KernelBank, scope: str, k: int, folder: Path) -> dict:
-    result = clustering.cluster(bank, k, scope=scope)
-    packed = compression.compress(model.network, result, precision="fp16")
+def case(model: kclib.Model, bank: kclib.KernelBank, scope: str, k: int, folder: Path) -> dict:
+    result = kclib.cluster(bank, k, scope=scope)
+    packed = kclib.compress(model.network, result, precision="fp16")
     path = folder / f"{scope}-{k}.safetensors"
-    entropy = checkpoint.save(packed, path, architecture=model.name)
+    entropy = kclib.save(packed, path, architecture=model.name)
     dense = sum(value.nbytes for value in model.network.state_dict().values())
-    state = b"".join(value.numpy().tobytes() for value in compression.expand(packed).state_dict().values())
+    state = b"".join(value.numpy().tobytes() for value in kclib.expand(packed).state_dict().values())
     seen = {kind: residence.measure(path, resident=kind) for kind in ("packed", "dense")}
     times = latency.of_network(packed, models.input_shape(model))
     archived = archives(state)
@@ -96,8 +88,8 @@ def case(model: models.Model, bank: kernels.KernelBank, scope: str, k: int, fold
 
 
 def main() -> None:
-    model = models.load()
-    bank = kernels.extract(model.network)
+    model = kclib.load_model()
+    bank = kclib.extract(model.network)
     with tempfile.TemporaryDirectory() as folder:
         rows = [case(model, bank, *each, Path(folder)) for each in tqdm(CASES, desc="memory", unit="case")]
     print(pd.DataFrame(rows).T.to_string())

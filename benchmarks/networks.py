@@ -14,8 +14,10 @@ from torch import nn
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+import kclib
 from data.train import start_from_features
-from kclib import datasets, files, models, training
+from kclib import datasets, models, training
+from kclib._util import files
 
 CALIBRATION = 1024
 PROBE_IMAGES = 10_000
@@ -26,14 +28,14 @@ RESNET_RECIPE = training.Recipe(epochs=4, peak_rate=2e-3)
 class Images:
     """Training images: to train on, to choose by, and to correct by (without labels)."""
 
-    train: datasets.ImageSet
-    held_back: datasets.ImageSet
-    calibration: datasets.ImageSet
+    train: kclib.ImageSet
+    held_back: kclib.ImageSet
+    calibration: kclib.ImageSet
 
 
 def images() -> Images:
     """Return Fashion-MNIST's training images, cut as training cuts them."""
-    train = datasets.load("fashion-mnist", "train")
+    train = kclib.load_data("fashion-mnist", "train")
     kept, held = training.split(train, training.Recipe())
     return Images(train, held, datasets.select(kept, torch.arange(CALIBRATION)))
 
@@ -44,17 +46,17 @@ def fewer(images: Images) -> Images:
     return Images(images.train, held, calibration)
 
 
-def resnet18(cache: Path) -> models.Model:
+def resnet18(cache: Path) -> kclib.Model:
     """Return torchvision's ResNet-18 trained briefly on Fashion-MNIST by the project's own training."""
     torch.manual_seed(RESNET_RECIPE.seed)
     network = torchvision.models.resnet18(num_classes=10)
-    data = datasets.load("fashion-mnist", "train")
+    data = kclib.load_data("fashion-mnist", "train")
     preprocess = models.fashion_preprocess()
     trained = training.train(network, data, preprocess, RESNET_RECIPE, cache / "resnet18.pt")
-    return models.Model("resnet18-fashion", trained.network, preprocess, data.classes)
+    return kclib.Model("resnet18-fashion", trained.network, preprocess, data.classes)
 
 
-def probed_vgg16(features: Path, cache: Path) -> models.Model:
+def probed_vgg16(features: Path, cache: Path) -> kclib.Model:
     """Return VGG-16 with ImageNet's convolutions and a linear probe on what they answer, for 64×64 inputs.
 
     Parameters
@@ -70,13 +72,13 @@ def probed_vgg16(features: Path, cache: Path) -> models.Model:
     preprocess = v2.Compose([models.fashion_preprocess(), v2.Resize(64, antialias=True)])
     network.eval()
     _fit_probe(network, preprocess, cache / "probe.npz")
-    return models.Model("vgg16-imagenet-probe", network, preprocess, datasets.load().classes)
+    return kclib.Model("vgg16-imagenet-probe", network, preprocess, kclib.load_data().classes)
 
 
 def _fit_probe(network: nn.Sequential, preprocess, cache: Path) -> None:
     """Set the classifier of a network, in place, to a logistic regression on its features."""
     if not cache.exists():
-        data = datasets.limited(datasets.load("fashion-mnist", "train"), PROBE_IMAGES)
+        data = datasets.limited(kclib.load_data("fashion-mnist", "train"), PROBE_IMAGES)
         found, total = [], PROBE_IMAGES // 100
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             for inputs, _ in tqdm(datasets.batches(data, preprocess, 100), total=total, desc="probe"):

@@ -7,17 +7,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kclib import (
-    combination,
-    datasets,
-    evaluation,
-    factorial,
-    factorial_figures,
-    files,
-    models,
-    recovery,
-    sweep,
-)
+import kclib
+from kclib import combination, plots, recovery
+from kclib._util import files
+from kclib.combination import factorial, orthogonality
+from kclib.evaluation import accuracy
 
 OUT = Path("reports/bench/orthogonality.csv")
 SPARSITIES = (0, 0.3, 0.5, 0.7)
@@ -48,42 +42,42 @@ def mattering(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
-    model, data = models.load(), datasets.load(limit=IMAGES)
+    model, data = kclib.load_model(), kclib.load_data(limit=IMAGES)
     levels = (SPARSITIES, CLUSTERS, SCOPES, PRECISIONS)
     cells = factorial.cells(*levels)
     cells += [x for x in factorial.cells(*levels, ["cluster first"], [0]) if x not in cells]
     table = factorial.run(model, data, cells, precision="bf16", n_jobs=2)
     table_of(table.drop(columns="right"), OUT.stem)
-    excess = factorial.orthogonality(table)
+    excess = orthogonality.orthogonality(table)
     first, kept = (x[x.order != "cluster first"] for x in (table, excess))
-    picture(factorial_figures.interactions(first)[0], OUT.with_suffix(".png"))
+    picture(plots.interactions(first)[0], OUT.with_suffix(".png"))
     _, ax = plt.subplots(figsize=(11, 0.6 * kept.clustering.nunique() + 1.8), layout="constrained")
-    picture(factorial_figures.excess(kept, ax=ax), OUT.with_name("excess.png"))
-    print(factorial.effects(first, "logit").to_string(index=False))
+    picture(plots.excess(kept, ax=ax), OUT.with_name("excess.png"))
+    print(orthogonality.effects(first, "logit").to_string(index=False))
     print(excess.to_string(index=False))
-    options = {"train": datasets.load("fashion-mnist", "train"), "folder": FOLDER}
+    options = {"train": kclib.load_data("fashion-mnist", "train"), "folder": FOLDER}
     trained = factorial.trained(model, data, mattering(table), **options, recipe=RECIPE, precision="bf16")
     table_of(trained, "trained")
     print(trained.to_string(index=False))
     smallest(model, table, trained, options)
 
 
-def smallest(model: models.Model, table: pd.DataFrame, trained: pd.DataFrame, options: dict) -> None:
+def smallest(model: kclib.Model, table: pd.DataFrame, trained: pd.DataFrame, options: dict) -> None:
     """Evaluate the smallest trained network that stays within a point on all images; write and weigh it."""
     able = trained[trained["drop"] <= 1]
     row = table.loc[able.bytes.idxmin()]
     combined = (factorial.pipeline(row) >> combination.Train(RECIPE)).run(
         model, seed=int(row.seed), **options
     )
-    data = datasets.load()
+    data = kclib.load_data()
     dense, answers = (
-        evaluation.evaluate(replace(model, network=x), data, precision="bf16")
+        kclib.evaluate(replace(model, network=x), data, precision="bf16")
         for x in (model.network, combined.network)
     )
     file = combined.save(OUT.with_name("combined.safetensors"), architecture=model.name)
     sizes = {"bytes": combined.n_bytes, "ratio": row.ratio, "file": int(file.bytes.sum())}
     kept = row[["pruned", "sparsity", "clustering", "precision", "order"]].to_dict() | sizes
-    found = pd.DataFrame([kept | sweep.accuracy(answers, dense)])
+    found = pd.DataFrame([kept | accuracy.accuracy(answers, dense)])
     table_of(found, "smallest")
     print(found.to_string(index=False))
 

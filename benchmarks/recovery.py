@@ -11,23 +11,13 @@ import pandas as pd
 import torch
 from torch import nn
 
+import kclib
 from benchmarks import networks
-from kclib import (
-    checkpoint,
-    comparison_figures,
-    compression,
-    datasets,
-    evaluation,
-    files,
-    footprint,
-    kernels,
-    models,
-    peers,
-    recovery,
-    sensitivity,
-    sequential,
-)
-from kclib.evaluation import Evaluation
+from kclib import plots, recovery
+from kclib._util import files
+from kclib.compression import footprint
+from kclib.evaluation import peers
+from kclib.recovery import sensitivity, sequential
 
 OUT = Path("reports/bench/recovery.json")
 SHARES = (16, 24, 32, 48)  # the convolutions keep one byte of so many
@@ -62,10 +52,10 @@ class Rows:
 class Bench:
     """A model, what it is measured on and by, and where what takes long is kept."""
 
-    model: models.Model
+    model: kclib.Model
     images: networks.Images
-    test: datasets.ImageSet
-    dense: Evaluation
+    test: kclib.ImageSet
+    dense: kclib.Evaluation
     recipe: object
     folder: Path
     rows: Rows
@@ -81,8 +71,8 @@ class Bench:
 
     def measure(self, key: dict, n_bytes: int, network: nn.Module, seconds: float) -> None:
         """Evaluate a network on the test images and keep its row."""
-        answers = evaluation.evaluate(replace(self.model, network=network), self.test, precision=PRECISION)
-        lost = evaluation.drop(self.dense, answers).points
+        answers = kclib.evaluate(replace(self.model, network=network), self.test, precision=PRECISION)
+        lost = kclib.drop(self.dense, answers).points
         self.rows.put(
             key
             | {"bytes": n_bytes, "ratio": self.dense_bytes / n_bytes, "top1": answers.top1.estimate}
@@ -94,7 +84,7 @@ class Bench:
         if self.rows.get(**key):
             return
         start, model = time.perf_counter(), replace(self.model, network=network)
-        found = recovery.finetune(
+        found = kclib.finetune(
             model,
             self.images.train,
             self.folder / f"{name}.pt",
@@ -105,16 +95,16 @@ class Bench:
 
 
 def clustered(
-    bench: Bench, share: int, others: Callable[[models.Model], nn.Module] | None = None
+    bench: Bench, share: int, others: Callable[[kclib.Model], nn.Module] | None = None
 ) -> nn.Module:
     """Return the compressed network that a budget buys, made once and kept in a file."""
     path = bench.folder / f"{bench.model.name}-{share}.safetensors"
     if path.exists():
-        return checkpoint.load(path, architecture=bench.model).network
+        return kclib.load(path, architecture=bench.model).network
     start = time.perf_counter()
     base = others(bench.model) if others else bench.model.network
     spent = footprint.stored_bytes(base) - footprint.convolution_bytes(base)  # by what is compressed already
-    chosen = recovery.shrink(
+    chosen = kclib.shrink(
         replace(bench.model, network=base),
         bench.images.calibration,
         bench.images.held_back,
@@ -122,12 +112,12 @@ def clustered(
         dense=bench.model.network,
     )
     print(chosen.table.to_string(index=False), flush=True)
-    packed = compression.compress(chosen.network, chosen.clustering, precision="fp16")
-    checkpoint.save(packed, path, architecture=None)
+    packed = kclib.compress(chosen.network, chosen.clustering, precision="fp16")
+    kclib.save(packed, path, architecture=None)
     bench.rows.put(
         bench.key("search", share) | {"seconds": time.perf_counter() - start, "clusters": chosen.n_clusters}
     )
-    return checkpoint.load(path, architecture=bench.model).network
+    return kclib.load(path, architecture=bench.model).network
 
 
 def at_share(bench: Bench, share: int, others: Callable | None = None) -> None:
@@ -161,9 +151,9 @@ def smallest(bench: Bench) -> None:
         return
     start, first = time.perf_counter(), next(iter(n_clusters))
     fewer = {name: k if name == first else max(2, round(k * SMALLER)) for name, k in n_clusters.items()}
-    weights = sensitivity.weights(bench.model, bench.images.calibration, kernels.extract(bench.model.network))
-    found = sequential.cluster(bench.model, bench.images.calibration, fewer, weights=weights)
-    network = compression.compress(found.network, found.clustering, precision="fp16")
+    weights = sensitivity.weights(bench.model, bench.images.calibration, kclib.extract(bench.model.network))
+    found = sequential.correct(bench.model, bench.images.calibration, fewer, weights=weights)
+    network = kclib.compress(found.network, found.clustering, precision="fp16")
     n_bytes, took = footprint.stored_bytes(network), time.perf_counter() - start
     if not bench.rows.get(**key):
         bench.measure(key, n_bytes, network, took)
@@ -194,31 +184,31 @@ def others(bench: Bench) -> None:
         key = bench.key(peer.name, None, peer.setting)
         if not bench.rows.get(**key):
             bench.measure(key, peer.bytes, peer.network, 0.0)
-    packed = compression.compress(bench.model.network, peer.clustering, precision="fp16")
+    packed = kclib.compress(bench.model.network, peer.clustering, precision="fp16")
     bench.trained(bench.key(f"{peer.name}, trained", None, peer.setting), peer.bytes, packed, "son")
 
 
-def pointwise(images: datasets.ImageSet) -> Callable[[models.Model], nn.Module]:
+def pointwise(images: kclib.ImageSet) -> Callable[[kclib.Model], nn.Module]:
     """Return what clusters the kernels of 1×1 and 7×7 pixels of a network, and packs them."""
 
-    def compressed(model: models.Model) -> nn.Module:
+    def compressed(model: kclib.Model) -> nn.Module:
         network = model.network
         for size, k in ((1, 32), (7, 64)):
-            found = sequential.cluster(
+            found = sequential.correct(
                 replace(model, network=network), images, k, size=size, dense=model.network
             )
-            network = compression.compress(found.network, found.clustering, precision="fp16")
+            network = kclib.compress(found.network, found.clustering, precision="fp16")
         return network
 
     return compressed
 
 
 def bench_of(
-    model: models.Model, images: networks.Images, recipe, folder: Path, rows: Rows, limit: int | None = None
+    model: kclib.Model, images: networks.Images, recipe, folder: Path, rows: Rows, limit: int | None = None
 ) -> Bench:
     """Evaluate the dense model and return what it is measured in."""
-    test = datasets.load(limit=limit)
-    dense = evaluation.evaluate(model, test, precision=PRECISION)
+    test = kclib.load_data(limit=limit)
+    dense = kclib.evaluate(model, test, precision=PRECISION)
     bench = Bench(model, images, test, dense, recipe, folder, rows)
     key = bench.key("dense", None)
     if not rows.get(**key):
@@ -229,7 +219,7 @@ def bench_of(
 def picture(table: pd.DataFrame) -> None:
     """Draw all methods of the shipped model at equal bytes."""
     fig, ax = plt.subplots(figsize=(11, 6), layout="constrained")
-    comparison_figures.equal_bytes(table, ax=ax)
+    plots.equal_bytes(table, ax=ax)
     with files.replacing(OUT.with_suffix(".png")) as temporary:
         fig.savefig(temporary, dpi=150, format="png")
 
@@ -238,7 +228,7 @@ def main() -> None:
     rows, images = Rows(OUT), networks.images()
     folder = files.data_dir() / "cache" / "recovery"
     folder.mkdir(parents=True, exist_ok=True)
-    shipped = bench_of(models.load(), images, RECIPE, folder, rows)
+    shipped = bench_of(kclib.load_model(), images, RECIPE, folder, rows)
     own(shipped)
     smallest(shipped)
     others(shipped)

@@ -6,13 +6,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kclib import bars, checks, clustering, fitting, kmeans, lloyd, parallel, scopes, search, stored
-from kclib.breakeven import orbit
-from kclib.clustering import Clustering, Group
-from kclib.framing import Frame
-from kclib.kernels import KernelBank, Kernels, Layer, bank_of
-from kclib.packing import index_bits, index_bytes
-from kclib.quantization import codebook_bytes
+import kclib
+from kclib import kmeans
+from kclib._util import checks, progress_bars, threads
+from kclib.clustering import Group, grouping, origin_of
+from kclib.compression import formats
+from kclib.compression.footprint import orbit
+from kclib.compression.packing import index_bits, index_bytes
+from kclib.compression.precisions import codebook_bytes
+from kclib.kernels import Kernels, Layer, bank_of
+from kclib.kmeans import lloyd, nearest, settings
+from kclib.kmeans.rescaling import Frame
 
 _HALF = np.dtype(np.float16)
 
@@ -33,7 +37,7 @@ class Represented:
     """
 
     kind: str
-    clustering: Clustering
+    clustering: kclib.Clustering
     scale_bytes: int = 0
 
     def n_bytes(self, precision: str = "fp16") -> int:
@@ -109,7 +113,7 @@ def cluster(
     bank = bank_of(bank)
     checks.check_known("kind of representative", kind, KINDS)
     checks.check_whole("scale_bits", scale_bits, 2, 16)
-    weights = fitting.checked_weights(weights, len(bank))
+    weights = settings.checked_weights(weights, len(bank))
     options = _Options(scope, weights, int(scale_bits), seed, n_threads, progress)
     return Represented(kind, *KINDS[kind](bank, n_clusters, options))
 
@@ -123,37 +127,39 @@ class _Options:
     n_threads: int | None
     progress: bool
 
-    def fit(self, bank: KernelBank, n_clusters, **how) -> Clustering:
+    def fit(self, bank: kclib.KernelBank, n_clusters, **how) -> kclib.Clustering:
         """Return the clustering of a bank, by the options' weights unless `how` has others."""
         shared = {name: getattr(self, name) for name in ("scope", "weights", "seed", "n_threads", "progress")}
-        return clustering.cluster(bank, n_clusters, **shared | how)
+        return kclib.cluster(bank, n_clusters, **shared | how)
 
     def weights_of(self, rows: np.ndarray) -> np.ndarray | None:
         """Return the weights of some rows, None if all weigh alike."""
         return None if self.weights is None else self.weights[rows]
 
 
-def _mean(bank: KernelBank, n_clusters, options: _Options, **how) -> tuple[Clustering, int]:
+def _mean(bank: kclib.KernelBank, n_clusters, options: _Options, **how) -> tuple[kclib.Clustering, int]:
     return options.fit(bank, n_clusters, **how), 0
 
 
-def _medoid(bank: KernelBank, n_clusters, options: _Options) -> tuple[Clustering, int]:
+def _medoid(bank: kclib.KernelBank, n_clusters, options: _Options) -> tuple[kclib.Clustering, int]:
     found = options.fit(bank, n_clusters)
-    with bars.of_shares("medoids", options.progress) as bar:
+    with progress_bars.of_shares("medoids", options.progress) as bar:
         groups = tuple(_of_medoids(bank, group, options, _part(bar, group, bank)) for group in found.groups)
     return replace(found, groups=groups), 0
 
 
-def _of_medoids(bank: KernelBank, group: Group, options: _Options, done: Callable[[float], None]) -> Group:
-    rows, n_threads = _rows(group.layers), parallel.threads(options.n_threads)
+def _of_medoids(
+    bank: kclib.KernelBank, group: Group, options: _Options, done: Callable[[float], None]
+) -> Group:
+    rows, n_threads = _rows(group.layers), threads.threads(options.n_threads)
     kernels = bank.points[rows]
     frame = Frame.of([kernels])
     points, means = frame.into(kernels), frame.into(group.codebook.reshape(group.n_clusters, -1))
     means = lloyd.means(points, options.weights_of(rows), group.indices, means, n_threads)
-    errors = search.errors(points, means, group.indices, n_threads=n_threads)
+    errors = nearest.errors(points, means, group.indices, n_threads=n_threads)
     nearest_first = np.lexsort((errors, group.indices))
     medoids = nearest_first[np.unique(group.indices[nearest_first], return_index=True)[1]]
-    labels = search.nearest(points, points[medoids], n_threads=n_threads, done=done).labels
+    labels = nearest.nearest(points, points[medoids], n_threads=n_threads, done=done).labels
     # Kernels that are the same may lie in two clusters, as near to one as to the other.
     labels = lloyd.merged(kernels[medoids], labels)
     used, labels = np.unique(labels, return_inverse=True)
@@ -161,20 +167,24 @@ def _of_medoids(bank: KernelBank, group: Group, options: _Options, done: Callabl
     return _settled(bank, replace(group, codebook=codebook, indices=labels.astype(np.int32)))
 
 
-def _scaled(bank: KernelBank, n_clusters, options: _Options, *, turned: bool) -> tuple[Clustering, int]:
+def _scaled(
+    bank: kclib.KernelBank, n_clusters, options: _Options, *, turned: bool
+) -> tuple[kclib.Clustering, int]:
     found = options.fit(bank, n_clusters, scaled=True, turned=turned)
     n_bytes = sum(index_bytes(layer.n_kernels, options.scale_bits) for layer in bank.layers)
     if options.scale_bits == 16:
-        return _with_scales(bank, found, [stored.half(group.scales) for group in found.groups]), n_bytes
-    with bars.of_shares("scales", options.progress) as bar:
+        return _with_scales(bank, found, [formats.half(group.scales) for group in found.groups]), n_bytes
+    with progress_bars.of_shares("scales", options.progress) as bar:
         tables = [_table(bank, group, options, _part(bar, group, bank)) for group in found.groups]
     scales = [_looked_up(group.scales, table) for group, table in zip(found.groups, tables, strict=True)]
     return _with_scales(bank, found, scales), n_bytes + sum(table.size for table in tables) * _HALF.itemsize
 
 
-def _table(bank: KernelBank, group: Group, options: _Options, done: Callable[[float], None]) -> np.ndarray:
+def _table(
+    bank: kclib.KernelBank, group: Group, options: _Options, done: Callable[[float], None]
+) -> np.ndarray:
     """Return up to ``2**scale_bits`` values that a group's lengths are rounded to, float32, ascending."""
-    found = kmeans.kmeans(
+    found = kmeans.fit(
         group.scales[:, None],
         min(1 << options.scale_bits, len(group.scales)),
         weights=options.weights_of(_rows(group.layers)),
@@ -182,7 +192,7 @@ def _table(bank: KernelBank, group: Group, options: _Options, done: Callable[[fl
         n_threads=options.n_threads,
         progress=lambda step: done(step.share),
     )
-    return np.unique(stored.half(found.centres))
+    return np.unique(formats.half(found.centres))
 
 
 def _looked_up(values: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -192,8 +202,8 @@ def _looked_up(values: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def _normalised(
-    bank: KernelBank, n_clusters, options: _Options, *, owners: Callable[[Layer], np.ndarray]
-) -> tuple[Clustering, int]:
+    bank: kclib.KernelBank, n_clusters, options: _Options, *, owners: Callable[[Layer], np.ndarray]
+) -> tuple[kclib.Clustering, int]:
     """Cluster kernels over the root mean square of all that have their owner (`owners` of each layer)."""
     owner, count = np.empty(len(bank), np.int64), 0
     for layer in bank.layers:
@@ -201,15 +211,15 @@ def _normalised(
         count = int(owner[layer.rows].max()) + 1
     squares = np.einsum("nd,nd->n", bank.points, bank.points, dtype=np.float64)
     areas = np.bincount(owner) * bank.points.shape[1]
-    scales = stored.half(np.sqrt(np.bincount(owner, squares) / areas))[owner]
+    scales = formats.half(np.sqrt(np.bincount(owner, squares) / areas))[owner]
     divided = replace(bank, weights=bank.weights / np.where(scales > 0, scales, 1)[:, None, None])
     found = options.fit(divided, n_clusters, weights=_weights_over(bank, scales, options))
     found = _with_scales(bank, found, [scales[_rows(group.layers)] for group in found.groups])
-    found = replace(found, origin=clustering.origin_of(bank))
+    found = replace(found, origin=origin_of(bank))
     return found, count * _HALF.itemsize
 
 
-def _weights_over(bank: KernelBank, scales: np.ndarray, options: _Options) -> np.ndarray:
+def _weights_over(bank: kclib.KernelBank, scales: np.ndarray, options: _Options) -> np.ndarray:
     """Return how much errors of divided kernels count, so that they count as those of the kernels do.
 
     A group in which nothing would count, for it is all zero, keeps the weights of its kernels; one of zero
@@ -217,9 +227,9 @@ def _weights_over(bank: KernelBank, scales: np.ndarray, options: _Options) -> np
     """
     result = np.ones(len(bank), np.float32)
     squares = np.square(scales / (scales.max() or 1), dtype=np.float64)
-    for layers in scopes.grouping(bank, options.scope).values():
+    for layers in grouping(bank, options.scope).values():
         rows = _rows(layers)
-        given = fitting.counted(options.weights_of(rows))
+        given = settings.counted(options.weights_of(rows))
         over = squares[rows] if given is None else given * squares[rows]
         result[rows] = over if over.any() else result[rows] if given is None else given
     return result
@@ -234,7 +244,7 @@ def _filters(layer: Layer) -> np.ndarray:
     return np.indices(layer.shape[:2])[int(layer.transposed)].ravel()
 
 
-KINDS: dict[str, Callable[..., tuple[Clustering, int]]] = {
+KINDS: dict[str, Callable[..., tuple[kclib.Clustering, int]]] = {
     "mean": _mean,
     "medoid": _medoid,
     "scaled": functools.partial(_scaled, turned=False),
@@ -250,21 +260,23 @@ def _rows(layers: Iterable[Layer]) -> np.ndarray:
     return np.concatenate([np.arange(layer.rows.start, layer.rows.stop) for layer in layers])
 
 
-def _with_scales(bank: KernelBank, found: Clustering, scales: list[np.ndarray]) -> Clustering:
+def _with_scales(
+    bank: kclib.KernelBank, found: kclib.Clustering, scales: list[np.ndarray]
+) -> kclib.Clustering:
     """Return a clustering with these scales, float32 ``(n,)`` for each group."""
     groups = (replace(group, scales=own) for group, own in zip(found.groups, scales, strict=True))
     return replace(found, groups=tuple(_settled(bank, group) for group in groups))
 
 
-def _settled(bank: KernelBank, group: Group) -> Group:
+def _settled(bank: kclib.KernelBank, group: Group) -> Group:
     """Return a group with the inertia that it has now."""
     rows, total = _rows(group.layers), 0.0
-    for block in parallel.blocks(len(rows)):
+    for block in threads.blocks(len(rows)):
         total += np.square(bank.weights[rows[block]] - group.kernels(block), dtype=np.float64).sum()
     return replace(group, inertia=float(total))
 
 
-def _part(bar, group: Group, bank: KernelBank) -> Callable[[float], None]:
+def _part(bar, group: Group, bank: kclib.KernelBank) -> Callable[[float], None]:
     """Return what is told of shares of a group's work, for a bar over the bank's."""
 
     def done(share: float) -> None:

@@ -13,10 +13,12 @@ from scipy.spatial.distance import pdist
 from sklearn.neighbors import NearestNeighbors
 from tqdm.auto import tqdm
 
+import kclib
 from benchmarks.kmeans import timed
-from kclib import distances, embedding, files, kernels, models, neighbours, parallel, views
-from kclib.cluster_explorer import ClusterExplorer
-from kclib.pairs import pair_histogram
+from kclib import kernels
+from kclib._util import files, threads
+from kclib.explorers import ClusterExplorer, widgets
+from kclib.similarity import distances, embedding, neighbours, pair_histogram
 from kclib.store import Store
 
 OUT = Path("reports/bench")
@@ -47,7 +49,7 @@ def scipy_histogram(points: np.ndarray, edges: np.ndarray, name: str) -> np.ndar
 
 def nearest(points: np.ndarray) -> list[dict]:
     """Seconds to the exact nearest neighbour of every kernel."""
-    n_threads, rows = parallel.threads(), []
+    n_threads, rows = threads.threads(), []
     neighbours.nearest(points[:2000])  # numba's compiler
     for n in (4096, 65_536, len(points)):
         some = np.ascontiguousarray(points[-n:])
@@ -68,7 +70,7 @@ def scikit_nearest(points: np.ndarray, n_threads: int) -> tuple[np.ndarray, np.n
     return NearestNeighbors(n_neighbors=1, algorithm="kd_tree", n_jobs=n_threads).fit(points).kneighbors()
 
 
-def maps(bank: kernels.KernelBank, store: Store) -> list[dict]:
+def maps(bank: kclib.KernelBank, store: Store) -> list[dict]:
     """Seconds of a UMAP fit, and its trustworthiness, as the sample grows."""
     rows = []
     for per_layer in tqdm((80, 160, 400, 800, 1600, 4000), desc="maps"):
@@ -86,7 +88,7 @@ def maps(bank: kernels.KernelBank, store: Store) -> list[dict]:
     return rows
 
 
-def slider(model: models.Model) -> list[dict]:
+def slider(model: kclib.Model) -> list[dict]:
     """Seconds from a move of the slider to the new picture, over moves drawn evenly on the slider."""
     seconds, explorer = timed(lambda: ClusterExplorer(model))
     ready, _ = timed(explorer.show)
@@ -99,7 +101,7 @@ def slider(model: models.Model) -> list[dict]:
             def move(k=k) -> None:
                 explorer.choose(n_clusters=k)
                 explorer.wait()
-                views.png(explorer.answer.figure)
+                widgets.png(explorer.answer.figure)
 
             took.append(timed(move)[0])
         median, late = np.percentile(took, [50, 95])
@@ -109,8 +111,8 @@ def slider(model: models.Model) -> list[dict]:
 
 
 def main() -> None:
-    model = models.load("vgg16-fashion")
-    bank = kernels.extract(model.network)
+    model = kclib.load_model("vgg16-fashion")
+    bank = kclib.extract(model.network)
     path, store = OUT / "similarity.json", Store(OUT / "store")
     parts = {
         "pairs": lambda: pairs(bank.points),

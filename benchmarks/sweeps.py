@@ -19,9 +19,13 @@ import papermill
 import torch
 from nbformat import v4
 
-from kclib import clustering, compression, datasets, evaluation, files, grid, kernels, models, sweep
-from kclib.jobs import Workers
-from kclib.profiles import Grid, ModelSource
+import kclib
+from kclib import compression
+from kclib._util import files
+from kclib.compression import footprint
+from kclib.experiments import sweep
+from kclib.experiments.pool import Workers
+from kclib.experiments.profiles import Grid, ModelSource
 from kclib.store import Store
 
 REPEATS = 3
@@ -40,20 +44,20 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def swept(store: Store, workers: Workers) -> None:
-    failed = grid.run(grid.plan(CELLS, store), workers, progress=False)
+    failed = sweep.run(sweep.plan(CELLS, store), workers, progress=False)
     assert not failed, failed
 
 
-def plain(model: models.Model, data: datasets.ImageSet) -> None:
+def plain(model: kclib.Model, data: kclib.ImageSet) -> None:
     """Do what the cells of a sweep do, by calls without a store."""
-    bank = kernels.extract(model.network)
-    evaluation.evaluate(model, data, progress=False)
+    bank = kclib.extract(model.network)
+    kclib.evaluate(model, data, progress=False)
     for scope in CELLS.scopes:
         for k in CELLS.clusters:
-            found = clustering.cluster(bank, k, scope=scope, progress=False)
-            small = models.Model(model.name, compression.replaced(model.network, found), model.preprocess)
-            evaluation.evaluate(small, data, progress=False)
-            sweep.removed(model.network, found)
+            found = kclib.cluster(bank, k, scope=scope, progress=False)
+            small = kclib.Model(model.name, compression.replaced(model.network, found), model.preprocess)
+            kclib.evaluate(small, data, progress=False)
+            footprint.removed(model.network, found)
 
 
 def notebook(folder: Path) -> Path:
@@ -64,7 +68,7 @@ def notebook(folder: Path) -> Path:
 
 
 def main() -> None:
-    model, data = models.load(), datasets.load(limit=CELLS.limit)
+    model, data = kclib.load_model(), kclib.load_data(limit=CELLS.limit)
     rows = {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
     times = {"plain calls": [], "one job": [], "two jobs": [], "dask, two jobs": [], "stored": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -77,10 +81,10 @@ def main() -> None:
             times["two jobs"].append(seconds(lambda x=store["two"]: swept(x, Workers(2))))
             times["dask, two jobs"].append(seconds(lambda x=store["dask"]: swept(x, Workers(2, "dask"))))
             options = {"scopes": CELLS.scopes, "store": store["one"]}
-            times["stored"].append(seconds(lambda o=options: sweep.run(model, data, CELLS.clusters, **o)))
-        planned = {name: grid.plan(CELLS, store[name], estimated=False) for name in store}
+            times["stored"].append(seconds(lambda o=options: kclib.sweep(model, data, CELLS.clusters, **o)))
+        planned = {name: sweep.plan(CELLS, store[name], estimated=False) for name in store}
         timed = ["cluster_seconds", "evaluate_seconds", "made"]
-        tables = {name: grid.table(planned[name], store[name]).drop(columns=timed) for name in store}
+        tables = {name: sweep.table(planned[name], store[name]).drop(columns=timed) for name in store}
         n = len(tables["one"])
         path = notebook(Path(folder))
         command = [sys.executable, "-c", f"{IMPORTS}\n{WORK}"]

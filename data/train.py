@@ -10,7 +10,9 @@ import typer
 from safetensors.torch import save_file
 from torch import nn
 
-from kclib import datasets, files, models, training
+import kclib
+from kclib import models, training
+from kclib._util import files
 from kclib.errors import InvalidValueError, KclibError
 
 
@@ -22,7 +24,7 @@ def train_fashion(out: Path, start: Path | None, recipe: training.Recipe, device
     torch.manual_seed(recipe.seed)  # the classifier starts at random
     network = models.vgg16_fashion()
     start_from_features(network, start)
-    data = datasets.load("fashion-mnist", "train")
+    data = kclib.load_data("fashion-mnist", "train")
     checkpoint = files.cache_dir() / f"{out.stem}.training.pt"
     trained = training.train(network, data, models.fashion_preprocess(), recipe, checkpoint, device=device)
     metadata = {"recipe": json.dumps(asdict(recipe)), "held_back": f"{trained.held_back:.2f}"}

@@ -1,15 +1,218 @@
 """The command line, thin over the library: one function a command."""
 
+import contextlib
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import yaml
 
-from kclib import bars, cli_sweeps, factories, files
-from kclib.errors import FailedRunError, KclibError
+import kclib
+from kclib._util import files, progress_bars
+from kclib.errors import FailedRunError, InvalidValueError, KclibError, SweepError
+from kclib.models import factories
+
+_PROFILE = Annotated[str, typer.Argument(help="smoke, full, imagenet, or the path of a YAML file.")]
+_OUT = Annotated[Path, typer.Option(help="Folder of the reports.")]
+
+
+def aside(command: Callable) -> Callable:
+    """Make a command that writes to standard output say all else on standard error."""
+
+    @functools.wraps(command)
+    def run(**given) -> None:
+        printing = any(isinstance(x, Path) and files.is_stdout(x) for x in given.values())
+        with contextlib.redirect_stdout(sys.stderr) if printing else contextlib.nullcontext():
+            command(**given)
+
+    return run
+
+
+def sweep(
+    profile: _PROFILE,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the cells and what they take; compute none.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Cells side by side.")] = 1,
+    backend: Annotated[str, typer.Option(help="Of joblib: loky, dask or ray.")] = "loky",
+    scheduler: Annotated[
+        str, typer.Option(help="Address of a Dask scheduler or a Ray cluster; else one is started here.")
+    ] = "",
+    rerun: Annotated[bool, typer.Option("--rerun", help="Compute again what is stored.")] = False,
+    out: _OUT = Path("reports"),
+) -> None:
+    """Compute the cells of a profile's sweep that the store does not have, and write their report."""
+    from kclib.experiments import sweep as experiments_sweep
+    from kclib.experiments.pool import Workers
+    from kclib.store import Store
+
+    found, workers, store = _profile(profile), Workers(jobs, backend, scheduler), Store()
+    planned = experiments_sweep.plan(found.sweep, store, rerun=rerun)
+    if dry_run:
+        typer.echo(_text(experiments_sweep.as_table(planned)))
+    typer.echo(experiments_sweep.summary(planned, workers))
+    if dry_run:
+        return
+    failures = experiments_sweep.run(planned, workers)
+    for failure in failures:
+        typer.echo(f"{failure.what} failed: {failure.error}", err=True)
+    index = experiments_sweep.report(found, planned, store, failures, out)
+    typer.echo(f"report: {index.resolve()}")
+    if failures:
+        raise SweepError(
+            f"{len(failures)} of {len(planned)} cells failed; {index} has their tracebacks, all others are "
+            "stored, and the same command tries again."
+        )
+
+
+def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
+    """Write a profile's report anew, from the store and the executed notebooks; compute nothing."""
+    from kclib.experiments import profiles, reports
+    from kclib.experiments import sweep as experiments_sweep
+    from kclib.store import Store
+
+    found, store = profiles.load(profile), Store()
+    if found.sweep is not None:
+        tasks = experiments_sweep.plan(found.sweep, store, estimated=False)
+        if any(task.stored for task in tasks):
+            missing = {str(task) for task in tasks if not task.stored}
+            failures = reports.read(out / found.name, found.name).failures
+            experiments_sweep.report(found, tasks, store, [x for x in failures if x.what in missing], out)
+    index = reports.rebuild(out / found.name, found.name)
+    typer.echo(f"report: {index.resolve()}")
+
+
+@aside
+def results(
+    kind: Annotated[
+        str, typer.Argument(help="What is stored: evaluation, clustering, curve ...")
+    ] = "evaluation",
+    where: Annotated[
+        str, typer.Option(help="A pandas query over the columns, such as \"scope == 'global' and k > 99\".")
+    ] = "",
+    columns: Annotated[str, typer.Option(help="Names of the columns to show, by commas; all if empty.")] = "",
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            parser=files.output, help="Write them all as CSV in place of showing them; - prints it."
+        ),
+    ] = None,
+    parquet: Annotated[
+        Path | None, typer.Option(parser=files.output, help="Write them all as parquet; - as for CSV.")
+    ] = None,
+) -> None:
+    """List what the store has, filtered."""
+    from kclib.store import Store
+
+    store = Store()
+    for path in filter(None, (csv, parquet)):
+        files.check_output(path, binary=path is parquet)
+    found = _filtered(store.table(kind), where, [x.strip() for x in columns.split(",") if x.strip()])
+    for path, write in ((csv, "to_csv"), (parquet, "to_parquet")):
+        if path is not None:
+            with files.replacing(path) as temporary:
+                getattr(found, write)(temporary, index=False)
+            typer.echo(f"{files.named(path)}: {len(found):,} rows")
+    if csv is None and parquet is None:
+        typer.echo(_text(found) if len(found) else f"{store.root} has nothing like that.")
+
+
+def gc(
+    days: Annotated[float | None, typer.Option(help="Remove entries older than this too.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; remove nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it without asking.")] = False,
+) -> None:
+    """Remove from the store what nobody will ask for: damaged, of earlier versions, left by killed runs."""
+    from kclib.store import Store
+
+    def agree(found) -> bool:
+        _show_garbage(found, "would go")
+        if not (yes or sys.stdin.isatty()):
+            raise InvalidValueError("nobody is there to agree, so nothing is removed; give --yes.")
+        return yes or typer.confirm(f"Remove them from {store.root}?")
+
+    store = Store()
+    found = store.gc(days=days, dry_run=dry_run, agree=agree)
+    if dry_run:
+        _show_garbage(found, "would go")
+    else:
+        typer.echo(f"{len(found):,} files, {found.bytes.sum():,} bytes removed")
+
+
+@aside
+def compare(
+    before: Annotated[Path, typer.Argument(help="results.parquet of a sweep, or its report's folder.")],
+    after: Annotated[Path, typer.Argument(help="Of another run.")],
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Fail (exit code 1) if a cell lost more points than this, or is gone."),
+    ] = None,
+    out: Annotated[Path, typer.Option(parser=files.output, help="The page to write; - prints it.")] = Path(
+        "changes.html"
+    ),
+) -> None:
+    """Show what moved between two runs of a sweep, with intervals; a gate for CI."""
+    from kclib.experiments import compare as experiments_compare
+
+    files.check_output(out)
+    table = experiments_compare.compare(experiments_compare.read(before), experiments_compare.read(after))
+    sentences = experiments_compare.broken(table, max_drop) if max_drop is not None else []
+    experiments_compare.write(out, table, sentences, before=str(before), after=str(after))
+    typer.echo(experiments_compare.answer(table))
+    typer.echo(f"page: {files.named(out)}")
+    if sentences:
+        for sentence in sentences:
+            typer.echo(sentence, err=True)
+        raise SweepError(
+            f"{len(sentences)} of {len(table)} cells lost more than {max_drop:g} points or are gone."
+        )
+
+
+COMMANDS = (sweep, report, results, gc, compare)
+
+
+def _profile(name: str):
+    """Read a profile that has a sweep."""
+    from kclib.experiments import profiles
+
+    found = profiles.load(name)
+    if found.sweep is None:
+        raise InvalidValueError(f"profile {name} has no sweep; it must have the key 'sweep'.")
+    return found
+
+
+def _show_garbage(found, what: str) -> None:
+    if len(found):
+        typer.echo(_text(found))
+    typer.echo(f"{len(found):,} files, {found.bytes.sum():,} bytes {what}")
+
+
+def _text(table) -> str:
+    """Return a table for a terminal; long values are cut."""
+    short = table.map(lambda x: f"{x:g}" if isinstance(x, float) and x == x else x)
+    return short.astype("string").fillna("").to_string(index=False, max_colwidth=40)
+
+
+def _filtered(table, where: str, columns: list[str]):
+    """Return the rows and columns that are asked for."""
+    from kclib._util import checks
+    from kclib.errors import reason
+
+    if where and len(table):
+        try:
+            table = table.query(where)
+        except Exception as error:  # pandas says in many ways what a query lacks
+            raise InvalidValueError(
+                f"--where {where!r} is no query over the columns ({reason(error)})."
+            ) from error
+    if len(table):
+        for column in columns:
+            checks.check_known("column", column, table.columns)
+    return table[columns] if columns and len(table) else table
+
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -17,7 +220,7 @@ app = typer.Typer(
 )  # fmt: skip
 _debug = False  # whether errors end in a traceback: an option before the command
 
-for _command in cli_sweeps.COMMANDS:
+for _command in COMMANDS:
     app.command()(_command)
 
 
@@ -55,8 +258,8 @@ def batch(
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the report when done.")] = True,
 ) -> None:
     """Run the notebooks of a profile in order and write a report."""
-    from kclib import batch as runner
-    from kclib import profiles
+    from kclib.experiments import batch as runner
+    from kclib.experiments import profiles
 
     changes = dict(_assignment(text) for text in change or ())
     index = runner.run(profiles.load(profile, changes=changes), out)
@@ -66,9 +269,9 @@ def batch(
 
 
 @app.command()
-@cli_sweeps.aside
+@aside
 def compress(
-    model: Annotated[str, typer.Argument(help="A name models.load knows, or package.module:factory.")],
+    model: Annotated[str, typer.Argument(help="A name kclib.load_model knows, or package.module:factory.")],
     clusters: Annotated[int, typer.Option(min=1, help="K, clusters a group.")],
     out: Annotated[
         Path,
@@ -93,20 +296,19 @@ def compress(
     shape: _SHAPE = None,
 ) -> None:
     """Cluster a model's kernels and write it as a compressed file."""
-    from kclib import checkpoint, clustering, compression, datasets, kernels, models
 
     files.check_output(out, binary=True)
-    loaded = models.load(model, weights=weights, input_shape=shape)
-    images = datasets.load(data) if data else None
-    result = clustering.cluster(
-        kernels.extract(loaded.network), clusters, scope=scope, scaled=scaled, turned=turned, seed=seed
+    loaded = kclib.load_model(model, weights=weights, input_shape=shape)
+    images = kclib.load_data(data) if data else None
+    result = kclib.cluster(
+        kclib.extract(loaded.network), clusters, scope=scope, scaled=scaled, turned=turned, seed=seed
     )
     for note in result.notes:
         typer.echo(note)
-    small = compression.compress(loaded, result, precision=precision)
+    small = kclib.compress(loaded, result, precision=precision)
     accuracy, write = (
         None,
-        functools.partial(checkpoint.save, small, out, architecture=model, indices=indices),
+        functools.partial(kclib.save, small, out, architecture=model, indices=indices),
     )
     if not files.is_stream(out):  # which is written to once
         _show_written(write(), loaded.network, out)
@@ -134,9 +336,9 @@ def _show_written(contents, network, out: Path) -> None:
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="A file that compress wrote.")]) -> None:
     """Show what a compressed file holds, without its network."""
-    from kclib import checkpoint
+    from kclib.compression import container
 
-    contents = checkpoint.inspect(file)
+    contents = container.inspect(file)
     about = contents.description
     accuracy = "unknown" if about["accuracy"] is None else f"{about['accuracy']:.2f} %"
     typer.echo(
@@ -153,7 +355,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="A file that compress wrot
 @app.command()
 def evaluate(
     file: Annotated[Path, typer.Argument(help="A file that compress wrote.")],
-    data: Annotated[str, typer.Option(help="A name datasets.load knows.")] = "fashion-mnist",
+    data: Annotated[str, typer.Option(help="A name kclib.load_data knows.")] = "fashion-mnist",
     limit: Annotated[int | None, typer.Option(help="So many images only, the same each time.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Its architecture, if the file names none or package.module:factory.")
@@ -163,14 +365,14 @@ def evaluate(
     shape: _SHAPE = None,
 ) -> None:
     """Evaluate a compressed file's accuracy; its weights stay packed."""
-    from kclib import checkpoint, datasets, models
+    from kclib import models
 
-    loaded = models.told(checkpoint.load(file, architecture=model, device=device), input_shape=shape)
-    _accuracy(loaded, datasets.load(data, limit=limit), device, classes)
+    loaded = models.told(kclib.load(file, architecture=model, device=device), input_shape=shape)
+    _accuracy(loaded, kclib.load_data(data, limit=limit), device, classes)
 
 
 @app.command()
-@cli_sweeps.aside
+@aside
 def export(
     file: Annotated[Path, typer.Argument(help="A file that compress wrote.")],
     out: Annotated[
@@ -189,19 +391,18 @@ def export(
     ] = None,
 ) -> None:
     """Write a compressed file for other runtimes."""
-    from kclib import checkpoint, exporting, models
-    from kclib.errors import InvalidValueError
+    from kclib import compression, models
 
     kind = out.suffix or (".onnx" if files.is_stream(out) else "")
     if kind not in (".onnx", ".pt2"):
         raise InvalidValueError(f"{out} ends in {out.suffix!r}; it must end in .onnx or .pt2.")
     files.check_output(out, binary=True)
-    loaded = checkpoint.load(file, architecture=model)
+    loaded = kclib.load(file, architecture=model)
     shape = shape or models.input_shape(loaded)
     if kind == ".onnx":
-        exporting.to_onnx(loaded.network, out, shape, dense=dense)
+        compression.to_onnx(loaded.network, out, shape, dense=dense)
     else:
-        exporting.to_program(loaded.network, out, shape)
+        compression.to_program(loaded.network, out, shape)
     typer.echo(
         files.named(out) if files.is_stream(out) else f"{files.named(out)}: {out.stat().st_size:,} bytes"
     )
@@ -213,7 +414,7 @@ def main() -> None:
     A wrong input is one sentence and exit code 2, a failed run exit code 1, Ctrl-C exit code 130.
     """
     try:
-        with bars.readable(), factories.own_modules():
+        with progress_bars.readable(), factories.own_modules():
             app(args=[_at_home(x) for x in sys.argv[1:]], standalone_mode=True)
     except SystemExit as end:
         if end.code == 130:
@@ -238,10 +439,9 @@ def _at_home(argument: str) -> str:
 
 def _accuracy(model, images, device: str, classes: str) -> float:
     """Evaluate and print top-1 accuracy with its interval; return it in percent."""
-    from kclib import evaluation
 
     named = classes if classes in ("", "by position") else [name.strip() for name in classes.split(",")]
-    answers = evaluation.evaluate(model, images, device=device, classes=named or None)
+    answers = kclib.evaluate(model, images, device=device, classes=named or None)
     typer.echo(f"top-1 {answers.top1} % of {answers.known.sum():,} images, in {answers.seconds:.0f} s")
     for note in answers.notes:
         typer.echo(note)

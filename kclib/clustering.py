@@ -2,16 +2,89 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pandas as pd
 
-from kclib import bars, fitting, kernels, kmeans, parallel, rate, scopes, symmetry
-from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank, Kernels, Layer
+from kclib import kmeans
+from kclib._util import checks, threads
+from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.kernels import KernelBank, Kernels, Layer, bank_of
+from kclib.kmeans import entropy, fit_progress, fitting, settings, symmetric
 
-Fit = kmeans.KMeans | symmetry.SymmetricKMeans | rate.Priced
+
+def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tuple[Layer, ...]]:
+    """Return the layers of each group, in bank order.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        A layer that is missing or unknown; a scope that is neither ``layer`` nor ``global`` nor a mapping.
+    """
+    names = [layer.name for layer in bank.layers]
+    if scope == "layer":
+        scope = {name: name for name in names}
+    elif scope == "global":
+        scope = dict.fromkeys(names, "global")
+    elif isinstance(scope, str):
+        raise UnknownNameError("scope", scope, ("layer", "global"))
+    if not isinstance(scope, Mapping) or not all(isinstance(group, str) for group in scope.values()):
+        raise InvalidValueError(
+            f"scope is {checks.said(scope)}; it must be layer, global, or group names by layer."
+        )
+    if wrong := set(scope) ^ set(names):
+        raise InvalidValueError(
+            "scope must give every layer of the bank a group; "
+            f"not matching: {', '.join(sorted(map(str, wrong)))}."
+        )
+    groups: dict[str, tuple[Layer, ...]] = {}
+    for layer in bank.layers:
+        groups[scope[layer.name]] = (*groups.get(scope[layer.name], ()), layer)
+    return groups
+
+
+def largest(bank: KernelBank, scope: str | Mapping[str, str]) -> int:
+    """Return the kernels of the largest group: the most clusters that one number for all can be.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        As `grouping`.
+    """
+    return max(sum(layer.n_kernels for layer in layers) for layers in grouping(bank, scope).values())
+
+
+def wanted(
+    members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[str, int] | pd.Series
+) -> dict[str, int]:
+    """Return the clusters that each group of `grouping` is asked for, checked.
+
+    Raises
+    ------
+    InvalidValueError
+        K below 1 or above the number of kernels; a group that is missing or unknown.
+    """
+    counts = {name: sum(x.n_kernels for x in layers) for name, layers in members.items()}
+    if isinstance(n_clusters, pd.Series):
+        n_clusters = n_clusters.to_dict()
+    if isinstance(n_clusters, Mapping):
+        if wrong := set(n_clusters) ^ set(counts):
+            raise InvalidValueError(
+                f"n_clusters must name every group; not matching: {', '.join(sorted(map(str, wrong)))}."
+            )
+        return {
+            name: checks.check_whole("n_clusters", k, 1, counts[name], f"the kernels of group {name}")
+            for name, k in n_clusters.items()
+        }
+    most = max(counts.values())
+    return dict.fromkeys(
+        counts, checks.check_whole("n_clusters", n_clusters, 1, most, "the kernels of the largest group")
+    )
+
+
+Fit = kmeans.KMeans | symmetric.SymmetricKMeans | entropy.Priced
 
 
 @dataclass(frozen=True)
@@ -32,7 +105,7 @@ class Group:
         float32 ``(n,)``: what each kernel's representative is multiplied by; it is of unit length where
         kernels were scaled one by one.
     turns : numpy.ndarray, optional
-        uint8 ``(n,)``: the row of `symmetry.transforms` that takes the representative to each kernel.
+        uint8 ``(n,)``: the row of `symmetric.transforms` that takes the representative to each kernel.
     """
 
     name: str
@@ -53,7 +126,7 @@ class Group:
         result = self.codebook[self.indices[rows]]
         if self.turns is not None:
             flat = result.reshape(len(result), -1)
-            turned = symmetry.transforms(result.shape[1])[self.turns[rows]]
+            turned = symmetric.transforms(result.shape[1])[self.turns[rows]]
             result = np.take_along_axis(flat, turned, axis=1).reshape(result.shape)
         if self.scales is not None:
             result = self.scales[rows, None, None] * result
@@ -143,7 +216,7 @@ def cluster(
         alike.
     price : float
         What a bit of the entropy-coded indices costs, in squared distances. Above 0, each group is an
-        entropy-constrained quantizer (Chou, Lookabaugh and Gray 1989; see `rate.kmeans`), of fewer clusters
+        entropy-constrained quantizer (Chou, Lookabaugh and Gray 1989; see `entropy.fit`), of fewer clusters
         where they are not worth their bits. Not for kernels that are scaled or turned.
     seed : int
     n_threads : int, optional
@@ -159,16 +232,18 @@ def cluster(
         turned that are not square; weights or a price out of range.
     NotEnoughMemoryError
     """
-    bank = kernels.bank_of(bank)
-    members = scopes.grouping(bank, scope)
-    asked = scopes.wanted(members, n_clusters)
-    method = _method(bank, scaled, turned, rate.checked_price(price))
+    bank = bank_of(bank)
+    members = grouping(bank, scope)
+    asked = wanted(members, n_clusters)
+    method = _method(bank, scaled, turned, entropy.checked_price(price))
     points = {name: _of(bank.points, layers) for name, layers in members.items()}
     shares = _shares(bank, members, weights, price)
     largest_first = sorted(members, key=lambda name: -len(points[name]))
-    n_threads = parallel.threads(n_threads)
+    n_threads = threads.threads(n_threads)
     inside = 1 if len(members) >= n_threads else n_threads
-    with bars.Fits(len(bank), kmeans.memory(*bank.points.shape, max(asked.values())), progress) as bar:
+    with fit_progress.Fits(
+        len(bank), fitting.memory(*bank.points.shape, max(asked.values())), progress
+    ) as bar:
 
         def fit(i: int) -> Fit:
             name = largest_first[i]
@@ -176,7 +251,7 @@ def cluster(
             report = bar.of(name, len(points[name]))
             return method(points[name], k, weights=shares[name], seed=seed, n_threads=inside, progress=report)
 
-        found = dict(zip(largest_first, parallel.side_by_side(fit, len(members), n_threads), strict=True))
+        found = dict(zip(largest_first, threads.side_by_side(fit, len(members), n_threads), strict=True))
     result = of_fits(bank, found, asked, scope=scope, scaled=scaled, turned=turned, seed=seed)
     if price:
         result = replace(result, notes=())  # fewer clusters are what a price is for
@@ -206,7 +281,7 @@ def of_fits(
     """
     groups = tuple(
         _group(bank, name, layers, found[name], scaled, turned)
-        for name, layers in scopes.grouping(bank, scope).items()
+        for name, layers in grouping(bank, scope).items()
     )
     notes = tuple(
         f"{group.name}: {group.n_clusters} clusters in place of {wanted[group.name]}, "
@@ -235,13 +310,13 @@ def _method(bank: KernelBank, scaled: bool, turned: bool, price: float) -> Calla
     if price and (scaled or turned):
         raise InvalidValueError(f"price is {price}; it must be 0 where kernels are scaled or turned.")
     if scaled or turned:
-        return functools.partial(symmetry.kmeans, scaled=scaled, turned=turned)
-    return functools.partial(rate.kmeans, price=price) if price else kmeans.kmeans
+        return functools.partial(symmetric.fit, scaled=scaled, turned=turned)
+    return functools.partial(entropy.fit, price=price) if price else kmeans.fit
 
 
 def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], weights, price: float) -> dict:
     """Check weights and return them by group; None for each if there are none, or all of its are 0."""
-    weights = fitting.checked_weights(weights, len(bank))
+    weights = settings.checked_weights(weights, len(bank))
     if weights is None:
         return dict.fromkeys(members)
     shares = {name: _of(weights, layers) for name, layers in members.items()}
@@ -249,7 +324,7 @@ def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], weights,
         raise InvalidValueError(
             f"with a price, weights must not be all 0 in a group; they are in {', '.join(empty)}."
         )
-    return {name: fitting.counted(share) for name, share in shares.items()}
+    return {name: settings.counted(share) for name, share in shares.items()}
 
 
 def _of(rows: np.ndarray, layers: tuple[Layer, ...]) -> np.ndarray:
@@ -310,3 +385,53 @@ def error_share(bank: KernelBank, clustering: Clustering) -> list[float]:
     error = np.square(bank.weights - quantized(clustering)).sum(axis=(1, 2), dtype=np.float64)
     weight = np.square(bank.weights).sum(axis=(1, 2), dtype=np.float64)
     return [float(error[x.rows].sum() / (weight[x.rows].sum() or 1)) for x in bank.layers]
+
+
+SCOPES = ("layer", "global", "mixed")
+
+Scope = str | Mapping[str, str]
+
+
+def mixed(bank: KernelBank) -> dict[str, str]:
+    """Return the scope in which consecutive layers of equal width (output channels) share a codebook."""
+    runs: list[list[Layer]] = []
+    for layer in bank.layers:
+        if runs and _width(runs[-1][0]) == _width(layer):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    names = [run[0].name if len(run) == 1 else f"{run[0].name}..{run[-1].name}" for run in runs]
+    return {layer.name: name for name, run in zip(names, runs, strict=True) for layer in run}
+
+
+def resolved(bank: KernelBank, scope: Scope) -> Scope:
+    """Return a scope of `SCOPES`, or a mapping, as one that `cluster` knows.
+
+    Raises
+    ------
+    UnknownNameError
+    """
+    if isinstance(scope, str) and scope not in SCOPES:
+        raise UnknownNameError("scope", scope, SCOPES)
+    return mixed(bank) if scope == "mixed" else scope
+
+
+def _width(layer: Layer) -> int:
+    return layer.shape[1 if layer.transposed else 0]
+
+
+def kernels_by_group(clustering: Clustering) -> Iterator[tuple[Group, np.ndarray]]:
+    """Yield each group with its kernels' rows of the bank, in the order of its indices."""
+    for group in checked(clustering).groups:
+        yield group, np.concatenate([np.arange(x.rows.start, x.rows.stop) for x in group.layers])
+
+
+def kernel_errors(bank: KernelBank, clustering: Clustering, weights) -> tuple[np.ndarray, np.ndarray]:
+    """Return each kernel's squared error and what it costs, float64 ``(n,)``."""
+    if bank.layers != clustering.layers:
+        raise InvalidValueError(
+            "the clustering is of other layers than the bank's; give the bank it was made of."
+        )
+    weights = settings.checked_weights(weights, len(bank))
+    squares = np.square(bank.weights - quantized(clustering)).sum(axis=(1, 2), dtype=np.float64)
+    return squares, squares if weights is None else squares * weights

@@ -18,8 +18,8 @@ import pandas as pd
 import safetensors
 from safetensors.numpy import save_file
 
-from kclib import checks, files
-from kclib.bars import tqdm
+from kclib._util import checks, files
+from kclib._util.progress_bars import tqdm
 from kclib.errors import StorageError, UnknownNameError, reason
 
 # Part of every key, by what is kept: raise a number when the same inputs would give other results.

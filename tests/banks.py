@@ -5,9 +5,9 @@ import pytest
 from scipy.spatial.distance import pdist, squareform
 from sklearn.metrics import pairwise_distances
 
-from kclib import distances
 from kclib.kernels import KernelBank, Layer
-from kclib.symmetry import transforms
+from kclib.kmeans.symmetric import transforms
+from kclib.similarity import distances
 
 NAMES = list(distances.named_distances)
 EACH = pytest.mark.parametrize("distance", NAMES)

@@ -17,7 +17,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from nbformat import v4
 from papermill.engines import Engine, papermill_engines
 
-from kclib import cli, latency
+from kclib import cli
+from kclib.compression import latency
 
 
 class _Publisher(DisplayPublisher):

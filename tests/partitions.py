@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from kclib.symmetry import transforms
+from kclib.kmeans.symmetric import transforms
 
 
 def heavy_tailed(n, d=9, seed=0):

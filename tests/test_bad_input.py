@@ -101,8 +101,8 @@ def test_an_error_nobody_foresaw_is_one_sentence_too(monkeypatch, capsys):
 def raising() -> list:
     """Return every public class, function and method that says what it raises."""
     found = []
-    for name in sorted({x.name for x in pkgutil.iter_modules(kclib.__path__)} - INNER):
-        module = importlib.import_module(f"kclib.{name}")
+    for name in sorted({x.name for x in pkgutil.walk_packages(kclib.__path__, "kclib.")} - INNER):
+        module = importlib.import_module(name)
         own = [x for x in vars(module).values() if getattr(x, "__module__", "") == module.__name__]
         own += [getattr(x, y) for x in own if inspect.isclass(x) for y in vars(x)]
         public = [x for x in own if not re.search(r"(^|\.)_", getattr(x, "__qualname__", "_"))]

@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from sentences import is_one_sentence
 
-from kclib import batch, checkpoint, cli, datasets, evaluation, exporting, models
-from kclib.compression import expand
+from kclib import cli, compression, datasets, evaluation, loading, models
+from kclib.compression import container, expand
 from kclib.errors import InvalidValueError, NotebookError
+from kclib.experiments import batch
 
 FACTORIES = """
 import torch
@@ -229,40 +230,42 @@ def test_a_shared_weight_counts_once_among_the_dense_bytes(made):
 
 
 def test_the_options_of_compress_reach_the_file(made, tmp_path, factories):
-    plain = checkpoint.inspect(made()[1])
+    plain = container.inspect(made()[1])
     assert plain.groups.index.tolist() == ["0", "2"]
     assert (plain.groups[["clusters", "turned", "seed", "precision"]] == [5, False, 0, "fp32"]).all(axis=None)
     assert plain.bytes["scales"] == 0
     assert (plain.description["architecture"], plain.description["accuracy"]) == (f"{factories}:make", None)
     options = ("--scope", "global", "--precision", "bf16", "--scaled", "--turned", "--seed", 3)
-    other = checkpoint.inspect(made(*options, clusters=7)[1])
+    other = container.inspect(made(*options, clusters=7)[1])
     assert other.groups.loc["global", ["clusters", "kernels", "precision", "turned", "seed"]].tolist() == [
         7, 104, "bf16", True, 3
     ]  # fmt: skip
     assert other.bytes["scales"] == 2 * 104
-    ones = {x: torch.ones_like(v) for x, v in models.load(f"{factories}:make").network.state_dict().items()}
+    ones = {
+        x: torch.ones_like(v) for x, v in loading.load_model(f"{factories}:make").network.state_dict().items()
+    }
     save_file(ones, tmp_path / "ones.safetensors")
     out, path = made("--weights", tmp_path / "ones.safetensors")
     assert "0: 1 clusters in place of 5" in out
-    loaded = checkpoint.load(path, architecture=f"{factories}:make", resident="dense")
+    loaded = compression.load(path, architecture=f"{factories}:make", resident="dense")
     assert all((value == 1).all() for value in loaded.network.state_dict().values())
 
 
 @pytest.mark.parametrize(("coding", "found"), [("entropy", {"group", "layer"}), ("fixed", {"fixed"})])
 def test_indices_are_coded_as_asked_for(made, coding, found):
     out, path = made("--indices", coding, name="uneven", clusters=2)
-    codings = set(checkpoint.inspect(path).layers.coding)
+    codings = set(container.inspect(path).layers.coding)
     assert codings <= found | {"fixed"}
     assert codings & found
     assert ("frequency tables" in printed_bytes(out)) == (coding == "entropy")
 
 
 def test_the_accuracy_on_a_data_set_is_kept_in_the_file(kclib, made, monkeypatch, factories):
-    whole = datasets.load
-    monkeypatch.setattr(datasets, "load", lambda name, limit=None: whole(name, limit=40))
+    whole = datasets.load_data
+    monkeypatch.setattr(datasets, "load_data", lambda name, limit=None: whole(name, limit=40))
     out, path = made("--data", "fashion-mnist")
-    top1 = checkpoint.inspect(path).description["accuracy"]
-    loaded = checkpoint.load(path, architecture=f"{factories}:make")
+    top1 = container.inspect(path).description["accuracy"]
+    loaded = compression.load(path, architecture=f"{factories}:make")
     assert top1 == evaluation.evaluate(loaded, whole(limit=40), progress=False).top1.estimate
     assert f"top-1 {top1:.2f} [" in out
     assert f"accuracy {top1:.2f} %" in kclib("inspect", path)[1]
@@ -271,7 +274,7 @@ def test_the_accuracy_on_a_data_set_is_kept_in_the_file(kclib, made, monkeypatch
 def test_inspecting_shows_groups_layers_and_bytes(kclib, made, factories):
     out, path = made("--turned")
     code, shown, said = kclib("inspect", path)
-    contents = checkpoint.inspect(path)
+    contents = container.inspect(path)
     assert (code, said) == (0, "")
     assert shown.startswith(f"architecture {factories}:make, accuracy unknown, written by kclib ")
     assert contents.sha256 in shown
@@ -308,8 +311,8 @@ def test_evaluating_a_factorys_file_needs_the_model(kclib, made, factories):
     assert f"made from {factories}:make, and no module is imported on a file's word" in said
     assert factories not in sys.modules
     code, out, _ = kclib("evaluate", path, "--limit", 50, "--model", f"{factories}:make")
-    loaded = checkpoint.load(path, architecture=f"{factories}:make")
-    found = evaluation.evaluate(loaded, datasets.load(limit=50), progress=False)
+    loaded = compression.load(path, architecture=f"{factories}:make")
+    found = evaluation.evaluate(loaded, datasets.load_data(limit=50), progress=False)
     assert code == 0
     assert out.startswith(f"top-1 {found.top1} % of 50 images, in ")
     assert found.notes
@@ -326,7 +329,7 @@ def test_outputs_without_names_are_named_on_the_command_line(kclib, made, factor
     code, _, said = kclib("evaluate", path, *data)
     assert code == 2
     assert "--classes" in said
-    answered = checkpoint.load(path, architecture=f"{factories}:make").network(
+    answered = compression.load(path, architecture=f"{factories}:make").network(
         torch.full((1, 3, 28, 28), 128 / 255)
     )
     place = int(answered.argmax())  # all images are alike, so one class is right, if it is among them
@@ -341,7 +344,7 @@ def test_outputs_without_names_are_named_on_the_command_line(kclib, made, factor
 def test_exported_files_answer_as_the_file_does(kclib, made, factories, tmp_path):
     _, path = made("--scaled")
     model = ("--model", f"{factories}:make")
-    loaded = checkpoint.load(path, architecture=f"{factories}:make")
+    loaded = compression.load(path, architecture=f"{factories}:make")
     for name in ("model.onnx", "model.pt2"):
         code, out, _ = kclib("export", path, tmp_path / name, "--shape", 3, 28, 28, *model)
         size = (tmp_path / name).stat().st_size
@@ -360,8 +363,8 @@ def test_shape_and_dense_reach_the_exporter(kclib, made, factories, monkeypatch,
         asked.append((shape, options))
         path.write_text("12345")
 
-    monkeypatch.setattr(exporting, "to_onnx", write)
-    monkeypatch.setattr(exporting, "to_program", write)
+    monkeypatch.setattr(compression, "to_onnx", write)
+    monkeypatch.setattr(compression, "to_program", write)
     _, path = made()
     model = ("--model", f"{factories}:make")
     assert kclib("export", path, tmp_path / "a.onnx", "--shape", 3, 9, 8, "--dense", *model)[0] == 0
@@ -449,7 +452,7 @@ def test_what_was_compressed_is_written_before_it_is_evaluated(kclib, factories,
     code, out, said = kclib("compress", f"{factories}:make", *options)
     assert (code, said.strip()) == (2, "kclib: no answers.")
     assert str(path.resolve()) in out
-    assert checkpoint.load(path, architecture=f"{factories}:make")
+    assert compression.load(path, architecture=f"{factories}:make")
 
 
 @pytest.mark.parametrize("options", [["--clusters", 0], ["--clusters", "many"], []], ids=str)

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from kclib import bars, clustering, compression, footprint, kmeans, models, rate, symmetry
+from kclib import clustering, compression, kmeans, models
+from kclib._util import progress_bars
 from kclib.clustering import cluster, quantized
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer, extract, insert
+from kclib.kmeans import entropy, symmetric
 
 A, B, C = (np.full((2, 2), value, np.float32) for value in (1, 5, 20))
 
@@ -127,7 +129,7 @@ def stands_for(group, row):
     """Return what stands for a kernel: its representative flipped, rotated and scaled, in float64."""
     kernel = group.codebook[group.indices[row]].astype(np.float64)
     if group.turns is not None:
-        kernel = kernel.ravel()[symmetry.transforms(len(kernel))[group.turns[row]]].reshape(kernel.shape)
+        kernel = kernel.ravel()[symmetric.transforms(len(kernel))[group.turns[row]]].reshape(kernel.shape)
     return kernel if group.scales is None else group.scales[row] * kernel
 
 
@@ -213,14 +215,14 @@ def test_the_number_of_threads_changes_no_bit(scope):
 
 
 def test_a_group_that_fails_ends_the_clustering_with_its_error(monkeypatch):
-    fit = kmeans.kmeans
+    fit = kmeans.fit
 
     def failing(points, *args, **options):
         if len(points) == 90:
             raise InvalidValueError("the second layer")
         return fit(points, *args, **options)
 
-    monkeypatch.setattr(kmeans, "kmeans", failing)
+    monkeypatch.setattr(kmeans, "fit", failing)
     with pytest.raises(InvalidValueError, match="the second layer"):
         cluster(random_bank(500, 90, 300), 4)
 
@@ -228,12 +230,12 @@ def test_a_group_that_fails_ends_the_clustering_with_its_error(monkeypatch):
 def test_the_bar_tells_memory_inertia_and_all_the_kernels(monkeypatch, capsys):
     made = []
 
-    class Bar(bars.tqdm):
+    class Bar(progress_bars.tqdm):
         def __init__(self, *args, **options):
             super().__init__(*args, **{**options, "delay": 0, "leave": True, "mininterval": 0})
             made.append(self)
 
-    monkeypatch.setattr(bars, "tqdm", Bar)
+    monkeypatch.setattr(progress_bars, "tqdm", Bar)
     result = cluster(random_bank(500, 90, 300), 40)
     (bar,) = made
     assert bar.n == pytest.approx(bar.total) == 890
@@ -252,7 +254,7 @@ def test_a_rung_of_a_ladder_is_a_clustering_of_all_layers():
 @pytest.mark.parametrize("how", [{}, *HOW], ids=["plain", "scaled", "turned", "both"])
 def test_fits_of_each_layer_are_the_clustering_that_they_would_come_to(how):
     bank = random_bank(60, 30)
-    fit = symmetry.kmeans if how else kmeans.kmeans
+    fit = symmetric.fit if how else kmeans.fit
     found = {layer.name: fit(bank.points[layer.rows], 9, seed=5, **how) for layer in bank.layers}
     mine = clustering.of_fits(bank, found, {"conv0": 9, "conv1": 9}, scope="layer", seed=5, **how)
     theirs = cluster(bank, 9, seed=5, **how)
@@ -263,7 +265,7 @@ def test_fits_of_each_layer_are_the_clustering_that_they_would_come_to(how):
 
 def test_fits_that_fall_short_of_what_was_asked_for_are_noted():
     bank = bank_of(one=[A, A, B], two=[A, B, C])
-    found = {layer.name: kmeans.kmeans(bank.points[layer.rows], 3) for layer in bank.layers}
+    found = {layer.name: kmeans.fit(bank.points[layer.rows], 3) for layer in bank.layers}
     result = clustering.of_fits(bank, found, {"one": 3, "two": 3}, scope={"one": "one", "two": "two"})
     assert result.scope == "mapping"
     (note,) = result.notes
@@ -313,7 +315,7 @@ def test_weights_are_in_the_rows_of_the_bank_and_inertia_counts_all_kernels_alik
     weights = np.random.default_rng(0).lognormal(size=120)
     for how in ({}, *HOW):
         result = cluster(bank, 6, scope={"conv0": "a", "conv1": "b", "conv2": "a"}, weights=weights, **how)
-        fit = symmetry.kmeans if how else kmeans.kmeans
+        fit = symmetric.fit if how else kmeans.fit
         for group, rows in zip(result.groups, (np.r_[0:50, 80:120], np.r_[50:80]), strict=True):
             alone = fit(bank.points[rows], 6, weights=weights[rows], **how)
             np.testing.assert_array_equal(group.indices, alone.labels)
@@ -337,7 +339,7 @@ def test_each_group_pays_for_its_bits_alone_and_fewer_clusters_are_no_note(weigh
     for group, layer in zip(result.groups, bank.layers, strict=True):
         mine = None if weights is None else weights[layer.rows]
         k = min(40, layer.n_kernels)
-        alone = rate.kmeans(bank.points[layer.rows], k, price=1.5, weights=mine, seed=3)
+        alone = entropy.fit(bank.points[layer.rows], k, price=1.5, weights=mine, seed=3)
         np.testing.assert_array_equal(group.indices, alone.labels)
         np.testing.assert_array_equal(group.codebook.reshape(-1, 9), alone.centres)
     assert result.groups[0].n_clusters < 40
@@ -355,7 +357,7 @@ def test_priced_indices_and_codebooks_take_fewer_bytes_at_less_error():
     bank = extract(network)
     plain = cluster(bank, 64, scope="global")
     priced = cluster(bank, 128, scope="global", price=0.4)
-    tables = [footprint.ledger(network, x, codings=("entropy",)).entropy_fp16 for x in (plain, priced)]
+    tables = [compression.footprint(network, x, codings=("entropy",)).entropy_fp16 for x in (plain, priced)]
     assert priced.inertia <= plain.inertia
     assert tables[1]["indices"] < tables[0]["indices"]
     assert tables[1]["convolutions"] < tables[0]["convolutions"]

@@ -8,20 +8,18 @@ import tiny
 import torch
 
 from kclib import (
-    calibration,
-    checkpoint,
     clustering,
     compression,
     datasets,
     evaluation,
+    experiments,
     kernels,
     kmeans,
+    loading,
     models,
-    sensitivity,
-    sequential,
-    sweep,
     training,
 )
+from kclib.recovery import calibration, sensitivity, sequential
 from kclib.store import Store
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA device here")
@@ -55,7 +53,7 @@ def assert_same_network(networks):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_shipped_model_answers_as_on_the_processor(precision):
-    model, data = models.load(), datasets.load(limit=1000)
+    model, data = loading.load_model(), datasets.load_data(limit=1000)
     here, there = on_both(partial(evaluation.evaluate, model, data, precision=precision, **QUIET))
     assert (there.predictions == here.predictions).mean() >= (0.995 if precision == "fp32" else 0.98)
 
@@ -63,12 +61,12 @@ def test_the_shipped_model_answers_as_on_the_processor(precision):
 @pytest.mark.parametrize("n_clusters", [2, 40])
 def test_k_means_finds_the_same(n_clusters):
     points = np.random.default_rng(0).normal(size=(2000, 9)).astype(np.float32)
-    here = kmeans.kmeans(points, n_clusters, seed=3)
-    there = kmeans.kmeans(points, n_clusters, seed=3, device="cuda")
+    here = kmeans.fit(points, n_clusters, seed=3)
+    there = kmeans.fit(points, n_clusters, seed=3, device="cuda")
     assert there.inertia == pytest.approx(here.inertia, rel=0.02)
     squares = np.square(points[:, None].astype(np.float64) - there.centres).sum(2)
     np.testing.assert_allclose(squares[np.arange(2000), there.labels], squares.min(1), rtol=1e-5)
-    again = kmeans.kmeans(points, n_clusters, seed=3, device="cuda")
+    again = kmeans.fit(points, n_clusters, seed=3, device="cuda")
     np.testing.assert_array_equal(again.labels, there.labels)
 
 
@@ -82,8 +80,8 @@ def test_sensitivities_are_the_same(made, exact, kind):
 def test_a_compressed_network_computes_and_loads_there(made, exact, tmp_path):
     model, data, _, found = made
     small = models.Model("tiny", compression.compress(model.network, found), model.preprocess)
-    checkpoint.save(small.network, tmp_path / "x.safetensors")
-    loaded = checkpoint.load(tmp_path / "x.safetensors", architecture=model.network, device="cuda")
+    compression.save(small.network, tmp_path / "x.safetensors")
+    loaded = compression.load(tmp_path / "x.safetensors", architecture=model.network, device="cuda")
     images = model.preprocess(data.images)
     torch.testing.assert_close(
         loaded.network(images.cuda()).cpu(), small.network(images), rtol=1e-4, atol=1e-5
@@ -94,7 +92,7 @@ def test_corrections_are_the_same(made, exact):
     model, data, _, found = made
     small = models.Model("tiny", compression.compress(model.network, found), model.preprocess)
     assert_same_network(on_both(partial(calibration.calibrate, small, model.network, data, **QUIET)))
-    both = on_both(partial(sequential.cluster, model, data, 3, **QUIET))
+    both = on_both(partial(sequential.correct, model, data, 3, **QUIET))
     assert_same_network(found.network for found in both)
 
 
@@ -110,7 +108,7 @@ def test_training_there_learns(made, tmp_path):
 def test_a_sweep_there_is_that_of_the_processor(made, tmp_path):
     model, data, *_ = made
     here, there = (
-        sweep.run(model, data, [2, 5], device=device, store=Store(tmp_path / device))
+        experiments.sweep(model, data, [2, 5], device=device, store=Store(tmp_path / device))
         for device in ("cpu", "cuda")
     )
     for column in ("scope", "k", "top1", "kernels_removed"):

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from kclib import checkpoint, clustering, compression, container, kernels, models, profiles
+from kclib import clustering, compression, kernels, models
+from kclib.compression import container
 from kclib.errors import KclibError
+from kclib.experiments import profiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONG = settings(max_examples=max(500, settings().max_examples), deadline=None)
@@ -39,7 +41,7 @@ def compressed() -> bytes:
     found = clustering.cluster(kernels.extract(network), 3, scaled=True, turned=True, progress=False)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"
-        checkpoint.save(compression.compress(network, found), path)
+        compression.save(compression.compress(network, found), path)
         return path.read_bytes()
 
 
@@ -57,7 +59,7 @@ def read(content: bytes, suffix: str, reader):
 
 
 def load(path):
-    return checkpoint.load(path, architecture=tiny_model().network)
+    return compression.load(path, architecture=tiny_model().network)
 
 
 @st.composite

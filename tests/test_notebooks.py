@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kclib import batch, checkpoint, datasets, footprint, models, profiles, reports, training
+from kclib import compression, datasets, models, training
+from kclib.compression import footprint
+from kclib.experiments import batch, profiles, reports
 
 NOTEBOOKS = sorted(profiles.NOTEBOOKS.glob("*.ipynb"))
 
@@ -92,7 +94,7 @@ def model():
 def small(tmp_path_factory):
     """A folder with module `smallnet`, whose factory `model` gives a small network trained for a moment."""
     folder = tmp_path_factory.mktemp("small")
-    data = datasets.load("fashion-mnist", "train", limit=6000)
+    data = datasets.load_data("fashion-mnist", "train", limit=6000)
     source = SMALL.replace("{path}", str(folder / "weights.safetensors")).replace(
         "{classes}", repr(data.classes)
     )
@@ -171,7 +173,7 @@ def test_what_recovery_wins_at_equal_bytes_is_in_its_table_and_its_file(smoke, s
         assert best.ratio >= float(share[2:])
     assert {"pruning", "product quantization"} <= set(table.index.get_level_values("method"))
     monkeypatch.syspath_prepend(small)
-    found = checkpoint.load(smoke / "recovered.safetensors", architecture="smallnet:model")
+    found = compression.load(smoke / "recovered.safetensors", architecture="smallnet:model")
     assert footprint.stored_bytes(found.network) == table.loc[("clustering, trained", "1/16"), "bytes"]
 
 
@@ -179,7 +181,7 @@ def test_the_best_combination_is_a_file_of_the_bytes_that_its_table_says(smoke, 
     table = pd.read_csv(smoke / "combinations.csv", keep_default_na=False)
     assert len(table) == (1 + 2 * 2 * 2) * 2 * 4 + 2 * 2 * 2 * 4  # both orders where kernels are pruned too
     monkeypatch.syspath_prepend(small)
-    found = checkpoint.load(smoke / "combined.safetensors", architecture="smallnet:model")
+    found = compression.load(smoke / "combined.safetensors", architecture="smallnet:model")
     best = table[(table.clustering != "none") & (table.bytes == footprint.stored_bytes(found.network))]
     assert best["drop"].min() <= max(1, table.loc[table.clustering != "none", "drop"].min())
     excess = pd.read_csv(smoke / "excess.csv", keep_default_na=False)

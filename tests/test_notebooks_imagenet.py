@@ -10,7 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from kclib import batch, profiles
+from kclib.experiments import batch, profiles
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from kclib import kernels, reports
+from kclib import kernels
+from kclib.experiments import reports
 
 HERE = Path(__file__).parent
 STEMS = [path.stem for path in sorted((HERE.parent / "notebooks").glob("*.ipynb"))]

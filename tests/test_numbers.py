@@ -8,31 +8,16 @@ import torch
 from tiny import tiny_data, tiny_model
 from torch import nn
 
-from kclib import (
-    clustering,
-    clusterings,
-    combination,
-    datasets,
-    embedding,
-    evaluation,
-    factorial,
-    figures,
-    jobs,
-    kernels,
-    kmeans,
-    latency,
-    neighbours,
-    packing,
-    sequential,
-    state_dicts,
-    stored,
-    sweep,
-    symmetry,
-    tradeoff,
-    training,
-)
+from kclib import clustering, combination, datasets, evaluation, experiments, kernels, kmeans, plots, training
+from kclib.combination import factorial
+from kclib.compression import formats, latency, packing
 from kclib.errors import InvalidValueError
+from kclib.experiments import cell, pool
 from kclib.kernels import KernelBank
+from kclib.kmeans import symmetric
+from kclib.models import state_dicts
+from kclib.recovery import sequential, tradeoff
+from kclib.similarity import embedding, neighbours
 from kclib.store import Entry, Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +35,7 @@ class Given:
 def given(tmp_path):
     given = Given()
     given.store = Store(tmp_path)
-    given.subject = sweep.Subject(given.model, given.data, given.store)
+    given.subject = cell.Subject(given.model, given.data, given.store)
     return given
 
 
@@ -60,14 +45,14 @@ WHOLE = {
     "cluster, K of a group": (lambda g, x: clustering.cluster(g.bank, {"0": x, "2": 2}, progress=False), 3),
     "cluster, seed": (lambda g, x: clustering.cluster(g.bank, 3, seed=x, progress=False), 1),
     "cluster, threads": (lambda g, x: clustering.cluster(g.bank, 3, n_threads=x, progress=False), 1),
-    "clusterings, K": (lambda g, x: clusterings.cluster(g.bank, x, store=g.store, progress=False), 3),
+    "clusterings, K": (lambda g, x: cell.stored_clustering(g.bank, x, store=g.store, progress=False), 3),
     "clusterings, seed": (
-        lambda g, x: clusterings.cluster(g.bank, 3, seed=x, store=g.store, progress=False), 1,
+        lambda g, x: cell.stored_clustering(g.bank, 3, seed=x, store=g.store, progress=False), 1,
     ),
-    "kmeans, K": (lambda g, x: kmeans.kmeans(g.points, x), 3),
-    "kmeans, max_iter": (lambda g, x: kmeans.kmeans(g.points, 3, max_iter=x), 3),
+    "kmeans, K": (lambda g, x: kmeans.fit(g.points, x), 3),
+    "kmeans, max_iter": (lambda g, x: kmeans.fit(g.points, 3, max_iter=x), 3),
     "ladder": (lambda g, x: kmeans.ladder(g.points, [x]), 3),
-    "symmetry, K": (lambda g, x: symmetry.kmeans(g.points, x, turned=True), 3),
+    "symmetry, K": (lambda g, x: symmetric.fit(g.points, x, turned=True), 3),
     "neighbours": (lambda g, x: neighbours.nearest(g.points, k=x), 3),
     "graph": (lambda g, x: embedding.graph(g.points, n_neighbors=x, store=g.store), 4),
     "curves": (
@@ -82,20 +67,20 @@ WHOLE = {
     "factorial, seed": (lambda g, x: factorial.cells([0], [3], ["layer"], [None], factorial.ORDERS, [x]), 3),
     "Cluster": (lambda g, x: combination.Cluster(x), 64),
     "Cluster, K of a group": (lambda g, x: combination.Cluster({"0": x}), 64),
-    "Workers": (lambda g, x: jobs.Workers(x), 2),
+    "Workers": (lambda g, x: pool.Workers(x), 2),
     "batches": (lambda g, x: list(datasets.batches(g.data, g.model.preprocess, x)), 9),
     "batches, workers": (lambda g, x: list(datasets.batches(g.data, g.model.preprocess, 40, workers=x)), 0),
     "limit": (lambda g, x: datasets.limited(g.data, x), 9),
     "evaluate": (lambda g, x: evaluation.evaluate(g.model, g.data, batch_size=x, progress=False), 20),
     "sequential, seed": (
-        lambda g, x: sequential.cluster(g.model, g.data, 3, seed=x, progress=False).network, 1,
+        lambda g, x: sequential.correct(g.model, g.data, 3, seed=x, progress=False).network, 1,
     ),
     "latency, batch": (lambda g, x: latency.of_network(g.model, (3, 8, 8), [x]), 1),
     "latency, side": (lambda g, x: latency.of_network(g.model, (3, x, 8), [1], seed=x), 8),
-    "figures": (lambda g, x: figures.kernel_sheet(g.bank.weights[:5], columns=x), 2),
+    "figures": (lambda g, x: plots.kernel_sheet(g.bank.weights[:5], columns=x), 2),
     "pack": (lambda g, x: packing.pack(np.arange(4), x), 3),
-    "palette": (lambda g, x: stored.Palette(x, "kmeans", "tensor"), 3),
-    "product": (lambda g, x: stored.Product(x, 1).bytes(g.bank.layers[0]), 3),
+    "palette": (lambda g, x: formats.Palette(x, "kmeans", "tensor"), 3),
+    "product": (lambda g, x: formats.Product(x, 1).bytes(g.bank.layers[0]), 3),
     "Recipe, epochs": (lambda g, x: training.Recipe(epochs=x), 3),
     "Recipe, seed": (lambda g, x: training.Recipe(seed=x), 3),
 }  # fmt: skip
@@ -122,15 +107,15 @@ def test_no_whole_number_is_made_of_what_is_none(given, name):
 @pytest.mark.parametrize("ks", ["23", b"23", 3, None])
 def test_what_is_no_list_is_no_list_of_one_digit_numbers(given, ks, seen):
     with pytest.raises(InvalidValueError, match="ks is") as found:
-        sweep.run(given.model, given.data, ks, store=given.store)
+        experiments.sweep(given.model, given.data, ks, store=given.store)
     if ks == "23":
         seen("Numbers", '`sweep.run(model, data, "23")`', f"`{found.value}`")
 
 
 CALLS = {
-    "sweep.run(model, data, [2.7])": lambda g: sweep.run(g.model, g.data, [2.7], store=g.store),
-    "jobs.Workers(1.5)": lambda g: jobs.Workers(1.5),
-    "jobs.Workers(True)": lambda g: jobs.Workers(True),
+    "sweep.run(model, data, [2.7])": lambda g: experiments.sweep(g.model, g.data, [2.7], store=g.store),
+    "jobs.Workers(1.5)": lambda g: pool.Workers(1.5),
+    "jobs.Workers(True)": lambda g: pool.Workers(True),
     'combination.Cluster("64")': lambda g: combination.Cluster("64"),
     "combination.Cluster(0)": lambda g: combination.Cluster(0),
     "kernels.insert of 1e9 into a float16 network": lambda g: kernels.insert(
@@ -156,9 +141,9 @@ def test_nothing_is_made_of_what_it_is_not(given, call, seen):
 
 def test_text_is_no_list_of_its_letters(given):
     with pytest.raises(InvalidValueError, match="scopes is 'layer'"):
-        sweep.run(given.model, given.data, [3], scopes="layer", store=given.store)
+        experiments.sweep(given.model, given.data, [3], scopes="layer", store=given.store)
     with pytest.raises(InvalidValueError, match="methods is 'plain'"):
-        sweep.run(given.model, given.data, [3], methods="plain", store=given.store)
+        experiments.sweep(given.model, given.data, [3], methods="plain", store=given.store)
     with pytest.raises(InvalidValueError, match="clusters is '64'"):
         factorial.cells([0], "64", ["layer"], [None], factorial.ORDERS, [0])
 

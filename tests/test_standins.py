@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from kclib import checkpoint, clustering, compression, kernels, layers, models
+from kclib import clustering, compression, kernels, models
+from kclib.compression import layers
 from kclib.errors import InvalidValueError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -291,8 +292,8 @@ def test_as_many_clusters_as_kernels_change_no_answer(make, tmp_path):
     expected, found = answers(network), all_clusters(network)
     packed = compression.compress(network, found)
     assert layers.clustered(packed)
-    checkpoint.save(packed, tmp_path / "a.safetensors")
-    loaded = checkpoint.load(tmp_path / "a.safetensors", architecture=network).network
+    compression.save(packed, tmp_path / "a.safetensors")
+    loaded = compression.load(tmp_path / "a.safetensors", architecture=network).network
     results = [packed, compression.replaced(network, found), compression.expand(packed), loaded]
     for result in [*results, copy.deepcopy(packed)]:
         torch.testing.assert_close(answers(result), expected, rtol=1e-5, atol=1e-5)
@@ -353,8 +354,8 @@ def test_state_of_the_users_own_is_saved_beside_the_indices(tmp_path):
     own = {"conv.mask", "conv.gain", "conv.act.weight"}
     assert own <= set(small.state_dict())
     assert "conv.passing" not in small.state_dict()
-    checkpoint.save(small, tmp_path / "a.safetensors")
-    loaded = checkpoint.load(tmp_path / "a.safetensors", architecture=WithAttributes()).network
+    compression.save(small, tmp_path / "a.safetensors")
+    loaded = compression.load(tmp_path / "a.safetensors", architecture=WithAttributes()).network
     for name in own:
         assert torch.equal(loaded.state_dict()[name], network.state_dict()[name])
 
@@ -364,8 +365,8 @@ def test_extra_state_survives(tmp_path):
     network.conv.extra = 11
     small = compression.compress(network, some_clusters(network))
     assert small.state_dict()["conv._extra_state"]["extra"] == 11
-    checkpoint.save(small, tmp_path / "a.safetensors")
-    loaded = checkpoint.load(tmp_path / "a.safetensors", architecture=OfItsOwnClass()).network
+    compression.save(small, tmp_path / "a.safetensors")
+    loaded = compression.load(tmp_path / "a.safetensors", architecture=OfItsOwnClass()).network
     assert loaded.conv.extra == 11
     assert torch.equal(answers(loaded), answers(small))
 
@@ -375,14 +376,14 @@ def test_extra_state_that_no_file_keeps_is_refused_by_name(tmp_path):
     network.conv.extra = {1, 2}
     small = compression.compress(network, some_clusters(network), inputs=False)
     with pytest.raises(InvalidValueError, match="extra state of conv holds a set"):
-        checkpoint.save(small, tmp_path / "a.safetensors")
+        compression.save(small, tmp_path / "a.safetensors")
 
 
 def test_extra_state_of_another_architecture_is_refused(tmp_path):
     network = OfItsOwnClass()
-    checkpoint.save(compression.compress(network, some_clusters(network)), tmp_path / "a.safetensors")
+    compression.save(compression.compress(network, some_clusters(network)), tmp_path / "a.safetensors")
     with pytest.raises(InvalidValueError, match="extra state of conv, which takes none"):
-        checkpoint.load(tmp_path / "a.safetensors", architecture=Net())
+        compression.load(tmp_path / "a.safetensors", architecture=Net())
 
 
 def by_closure():
@@ -435,9 +436,9 @@ def test_a_weight_held_elsewhere_may_be_dense_but_not_clustered():
 
 def test_a_file_is_not_loaded_into_a_network_that_does_not_run_its_layers(tmp_path):
     network = Net()
-    checkpoint.save(compression.compress(network, some_clusters(network)), tmp_path / "a.safetensors")
+    compression.save(compression.compress(network, some_clusters(network)), tmp_path / "a.safetensors")
     with pytest.raises(InvalidValueError, match="layer conv"):
-        checkpoint.load(tmp_path / "a.safetensors", architecture=by_closure())
+        compression.load(tmp_path / "a.safetensors", architecture=by_closure())
 
 
 def test_a_layer_left_out_need_not_run():
@@ -498,9 +499,9 @@ def test_a_model_in_is_a_model_out(tmp_path):
     for result in (small, compression.replaced(model, found), compression.expand(small)):
         assert isinstance(result, models.Model)
         assert (result.name, result.classes) == (model.name, model.classes)
-    contents = checkpoint.save(small, tmp_path / "a.safetensors")
+    contents = compression.save(small, tmp_path / "a.safetensors")
     assert contents.description["architecture"] == "mine:net"
-    loaded = checkpoint.load(tmp_path / "a.safetensors", architecture=model)
+    loaded = compression.load(tmp_path / "a.safetensors", architecture=model)
     assert loaded.classes == model.classes
     assert torch.equal(answers(loaded.network), answers(small.network))
 
@@ -549,8 +550,8 @@ def test_a_computed_weight_is_computed_again_once_expanded(make, tmp_path):
     small = compression.compress(network, some_clusters(network))
     assert {"conv.indices", "conv.codebook.values"} <= set(small.state_dict())
     assert not any("original" in name or "weight_" in name for name in small.state_dict())
-    checkpoint.save(small, tmp_path / "a.safetensors")
-    dense = checkpoint.load(tmp_path / "a.safetensors", architecture=network, resident="dense").network
+    compression.save(small, tmp_path / "a.safetensors")
+    dense = compression.load(tmp_path / "a.safetensors", architecture=network, resident="dense").network
     for result in (compression.expand(small), dense):
         kinds = {name: (x.dtype, x.shape) for name, x in network.state_dict().items()}
         assert {name: (x.dtype, x.shape) for name, x in result.state_dict().items()} == kinds

@@ -10,32 +10,14 @@ from partitions import restored
 from strange import NETWORKS, model, network, one_kernel, pictures, raw, scaled
 
 from benchmarks import representatives
-from kclib import (
-    additivity,
-    attribution,
-    budget,
-    calibration,
-    clustering,
-    compression,
-    damage,
-    distances,
-    embedding,
-    footprint,
-    kernels,
-    kmeans,
-    models,
-    nulls,
-    pairs,
-    peers,
-    pruning,
-    recovery,
-    restoration,
-    sensitivity,
-    sequential,
-    similarity,
-    symmetry,
-)
+from kclib import clustering, compression, kernels, kmeans, models, recovery, similarity
+from kclib.combination import orthogonality, pruning
+from kclib.compression import footprint
 from kclib.errors import InvalidValueError
+from kclib.evaluation import attribution, damage, peers
+from kclib.kmeans import symmetric
+from kclib.recovery import allocation, calibration, restoration, sensitivity, sequential
+from kclib.similarity import closeness, distances, embedding, null_models
 from kclib.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +52,7 @@ def test_corrected_networks_answer_nearer_than_plain_ones(kind, preprocess):
     given, data = model(kind, preprocess), pictures()
     bank = kernels.extract(given.network)
     plain = compression.replaced(given.network, clustering.cluster(bank, 5, **QUIET))
-    ours = sequential.cluster(given, data, 5, precision="fp32", **QUIET).network
+    ours = sequential.correct(given, data, 5, precision="fp32", **QUIET).network
     assert all(torch.isfinite(x).all() for x in ours.state_dict().values())
     for layer in bank.layers:
         one, all_ = layer_error(given.network, ours, layer.name, data, preprocess)
@@ -97,7 +79,7 @@ def test_calibrated_networks_answer_nearer_than_uncalibrated_ones(kind):
 @pytest.mark.parametrize("images", ["constant", "black"])
 def test_images_that_are_all_alike_leave_networks_finite_and_their_answers_as_they_were(images):
     given, data = model("ordinary"), pictures(images)
-    found = sequential.cluster(given, data, 5, precision="fp32", **QUIET).network
+    found = sequential.correct(given, data, 5, precision="fp32", **QUIET).network
     torch.testing.assert_close(
         answers(found, given, data), answers(given.network, given, data), rtol=0.2, atol=0.3
     )
@@ -148,7 +130,7 @@ def test_damage_is_shared_out_whole_and_restoring_never_adds_to_it(kind, tmp_pat
     assert (found.table.after <= found.table.before * (1 + 1e-6)).all()
     assert 0 <= found.n_bytes <= 300
     limit = 0.6 * footprint.convolution_bytes(given.network)
-    bought = budget.allocate(
+    bought = allocation.allocate(
         given, data, bank, weights, n_bytes=limit, precision="fp32", store=Store(tmp_path), **QUIET
     )
     assert bought.n_bytes <= limit
@@ -186,7 +168,7 @@ def test_clusters_leave_no_more_error_than_one_cluster_a_layer_would(kind, optio
         own = np.square(points[rows] - stands[rows]).sum()
         assert group.inertia == pytest.approx(own, rel=1e-3, abs=rounding)
     assert all(0 <= x <= 1 + 1e-6 for x in clustering.error_share(bank, made))
-    ledger = footprint.ledger(network(kind), made).to_numpy(float)
+    ledger = compression.footprint(network(kind), made).to_numpy(float)
     assert np.isfinite(ledger).all()
     assert (ledger >= 0).all()
 
@@ -206,7 +188,7 @@ def test_representatives_of_every_kind_are_finite(kind, kind_of):
 @EACH
 @pytest.mark.parametrize("distance", distances.named_distances)
 def test_distances_are_in_range_and_every_pair_is_counted(kind, distance):
-    bank, named = kernels.extract(network(kind)), distances.named(distance)
+    bank, named = kernels.extract(network(kind)), similarity.named(distance)
     points = bank.points
     n = int(named.comparable(points).sum())
     largest = (
@@ -214,12 +196,12 @@ def test_distances_are_in_range_and_every_pair_is_counted(kind, distance):
         if np.isfinite(named.largest)
         else 3 * np.linalg.norm(points.astype(float), axis=1).max()
     )
-    found = pairs.pair_histogram(points, np.linspace(0, largest, 20), distance=distance)
+    found = similarity.pair_histogram(points, np.linspace(0, largest, 20), distance=distance)
     assert found.pairs == found.counts.sum() == n * (n - 1) // 2
     assert np.isfinite(found.error).all()
     nearest = similarity.nearest_distances(points, distance=distance)
     assert ((nearest >= 0) & (nearest <= largest * (1 + 1e-6))).all()
-    table = similarity.closeness(bank, np.arange(len(bank)), distance=distance, **QUIET)
+    table = closeness.closeness(bank, np.arange(len(bank)), distance=distance, **QUIET)
     assert np.isfinite(table[["real", "chance"]]).all(axis=None)
     known = table.dropna()
     assert (known.low <= known.ratio * (1 + 1e-6)).all()
@@ -234,10 +216,10 @@ def test_distances_are_in_range_and_every_pair_is_counted(kind, distance):
 @pytest.mark.parametrize("distance", ["euclidean", "symmetric", "cosine"])
 def test_pairs_and_neighbours_of_kernels_times_a_power_of_two_are_the_same(distance, factor):
     points = kernels.extract(network("ordinary")).points
-    unit = factor if np.isinf(distances.named(distance).largest) else 1
+    unit = factor if np.isinf(similarity.named(distance).largest) else 1
     edges = np.linspace(0, 2, 30)
     one, other = (
-        pairs.pair_histogram(np.float32(x) * points, y * edges, distance=distance)
+        similarity.pair_histogram(np.float32(x) * points, y * edges, distance=distance)
         for x, y in ((1, 1), (factor, unit))
     )
     np.testing.assert_array_equal(one.counts, other.counts)
@@ -255,8 +237,8 @@ def test_shapes_of_kernels_can_be_described_and_mapped(kind, tmp_path):
         described = similarity.explained(bank, 4, shapes=shapes, **QUIET)
         assert np.isfinite(described).all(axis=None)
         assert (described <= 100 + 1e-3).all(axis=None)
-    for null in nulls.named_nulls:
-        drawn = nulls.drawn(null, bank.points, seed=0)
+    for null in null_models.named_nulls:
+        drawn = null_models.drawn(null, bank.points, seed=0)
         assert drawn.shape == bank.points.shape
         assert np.isfinite(drawn).all()
     for name in embedding.named_maps:
@@ -279,11 +261,11 @@ def test_a_single_kernel_is_clustered_mapped_and_corrected(tmp_path):
     np.testing.assert_array_equal(clustering.quantized(made), bank.weights)
     with pytest.raises(InvalidValueError, match="1 of 1 kernels can be compared"):
         similarity.nearest_distances(bank.points)
-    assert not len(similarity.closeness(bank, np.arange(1), **QUIET))
+    assert not len(closeness.closeness(bank, np.arange(1), **QUIET))
     graph = embedding.graph(bank.points, n_neighbors=1, store=Store(tmp_path))
     assert embedding.layout(graph, n_neighbors=1).tolist() == [[0, 0]]
     given = models.Model("one", net, lambda x: scaled(x)[:, :1])
-    found = sequential.cluster(given, data, 1, precision="fp32", **QUIET)
+    found = sequential.correct(given, data, 1, precision="fp32", **QUIET)
     torch.testing.assert_close(answers(found.network, given), answers(net, given), rtol=1e-3, atol=1e-4)
 
 
@@ -297,9 +279,9 @@ def test_clusters_are_found_far_from_zero(options, n_clusters):
     for offset in (0, 1000):
         points = (near + offset).astype(np.float32)
         if options:
-            stands = restored(symmetry.kmeans(points, n_clusters, scaled=False, **options))
+            stands = restored(symmetric.fit(points, n_clusters, scaled=False, **options))
         else:
-            found = kmeans.kmeans(points, n_clusters)
+            found = kmeans.fit(points, n_clusters)
             stands = found.centres[found.labels]
         errors.append(np.square(points.astype(float) - stands).sum())
     assert errors[1] < 2 * errors[0]
@@ -311,11 +293,11 @@ def test_a_layer_times_a_power_of_two_has_the_same_clusters(factor, options):
     points = kernels.extract(network("ordinary")).points.copy()
     if options:
         one, other = (
-            symmetry.kmeans(points * np.float32(x), 5, **{"scaled": False, "turned": False} | options)
+            symmetric.fit(points * np.float32(x), 5, **{"scaled": False, "turned": False} | options)
             for x in (1, factor)
         )
     else:
-        one, other = (kmeans.kmeans(points * np.float32(x), 5) for x in (1, factor))
+        one, other = (kmeans.fit(points * np.float32(x), 5) for x in (1, factor))
     np.testing.assert_array_equal(one.labels, other.labels)
     assert other.inertia == pytest.approx(one.inertia * factor**2, rel=1e-6)
 
@@ -340,11 +322,11 @@ def test_peers_and_pruned_networks_are_finite_and_within_their_bytes(kind):
 
 
 @pytest.mark.parametrize("top1", [0.0, 50.0, 100.0])
-@pytest.mark.parametrize("response", additivity.RESPONSES)
+@pytest.mark.parametrize("response", orthogonality.RESPONSES)
 def test_methods_that_change_nothing_have_no_effect_nor_share(top1, response):
     cells = itertools.product([0.0, 0.5], ["none", "4"], ["none", "int8"], [0, 1])
     table = pd.DataFrame(cells, columns=["sparsity", "clustering", "precision", "seed"])
     table = table.assign(order="none", pruned="kernels", drop=0.0, top1=top1, images=100)
-    found = additivity.effects(table, response)
+    found = orthogonality.effects(table, response)
     np.testing.assert_allclose(found.effect[found.term != "mean"].dropna(), 0, atol=1e-9)
     assert not found.share.fillna(0).any()

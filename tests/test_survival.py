@@ -18,8 +18,9 @@ import torch
 from gates import PATIENCE
 from tiny import tiny_data, tiny_model
 
-from kclib import clustering, evaluation, sweep
+from kclib import clustering, evaluation, experiments
 from kclib.errors import StorageError
+from kclib.experiments import cell
 from kclib.store import Store
 
 KS = (1, 5, 36)
@@ -30,7 +31,7 @@ SECONDS = ["cluster_seconds", "evaluate_seconds"]
 
 def swept(folder, **options) -> pd.DataFrame:
     """Return a small sweep's table, without the seconds that its cells took."""
-    table = sweep.run(tiny_model(), tiny_data(), KS, store=Store(folder), **OPTIONS, **options)
+    table = experiments.sweep(tiny_model(), tiny_data(), KS, store=Store(folder), **OPTIONS, **options)
     return without_times(table)
 
 
@@ -159,13 +160,13 @@ def test_another_data_set_clusters_nothing_again_and_another_k_takes_no_kernels_
 ):
     swept(tmp_path)
     monkeypatch.setattr(clustering, "cluster", lambda *_, **__: pytest.fail("clustered again"))
-    other = sweep.run(tiny_model(), tiny_data(1), KS, store=Store(tmp_path), **OPTIONS)
+    other = experiments.sweep(tiny_model(), tiny_data(1), KS, store=Store(tmp_path), **OPTIONS)
     assert len(other) == len(undisturbed)
     assert not other.top1.equals(undisturbed.top1)
     monkeypatch.undo()
-    taken, genuine = {"n": 0}, sweep.kernels.extract
-    monkeypatch.setattr(sweep.kernels, "extract", counted(genuine, taken, "n"))
-    sweep.run(tiny_model(), tiny_data(), [3, 4, 6], store=Store(tmp_path))
+    taken, genuine = {"n": 0}, cell.kernels.extract
+    monkeypatch.setattr(cell.kernels, "extract", counted(genuine, taken, "n"))
+    experiments.sweep(tiny_model(), tiny_data(), [3, 4, 6], store=Store(tmp_path))
     assert taken["n"] == 1
 
 
@@ -173,7 +174,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, undisturbed, monkeypatch, 
     draw = np.random.default_rng(0)
     genuine = time.time
     monkeypatch.setattr(time, "time", lambda: genuine() + draw.uniform(-86_400, 86_400))
-    found = sweep.run(tiny_model(), tiny_data(), KS, store=Store(tmp_path), **OPTIONS)
+    found = experiments.sweep(tiny_model(), tiny_data(), KS, store=Store(tmp_path), **OPTIONS)
     assert found[SECONDS].ge(0).all(axis=None)
     assert found[SECONDS].lt(PATIENCE).all(axis=None)
     pd.testing.assert_frame_equal(without_times(found), undisturbed, check_exact=True)

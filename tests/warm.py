@@ -7,10 +7,10 @@ import torch
 from tiny import tiny_data, tiny_model
 from tqdm import tqdm
 
-from kclib import sweep
+from kclib import experiments
 from kclib.store import Store
 
 torch.set_num_threads(1)
 tqdm.set_lock(threading.RLock())  # by default one that forks share, which a killed one may never give back
 with tempfile.TemporaryDirectory() as _folder:
-    sweep.run(tiny_model(), tiny_data(), (1, 5), methods=("plain", "turned"), store=Store(_folder))
+    experiments.sweep(tiny_model(), tiny_data(), (1, 5), methods=("plain", "turned"), store=Store(_folder))

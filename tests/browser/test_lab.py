@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect
 from serving import free_port, running
 
-from kclib import profiles
+from kclib.experiments import profiles
 
 TOKEN = "for-tests-only"
 SETTINGS = {

@@ -9,7 +9,7 @@ from PIL import Image
 from playwright.sync_api import TimeoutError, expect
 from torch import nn
 
-from kclib import maps, thumbnails
+from kclib.explorers import interactive_map
 from kclib.kernels import extract
 
 PLACE = """([x, y]) => {
@@ -43,9 +43,11 @@ def kernels():
 def report(chromium, kernels, tmp_path):
     """A static page with the map of `kernels`, which may ask for nothing and must make no errors."""
     bank, layout, clusters = kernels
-    document = maps.interactive(layout, bank, np.arange(len(bank)), clusters=clusters, title="Kernels")
+    document = interactive_map.interactive(
+        layout, bank, np.arange(len(bank)), clusters=clusters, title="Kernels"
+    )
     file = tmp_path / "report.html"
-    frame = maps.embedded(document, title="map").data
+    frame = interactive_map.embedded(document, title="map").data
     file.write_text(f"<!doctype html><meta charset=utf-8><p>Before</p>{frame}", encoding="utf-8")
     page = chromium.new_page(viewport={"width": 1200, "height": 800})
     faults = []
@@ -113,7 +115,7 @@ def pixels(image):
 
 
 def drawn(kernel):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(thumbnails.pictures(kernel[None])[0]))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(interactive_map.pictures(kernel[None])[0]))))
 
 
 def expected_rows(bank, indices, labels):

@@ -11,8 +11,9 @@ import torch
 from tiny import tiny_data, tiny_model
 from what_happens import told
 
-from kclib import checkpoint, clustering, compression, kernels, sources, sweep, training
+from kclib import clustering, compression, kernels, training
 from kclib.errors import DamagedFileError
+from kclib.experiments.cell import Subject, forget
 from kclib.store import Entry, Store
 
 KIND = "Disk"
@@ -82,7 +83,7 @@ def test_a_compressed_file(tmp_path, kclib, seen):
     path = tmp_path / "small.safetensors"
     network = tiny_model().network
     found = clustering.cluster(kernels.extract(network), 3, progress=False)
-    checkpoint.save(compression.compress(network, found), path)
+    compression.save(compression.compress(network, found), path)
     flip(path, -3)
     code, _, said = kclib("inspect", path)
     assert code == 2
@@ -115,8 +116,8 @@ def test_results_that_vanish_during_a_sweep(tmp_path, monkeypatch, kclib, caplog
         'sweep: {models: ["tiny:photo_model"], data: ["folder:pictures"], limit: 0, '
         "scopes: [layer], clusters: [2]}"
     )
-    sources.forget()
-    genuine, times = sweep.Subject.entry, []
+    forget()
+    genuine, times = Subject.entry, []
 
     def vanishing(subject, cell, **options):
         entry = genuine(subject, cell, **options)
@@ -125,7 +126,7 @@ def test_results_that_vanish_during_a_sweep(tmp_path, monkeypatch, kclib, caplog
             subject.store.path(entry.key).unlink()
         return entry
 
-    monkeypatch.setattr(sweep.Subject, "entry", vanishing)
+    monkeypatch.setattr(Subject, "entry", vanishing)
     assert kclib("sweep", "small.yaml")[0] == 0
     assert "gone from the store, or damaged; computed again" in caplog.text
     assert (len(times), len(pd.read_parquet("reports/small/results.parquet"))) == (3, 2)

@@ -14,8 +14,8 @@ from users import another_user
 from what_happens import told
 
 from kclib import cli
+from kclib._util.files import replacing
 from kclib.errors import StorageError
-from kclib.files import replacing
 from kclib.store import Entry, Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ import tiny
 from users import NOBODY, another_user, run_as_nobody
 from what_happens import told
 
-from kclib import files, places
+from kclib._util import files, places
 from kclib.errors import StorageError
 from kclib.store import Entry, Store
 
@@ -24,7 +24,8 @@ COMMANDS = """
 import sys
 import numpy as np
 import torch
-from kclib import cli, packing
+from kclib import cli
+from kclib.compression.replacement import packing
 from kclib.store import Entry, Store
 packing.unpack(torch.from_numpy(packing.pack(np.arange(4), 2)), 2, 0, 4)  # compiles
 Store().put(Entry({"kind": "evaluation", "k": 2}, {"images": 9}, {}))
@@ -125,7 +126,7 @@ from joblib import Parallel, delayed
 import tiny
 from kclib import datasets
 print(Parallel(2)(delayed(operator.add)(i, 1) for i in range(3)))
-data = datasets.load(f"folder:{tiny.write_pictures(Path('pictures'))}")
+data = datasets.load_data(f"folder:{tiny.write_pictures(Path('pictures'))}")
 print(sum(len(x) for x, _ in datasets.batches(data, tiny.photo_model().preprocess, 16, workers=2)))
 """
 # All is read-only but the folder that is given, where temporary files are too; /dev/shm is of no use.

@@ -1,0 +1,17 @@
+"""A clustered network that is really small: in memory, in a file, and for other runtimes.
+
+`compress` puts indices and a codebook in place of weights and `expand` undoes it. `save` and `load` keep it
+in one checked file, `export` writes it for ONNX and torch. `footprint` says where the bytes go.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "replacement": ["compress", "replaced", "expand", "expanded", "inserted"],
+        "checkpoint": ["save", "load"],
+        "exporting": ["export", "to_onnx", "to_program"],
+        "footprint": ["footprint"],
+    },
+)

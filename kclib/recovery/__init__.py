@@ -1,0 +1,12 @@
+"""The same bytes, less lost.
+
+`shrink` makes a network small within a number of bytes, `finetune` trains it while its bytes stay. The
+modules do one step each: sensitivities, bytes shared out over layers, correction and calibration without
+labels, and bytes spent where they win back most.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"shrinking": ["shrink"], "finetuning": ["finetune", "RECIPE"]}
+)

@@ -1,0 +1,82 @@
+"""Make a network small within so many bytes, and train it: `shrink`."""
+
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from kclib import datasets, kernels, models
+from kclib.recovery import allocation, sensitivity, sequential
+from kclib.recovery.allocation import Allocation
+
+_KINDS = ("output", "input", "uniform")  # of sensitivity, the first that is not 0 for all kernels
+
+
+def shrink(
+    model: models.Model | nn.Module,
+    images: datasets.ImageSet,
+    held_back: datasets.ImageSet,
+    n_bytes: float,
+    *,
+    weights: np.ndarray | None = None,
+    dense: models.Model | nn.Module | None = None,
+    precision: str = "fp16",
+    coding: str = "entropy",
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Allocation:
+    """Return what loses least within so many bytes without training: shared out over layers, and corrected.
+
+    `sensitivity.weights` says what errors cost, `allocation.allocate` how many clusters each layer gets for
+    it, `sequential.correct` makes them. `compression.compress(found.model, found.clustering,
+    precision=precision)` packs what is found. Where no image leaves the network in doubt, errors cost what
+    they do to each layer's output (`sensitivity.weights` of kind ``input``).
+
+    Parameters
+    ----------
+    model : Model or torch.nn.Module
+        Unchanged. A network alone is given images as `models.plain` makes them.
+    images : ImageSet, or what `datasets.as_image_set` takes
+        Some hundred to correct by; their labels are not read.
+    held_back : ImageSet, or what `datasets.as_image_set` takes
+        To measure the drop on: other images, not the test set.
+    n_bytes : float
+        Most bytes of all convolutions.
+    weights : numpy.ndarray, optional
+        `sensitivity.weights` of the model's kernels, if they are there already.
+    dense : torch.nn.Module, optional
+        As in `sequential.correct`.
+    precision, coding
+        Of codebooks and indices as they will be stored.
+    seed, device, progress
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        As `allocation.allocate` and `sequential.correct`.
+    """
+    given, model, images = model, models.as_model(model), datasets.as_image_set(images)
+    bank, options = kernels.extract(model.network), {"seed": seed, "device": device, "progress": progress}
+    if weights is None:
+        kinds = (sensitivity.weights(model, images, bank, kind=x, **options) for x in _KINDS)
+        weights = next(filter(np.any, kinds))
+
+    def build(scope, n_clusters):
+        found = sequential.correct(
+            model,
+            images,
+            n_clusters,
+            scope=scope,
+            dense=dense,
+            precision=precision,
+            weights=weights,
+            **options,
+        )
+        return found.network, found.clustering
+
+    found = allocation.allocate(
+        model, held_back, bank, weights, n_bytes=n_bytes, scopes=("layer",), precision=precision,
+        coding=coding, build=build, uniform=False, **options,
+    )  # fmt: skip
+    return replace(found, model=models.like(given, found.network))

@@ -1,0 +1,76 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from kclib import plots
+
+
+@pytest.fixture
+def ax():
+    _, ax = plt.subplots()
+    yield ax
+    plt.close()
+
+
+@pytest.fixture
+def table():
+    rows = [
+        ("dense", 1.0, 0.0, 0.0, 0.0),
+        ("pruning", 16.0, 2.0, 1.5, 2.5),
+        ("pruning", 32.0, 40.0, 39.0, 41.0),
+        ("clustering, trained", 33.0, 0.2, 0.0, 0.4),
+        ("clustering, trained", 16.5, 0.0, -0.2, 0.2),
+        ("dense, trained as long", 1.0, -0.1, -0.3, 0.1),
+    ]
+    return pd.DataFrame(rows, columns=["method", "ratio", "drop", "drop_low", "drop_high"]).assign(
+        bytes=lambda x: 1000 / x.ratio
+    )
+
+
+def test_methods_are_lines_from_few_bytes_to_many_and_dense_models_none(ax, table):
+    assert plots.equal_bytes(table, ax=ax) is ax
+    lines = {container.get_label(): container[0] for container in ax.containers}
+    assert list(lines) == ["clustering, trained", "pruning"]
+    assert lines["pruning"].get_ydata().tolist() == [40, 2]
+    assert lines["clustering, trained"].get_xdata().tolist() == [33, 16.5]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(lines)
+    assert lines["pruning"].get_color() == "0.55"
+    assert np.ndim(lines["clustering, trained"].get_color()) == 1
+
+
+def test_bytes_are_read_as_fractions_and_everything_drawn_is_in_sight(ax, table):
+    plots.equal_bytes(table, ax=ax)
+    ax.figure.canvas.draw()
+    labels = [x.get_text() for x in ax.get_xticklabels()]
+    assert {"1/16", "1/24", "1/32"} <= set(labels)
+    low, high = ax.get_ylim()
+    assert low <= -0.2 < 41 <= high
+    left, right = ax.get_xlim()
+    assert left < 16 < 33 < right
+    assert ax.get_xlabel()
+    assert "points" in ax.get_ylabel()
+
+
+def test_steps_are_bars_from_top_to_bottom(ax, table):
+    plots.gains(table[table.method == "pruning"], ax=ax)
+    assert [bar.get_width() for bar in ax.patches] == [2, 40]
+    assert [x.get_text() for x in ax.get_yticklabels()] == ["pruning", "pruning"]
+    assert ax.yaxis_inverted()
+
+
+def test_sensitivities_are_boxes_and_zeros_are_counted(ax):
+    values = {"one": np.array([0.0, 0.0, 0.0, 2.0]), "two": np.array([1.0, 4.0, 2.0])}
+    plots.layer_sensitivities(values, ax=ax)
+    assert [x.get_text() for x in ax.get_xticklabels()] == ["one\n(75 % are 0)", "two"]
+    medians = [line.get_ydata()[0] for line in ax.lines if line.get_color() == "k"]
+    assert medians == [2, 2]
+    assert ax.get_yscale() == "log"
+
+
+def test_choices_are_lines_over_the_groups(ax):
+    plots.allocated_clusters({"1/16": {"a": 64, "b": 4}, "1/32": {"a": 16, "b": 2}}, ax=ax)
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[64, 4], [16, 2]]
+    assert [x.get_text() for x in ax.get_legend().get_texts()] == ["1/16", "1/32"]
+    ax.figure.canvas.draw()
+    assert [x.get_text() for x in ax.get_xticklabels()] == ["a", "b"]
