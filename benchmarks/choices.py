@@ -19,7 +19,7 @@ from torch.nn.functional import kl_div
 import kclib
 from benchmarks import networks, representatives
 from benchmarks.recovery import PRECISION, Rows
-from kclib import clustering, datasets
+from kclib import clustering, datasets, models
 from kclib.clustering import grouping
 from kclib.compression import footprint
 from kclib.compression.footprint import Count
@@ -58,12 +58,12 @@ class Bench:
         held_back = datasets.limited(images.held_back, HELD_BACK)
         answers = log_shares(model, held_back)
         dense = kclib.evaluate(model, test, precision=PRECISION)
-        return cls(model, kclib.extract(model.network), images, held_back, test, answers, dense, rows)
+        return cls(model, kclib.extract(model), images, held_back, test, answers, dense, rows)
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the dense convolutions."""
-        return footprint.convolution_bytes(self.model.network)
+        return footprint.convolution_bytes(self.model)
 
     @property
     def unclustered(self) -> int:
@@ -77,13 +77,13 @@ class Bench:
 
     def divergence(self, rows: np.ndarray) -> dict:
         """Return how far the answers are from the dense model's with other kernels, in the bank's rows."""
-        answers = log_shares(replace(self.model, network=self._with(rows)), self.held_back)
+        answers = log_shares(models.like(self.model, self._with(rows)), self.held_back)
         each = kl_div(answers, self.answers, reduction="none", log_target=True).sum(1)
         return {"kl": float(each.mean()), "kl_error": float(each.std() / math.sqrt(len(each)))}
 
     def losses(self, rows: np.ndarray) -> dict:
         """Return that, and the accuracy points lost on test images."""
-        model = replace(self.model, network=self._with(rows))
+        model = models.like(self.model, self._with(rows))
         answers = kclib.evaluate(model, self.test, precision=PRECISION)
         lost = kclib.drop(self.dense, answers).points
         drop = {"drop": lost.estimate, "drop_low": lost.low, "drop_high": lost.high}
@@ -99,12 +99,12 @@ class Bench:
         return result
 
     def _with(self, rows: np.ndarray) -> nn.Module:
-        return kclib.insert(self.model.network, replace(self.bank, weights=rows))
+        return kclib.insert(self.model, replace(self.bank, weights=rows))
 
 
 def log_shares(model: kclib.Model, data: kclib.ImageSet) -> Tensor:
     """Return the log-probability of each class, float64 ``(n, classes)``, as `evaluation.evaluate` runs."""
-    network = copying.copied(model.network).eval().to(memory_format=torch.channels_last)
+    network = copying.copied(models.network_of(model)).eval().to(memory_format=torch.channels_last)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         batches = datasets.batches(data, model.preprocess, 64)
         logits = [network(inputs.to(memory_format=torch.channels_last)) for inputs, _ in batches]
@@ -206,7 +206,7 @@ def priced(bench: Bench, weights: np.ndarray, scope: str, k: int) -> None:
 
     def build(price: float, k: int) -> tuple[kclib.Clustering, int]:
         found = kclib.cluster(bench.bank, k, scope=scope, weights=weights, price=price)
-        table = kclib.footprint(bench.model.network, found, codings=("entropy",))
+        table = kclib.footprint(bench.model, found, codings=("entropy",))
         return found, int(table.loc["convolutions", "entropy_fp16"])
 
     def keep(method: str, trial: Trial) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 import kclib
-from kclib import datasets
+from kclib import datasets, models
 from kclib._util import files
 
 BATCH, IMAGES, REPEATS = 64, 2000, 5
@@ -25,7 +25,7 @@ def bare_loop(network: torch.nn.Module, batches: list[torch.Tensor], precision: 
 
 def main() -> None:
     model, data = kclib.load_model(), kclib.load_data(limit=IMAGES)
-    network = kclib.load_model().network.to(memory_format=torch.channels_last)
+    network = models.network_of(kclib.load_model()).to(memory_format=torch.channels_last)
     ready = [
         inputs.contiguous(memory_format=torch.channels_last)
         for inputs, _ in datasets.batches(data, model.preprocess, BATCH)

@@ -260,7 +260,7 @@ def draw(result: dict, path: Path) -> None:
 
 def load(name: str) -> np.ndarray:
     if name == "vgg16-fashion":
-        return np.ascontiguousarray(kclib.extract(kclib.load_model(name).network).points)
+        return np.ascontiguousarray(kclib.extract(kclib.load_model(name)).points)
     weights = [w for w in load_file(name).values() if w.ndim == 4 and w.shape[2:] == (3, 3)]
     return np.concatenate([w.astype(np.float32).reshape(-1, 9) for w in weights])
 

@@ -61,10 +61,10 @@ def decoding(network: torch.nn.Module) -> dict[str, float]:
 
 def case(model: kclib.Model, bank: kclib.KernelBank, scope: str, k: int, folder: Path) -> dict:
     result = kclib.cluster(bank, k, scope=scope)
-    packed = kclib.compress(model.network, result, precision="fp16")
+    packed = kclib.compress(model, result, precision="fp16")
     path = folder / f"{scope}-{k}.safetensors"
     entropy = kclib.save(packed, path, architecture=model.name)
-    dense = sum(value.nbytes for value in model.network.state_dict().values())
+    dense = footprint.dense_bytes(model)
     state = b"".join(value.numpy().tobytes() for value in kclib.expand(packed).state_dict().values())
     seen = {kind: residence.measure(path, resident=kind) for kind in ("packed", "dense")}
     times = latency.of_network(packed, models.input_shape(model))
@@ -89,7 +89,7 @@ def case(model: kclib.Model, bank: kclib.KernelBank, scope: str, k: int, folder:
 
 def main() -> None:
     model = kclib.load_model()
-    bank = kclib.extract(model.network)
+    bank = kclib.extract(model)
     with tempfile.TemporaryDirectory() as folder:
         rows = [case(model, bank, *each, Path(folder)) for each in tqdm(CASES, desc="memory", unit="case")]
     print(pd.DataFrame(rows).T.to_string())

@@ -70,10 +70,7 @@ def smallest(model: kclib.Model, table: pd.DataFrame, trained: pd.DataFrame, opt
         model, seed=int(row.seed), **options
     )
     data = kclib.load_data()
-    dense, answers = (
-        kclib.evaluate(replace(model, network=x), data, precision="bf16")
-        for x in (model.network, combined.network)
-    )
+    dense, answers = (kclib.evaluate(x, data, precision="bf16") for x in (model, combined.model))
     file = combined.save(OUT.with_name("combined.safetensors"), architecture=model.name)
     sizes = {"bytes": combined.n_bytes, "ratio": row.ratio, "file": int(file.bytes.sum())}
     kept = row[["pruned", "sparsity", "clustering", "precision", "order"]].to_dict() | sizes

@@ -13,7 +13,7 @@ from torch import nn
 
 import kclib
 from benchmarks import networks
-from kclib import plots, recovery
+from kclib import models, plots, recovery
 from kclib._util import files
 from kclib.compression import footprint
 from kclib.evaluation import peers
@@ -63,7 +63,7 @@ class Bench:
     @property
     def dense_bytes(self) -> int:
         """Bytes of the dense convolutions."""
-        return footprint.convolution_bytes(self.model.network)
+        return footprint.convolution_bytes(self.model)
 
     def key(self, method: str, share: int | None, setting: str = "") -> dict:
         """Return what a row is found by."""
@@ -71,7 +71,8 @@ class Bench:
 
     def measure(self, key: dict, n_bytes: int, network: nn.Module, seconds: float) -> None:
         """Evaluate a network on the test images and keep its row."""
-        answers = kclib.evaluate(replace(self.model, network=network), self.test, precision=PRECISION)
+        model = models.like(self.model, models.network_of(network))
+        answers = kclib.evaluate(model, self.test, precision=PRECISION)
         lost = kclib.drop(self.dense, answers).points
         self.rows.put(
             key
@@ -83,15 +84,15 @@ class Bench:
         """Fine-tune a network towards the dense one's answers, and measure what comes of it."""
         if self.rows.get(**key):
             return
-        start, model = time.perf_counter(), replace(self.model, network=network)
+        start, model = time.perf_counter(), models.like(self.model, models.network_of(network))
         found = kclib.finetune(
             model,
             self.images.train,
             self.folder / f"{name}.pt",
-            teacher=self.model.network,
+            teacher=self.model,
             recipe=self.recipe,
         )
-        self.measure(key, n_bytes, found.network, time.perf_counter() - start)
+        self.measure(key, n_bytes, found.model, time.perf_counter() - start)
 
 
 def clustered(
@@ -100,24 +101,24 @@ def clustered(
     """Return the compressed network that a budget buys, made once and kept in a file."""
     path = bench.folder / f"{bench.model.name}-{share}.safetensors"
     if path.exists():
-        return kclib.load(path, architecture=bench.model).network
+        return kclib.load(path, architecture=bench.model)
     start = time.perf_counter()
-    base = others(bench.model) if others else bench.model.network
+    base = others(bench.model) if others else bench.model
     spent = footprint.stored_bytes(base) - footprint.convolution_bytes(base)  # by what is compressed already
     chosen = kclib.shrink(
-        replace(bench.model, network=base),
+        base,
         bench.images.calibration,
         bench.images.held_back,
         bench.dense_bytes / share - spent,
-        dense=bench.model.network,
+        dense=bench.model,
     )
     print(chosen.table.to_string(index=False), flush=True)
-    packed = kclib.compress(chosen.network, chosen.clustering, precision="fp16")
+    packed = kclib.compress(chosen.model, chosen.clustering, precision="fp16")
     kclib.save(packed, path, architecture=None)
     bench.rows.put(
         bench.key("search", share) | {"seconds": time.perf_counter() - start, "clusters": chosen.n_clusters}
     )
-    return kclib.load(path, architecture=bench.model).network
+    return kclib.load(path, architecture=bench.model)
 
 
 def at_share(bench: Bench, share: int, others: Callable | None = None) -> None:
@@ -134,7 +135,7 @@ def own(bench: Bench, others: Callable | None = None) -> None:
     for share in SHARES:
         at_share(bench, share, others)
     dense = bench.key("dense, trained as long", None)
-    bench.trained(dense, bench.dense_bytes, bench.model.network, f"{bench.model.name}-dense")
+    bench.trained(dense, bench.dense_bytes, bench.model, f"{bench.model.name}-dense")
 
 
 def smallest(bench: Bench) -> None:
@@ -151,9 +152,9 @@ def smallest(bench: Bench) -> None:
         return
     start, first = time.perf_counter(), next(iter(n_clusters))
     fewer = {name: k if name == first else max(2, round(k * SMALLER)) for name, k in n_clusters.items()}
-    weights = sensitivity.weights(bench.model, bench.images.calibration, kclib.extract(bench.model.network))
+    weights = sensitivity.weights(bench.model, bench.images.calibration, kclib.extract(bench.model))
     found = sequential.correct(bench.model, bench.images.calibration, fewer, weights=weights)
-    network = kclib.compress(found.network, found.clustering, precision="fp16")
+    network = kclib.compress(found.model, found.clustering, precision="fp16")
     n_bytes, took = footprint.stored_bytes(network), time.perf_counter() - start
     if not bench.rows.get(**key):
         bench.measure(key, n_bytes, network, took)
@@ -166,7 +167,7 @@ def others_at(bench: Bench, share: int) -> None:
     if bench.rows.get(network=bench.model.name, share=share, peers="done"):
         return
     start = time.perf_counter()
-    found = peers.at_bytes(bench.model.network, int(bench.dense_bytes / share))
+    found = peers.at_bytes(bench.model, int(bench.dense_bytes / share))
     took = (time.perf_counter() - start) / len(found)
     for peer in found:
         key = bench.key(peer.name, share, peer.setting)
@@ -180,11 +181,11 @@ def others(bench: Bench) -> None:
     for share in SHARES:
         others_at(bench, share)
     for n_clusters, turned in SON:
-        peer = peers.son(bench.model.network, n_clusters, turned=turned)
+        peer = peers.son(bench.model, n_clusters, turned=turned)
         key = bench.key(peer.name, None, peer.setting)
         if not bench.rows.get(**key):
             bench.measure(key, peer.bytes, peer.network, 0.0)
-    packed = kclib.compress(bench.model.network, peer.clustering, precision="fp16")
+    packed = kclib.compress(bench.model, peer.clustering, precision="fp16")
     bench.trained(bench.key(f"{peer.name}, trained", None, peer.setting), peer.bytes, packed, "son")
 
 
@@ -192,12 +193,10 @@ def pointwise(images: kclib.ImageSet) -> Callable[[kclib.Model], nn.Module]:
     """Return what clusters the kernels of 1×1 and 7×7 pixels of a network, and packs them."""
 
     def compressed(model: kclib.Model) -> nn.Module:
-        network = model.network
+        network = model
         for size, k in ((1, 32), (7, 64)):
-            found = sequential.correct(
-                replace(model, network=network), images, k, size=size, dense=model.network
-            )
-            network = kclib.compress(found.network, found.clustering, precision="fp16")
+            found = sequential.correct(network, images, k, size=size, dense=model)
+            network = kclib.compress(found.model, found.clustering, precision="fp16")
         return network
 
     return compressed
@@ -212,7 +211,7 @@ def bench_of(
     bench = Bench(model, images, test, dense, recipe, folder, rows)
     key = bench.key("dense", None)
     if not rows.get(**key):
-        bench.measure(key, bench.dense_bytes, model.network, 0.0)
+        bench.measure(key, bench.dense_bytes, model, 0.0)
     return bench
 
 

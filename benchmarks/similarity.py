@@ -112,7 +112,7 @@ def slider(model: kclib.Model) -> list[dict]:
 
 def main() -> None:
     model = kclib.load_model("vgg16-fashion")
-    bank = kclib.extract(model.network)
+    bank = kclib.extract(model)
     path, store = OUT / "similarity.json", Store(OUT / "store")
     parts = {
         "pairs": lambda: pairs(bank.points),

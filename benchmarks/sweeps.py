@@ -34,7 +34,7 @@ CELLS = Grid(
     clusters=(16, 64, 256, 1024, 4096, 16384),
 )  # fmt: skip
 IMPORTS = "import torch\nfrom kclib import kernels, models"
-WORK = "print(len(kernels.extract(models.load().network)))"
+WORK = "print(len(kclib.extract(kclib.load_model())))"
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -50,14 +50,14 @@ def swept(store: Store, workers: Workers) -> None:
 
 def plain(model: kclib.Model, data: kclib.ImageSet) -> None:
     """Do what the cells of a sweep do, by calls without a store."""
-    bank = kclib.extract(model.network)
+    bank = kclib.extract(model)
     kclib.evaluate(model, data, progress=False)
     for scope in CELLS.scopes:
         for k in CELLS.clusters:
             found = kclib.cluster(bank, k, scope=scope, progress=False)
-            small = kclib.Model(model.name, compression.replaced(model.network, found), model.preprocess)
+            small = kclib.Model(model.name, compression.replaced(model, found), model.preprocess)
             kclib.evaluate(small, data, progress=False)
-            footprint.removed(model.network, found)
+            footprint.removed(model, found)
 
 
 def notebook(folder: Path) -> Path:

@@ -19,6 +19,33 @@ _PROFILE = Annotated[str, typer.Argument(help="smoke, full, imagenet, or the pat
 _OUT = Annotated[Path, typer.Option(help="Folder of the reports.")]
 
 
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Cluster the 2D kernels of a CNN and see what it saves and costs.",
+)  # fmt: skip
+_debug = False  # whether errors end in a traceback: an option before the command
+
+_CLASSES = Annotated[
+    str,
+    typer.Option(
+        help="Names of the network's outputs in their order, by commas; or 'by position', the data set's."
+    ),
+]
+_SHAPE = Annotated[
+    tuple[int, int, int] | None,
+    typer.Option(help="Channels, height, width of an input, where no preprocessing says so."),
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Cluster the 2D kernels of a CNN and see what it saves and costs."""
+    global _debug
+    _debug = debug
+
+
 def aside(command: Callable) -> Callable:
     """Make a command that writes to standard output say all else on standard error."""
 
@@ -31,6 +58,7 @@ def aside(command: Callable) -> Callable:
     return run
 
 
+@app.command()
 def sweep(
     profile: _PROFILE,
     dry_run: Annotated[
@@ -68,6 +96,7 @@ def sweep(
         )
 
 
+@app.command()
 def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
     """Write a profile's report anew, from the store and the executed notebooks; compute nothing."""
     from kclib.experiments import profiles, reports
@@ -85,6 +114,7 @@ def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
     typer.echo(f"report: {index.resolve()}")
 
 
+@app.command()
 @aside
 def results(
     kind: Annotated[
@@ -120,6 +150,7 @@ def results(
         typer.echo(_text(found) if len(found) else f"{store.root} has nothing like that.")
 
 
+@app.command()
 def gc(
     days: Annotated[float | None, typer.Option(help="Remove entries older than this too.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; remove nothing.")] = False,
@@ -142,6 +173,7 @@ def gc(
         typer.echo(f"{len(found):,} files, {found.bytes.sum():,} bytes removed")
 
 
+@app.command()
 @aside
 def compare(
     before: Annotated[Path, typer.Argument(help="results.parquet of a sweep, or its report's folder.")],
@@ -169,9 +201,6 @@ def compare(
         raise SweepError(
             f"{len(sentences)} of {len(table)} cells lost more than {max_drop:g} points or are gone."
         )
-
-
-COMMANDS = (sweep, report, results, gc, compare)
 
 
 def _profile(name: str):
@@ -212,37 +241,6 @@ def _filtered(table, where: str, columns: list[str]):
         for column in columns:
             checks.check_known("column", column, table.columns)
     return table[columns] if columns and len(table) else table
-
-
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-    help="Cluster the 2D kernels of a CNN and see what it saves and costs.",
-)  # fmt: skip
-_debug = False  # whether errors end in a traceback: an option before the command
-
-for _command in COMMANDS:
-    app.command()(_command)
-
-
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """Cluster the 2D kernels of a CNN and see what it saves and costs."""
-    global _debug
-    _debug = debug
-
-
-_CLASSES = Annotated[
-    str,
-    typer.Option(
-        help="Names of the network's outputs in their order, by commas; or 'by position', the data set's."
-    ),
-]
-_SHAPE = Annotated[
-    tuple[int, int, int] | None,
-    typer.Option(help="Channels, height, width of an input, where no preprocessing says so."),
-]
 
 
 @app.command()
@@ -301,7 +299,7 @@ def compress(
     loaded = kclib.load_model(model, weights=weights, input_shape=shape)
     images = kclib.load_data(data) if data else None
     result = kclib.cluster(
-        kclib.extract(loaded.network), clusters, scope=scope, scaled=scaled, turned=turned, seed=seed
+        kclib.extract(loaded), clusters, scope=scope, scaled=scaled, turned=turned, seed=seed
     )
     for note in result.notes:
         typer.echo(note)
@@ -311,21 +309,23 @@ def compress(
         functools.partial(kclib.save, small, out, architecture=model, indices=indices),
     )
     if not files.is_stream(out):  # which is written to once
-        _show_written(write(), loaded.network, out)
+        _show_written(write(), loaded, out)
     try:
         accuracy = (
             _accuracy(small, images, "cpu", classes) if data else None
         )  # other people's code, that may fail
     finally:
         if files.is_stream(out):
-            _show_written(write(accuracy=accuracy), loaded.network, out)
+            _show_written(write(accuracy=accuracy), loaded, out)
         elif accuracy is not None:
             write(accuracy=accuracy)
 
 
-def _show_written(contents, network, out: Path) -> None:
+def _show_written(contents, model, out: Path) -> None:
     """Print a file's bytes, part by part, beside those of the dense network, and where it is."""
-    dense = sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
+    from kclib.compression import footprint
+
+    dense = footprint.dense_bytes(model)
     _show_bytes(contents)
     typer.echo(
         f"{dense / contents.bytes.sum():.2f} times smaller than the {dense:,} bytes of the dense weights"
@@ -391,18 +391,10 @@ def export(
     ] = None,
 ) -> None:
     """Write a compressed file for other runtimes."""
-    from kclib import compression, models
 
-    kind = out.suffix or (".onnx" if files.is_stream(out) else "")
-    if kind not in (".onnx", ".pt2"):
-        raise InvalidValueError(f"{out} ends in {out.suffix!r}; it must end in .onnx or .pt2.")
     files.check_output(out, binary=True)
     loaded = kclib.load(file, architecture=model)
-    shape = shape or models.input_shape(loaded)
-    if kind == ".onnx":
-        compression.to_onnx(loaded.network, out, shape, dense=dense)
-    else:
-        compression.to_program(loaded.network, out, shape)
+    kclib.export(loaded, out, shape=shape, dense=dense)
     typer.echo(
         files.named(out) if files.is_stream(out) else f"{files.named(out)}: {out.stat().st_size:,} bytes"
     )

@@ -69,16 +69,21 @@ class Trained:
 
     Attributes
     ----------
-    network : torch.nn.Module
-        In eval mode, as it was at its best check.
+    model : Model or torch.nn.Module
+        As what was given, in eval mode, as it was at its best check.
     history : tuple of dict
         A row an epoch: ``epoch``, mean ``loss``, and the check on the held-back images in percent:
         ``held_back``, their accuracy, or ``agreement``, how many are answered as the teacher answers them.
         Epoch 0 is the start, which has no loss.
     """
 
-    network: nn.Module
+    model: models.Model | nn.Module
     history: tuple[dict, ...]
+
+    @property
+    def network(self) -> nn.Module:
+        """The bare network of `model`."""
+        return models.network_of(self.model)
 
     @property
     def held_back(self) -> float:

@@ -10,7 +10,7 @@ import pandas as pd
 from torch import nn
 
 from kclib import clustering as clusterings
-from kclib import compression, datasets, recovery
+from kclib import compression, datasets, models, recovery
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering
@@ -52,7 +52,7 @@ class Combined:
 
     Attributes
     ----------
-    network : torch.nn.Module
+    model : Model
         Its convolutions are compressed where kernels are clustered, else dense.
     clustering : Clustering or None
         Its inertia is that against the kernels that the pipeline began with.
@@ -65,16 +65,21 @@ class Combined:
         share of kernels that are all zero, 0 to 1.
     """
 
-    network: nn.Module
+    model: Model
     clustering: Clustering | None
     n_bytes: int
     table: pd.DataFrame = field(compare=False)
+
+    @property
+    def network(self) -> nn.Module:
+        """The bare network of `model`."""
+        return self.model.network
 
     @classmethod
     def of(cls, stage: Stage, network: nn.Module, given: Given, table: pd.DataFrame) -> "Combined":
         """Return the last stage, of a final network."""
         found = stage.clustering and measured(stage.clustering, Stage.of(given.model).bank)
-        return cls(network, found, int(table.bytes.iloc[-1]), table)
+        return cls(models.like(given.model, network), found, int(table.bytes.iloc[-1]), table)
 
     def save(self, path: str | Path, *, architecture: str | None = None) -> Contents:
         """Write the network as `compression.save` does.
@@ -86,7 +91,7 @@ class Combined:
         """
         if self.clustering is None:
             raise InvalidValueError("nothing is clustered, and only clustered networks are stored.")
-        return compression.save(self.network, path, architecture=architecture)
+        return compression.save(self.model, path, architecture=architecture)
 
 
 class Step:

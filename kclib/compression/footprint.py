@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from kclib import models
@@ -23,6 +22,7 @@ from kclib.kernels import Kernels, Layer, bank_of, matched
 from kclib.kernels.convolutions import parameters
 from kclib.kmeans import entropy as kmeans_entropy
 from kclib.kmeans.entropy import entropy_bytes
+from kclib.models import Model
 
 
 def break_even(bank: Kernels, *, scope: str | Mapping[str, str] = "layer", precision: str = "fp32") -> int:
@@ -114,7 +114,7 @@ class Savings:
 
 
 def footprint(
-    network: nn.Module, clustering: Clustering, *, codings: Iterable[str] = ("fixed", "entropy")
+    network: Model | nn.Module, clustering: Clustering, *, codings: Iterable[str] = ("fixed", "entropy")
 ) -> pd.DataFrame:
     """Return where the bytes go, dense and clustered, as `checkpoint.save` writes them.
 
@@ -159,7 +159,7 @@ def footprint(
     return table
 
 
-def savings(network: nn.Module, clustering: Clustering) -> Savings:
+def savings(network: Model | nn.Module, clustering: Clustering) -> Savings:
     """Return what a clustering removes, from its `ledger`."""
     table = footprint(network, clustering, codings=("fixed",)).loc[["convolutions", "model"]]
     removed = 1 - table.div(table["dense"], axis=0)
@@ -171,13 +171,19 @@ def savings(network: nn.Module, clustering: Clustering) -> Savings:
     )
 
 
-def convolution_bytes(network: nn.Module) -> int:
+def dense_bytes(network: Model | nn.Module) -> int:
+    """Return the bytes of all parameters and buffers as they are; shared tensors count once."""
+    network = models.network_of(network)
+    return sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
+
+
+def convolution_bytes(network: Model | nn.Module) -> int:
     """Return the bytes of all convolutions' weights and biases, dense; shared tensors count once."""
     network = models.network_of(network)
     return sum(_others(network, ())[:2])
 
 
-def stored(network: nn.Module) -> pd.Series:
+def stored(network: Model | nn.Module) -> pd.Series:
     """Return where the bytes of a network go, compressed or not, as `checkpoint.save` writes them.
 
     Whatever the precisions of codebooks, linear layers and biases. The items are those of `ledger`, from
@@ -193,7 +199,7 @@ def stored(network: nn.Module) -> pd.Series:
     return pd.Series(parts, dtype="int64", name="bytes")
 
 
-def stored_bytes(network: nn.Module) -> int:
+def stored_bytes(network: Model | nn.Module) -> int:
     """Return the bytes of a network's convolutions, compressed or not, as `checkpoint.save` writes them."""
     return int(stored(network).drop("rest").sum())
 
@@ -206,7 +212,7 @@ def entropy_bound(clustering: Clustering) -> float:
     )
 
 
-def index_bits_by_layer(network: nn.Module) -> pd.DataFrame:
+def index_bits_by_layer(network: Model | nn.Module) -> pd.DataFrame:
     """Return the bits a kernel that each layer's indices take.
 
     Parameters
@@ -239,7 +245,7 @@ def index_bits_by_layer(network: nn.Module) -> pd.DataFrame:
 
 
 def ways(
-    network: nn.Module,
+    network: Model | nn.Module,
     clustering: Clustering,
     *,
     file: Contents | None = None,
@@ -370,7 +376,7 @@ DENSE = dict.fromkeys(
 ) | {"clusters": 0, "inertia": 0.0, "cluster_seconds": 0.0}
 
 
-def removed(network: torch.nn.Module, result: Clustering) -> dict[str, float]:
+def removed(network: Model | nn.Module, result: Clustering) -> dict[str, float]:
     """Return a clustering's columns of the table that `run` returns: what it removes, and its inertia."""
     saved = savings(network, result)
     return {

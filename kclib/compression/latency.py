@@ -18,7 +18,11 @@ _SECONDS = 0.5  # that each is run for, at least
 
 
 def of_network(
-    network: nn.Module, shape: tuple[int, int, int], batches: Iterable[int] = (1, 16, 64), *, seed: int = 0
+    network: models.Model | nn.Module,
+    shape: tuple[int, int, int],
+    batches: Iterable[int] = (1, 16, 64),
+    *,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Time a compressed network against its expanded self on random images.
 

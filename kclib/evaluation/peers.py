@@ -40,7 +40,7 @@ class Peer:
     ----------
     name, setting : str
         The way, and how it was set.
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
         A copy with ordinary dense weights, those that the stored form decodes to.
     bytes : int
         Of all convolutions in the stored form; compare with `footprint.convolution_bytes`.
@@ -50,12 +50,12 @@ class Peer:
 
     name: str
     setting: str
-    network: nn.Module
+    network: Model | nn.Module
     bytes: int
     clustering: Clustering | None = None
 
 
-def palettized(network: nn.Module, bits: int, *, kind: str = "kmeans", per: str = "tensor") -> Peer:
+def palettized(network: Model | nn.Module, bits: int, *, kind: str = "kmeans", per: str = "tensor") -> Peer:
     """Give each weight tensor, or each of its output channels, a look-up table of 2**bits fp16 values.
 
     As ``OpPalettizerConfig`` of coremltools does: ``mode`` kmeans or uniform, ``granularity`` per_tensor, or
@@ -64,7 +64,7 @@ def palettized(network: nn.Module, bits: int, *, kind: str = "kmeans", per: str 
 
     Parameters
     ----------
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
         Unchanged.
     bits : int
         1 to 8, of an index.
@@ -82,7 +82,7 @@ def palettized(network: nn.Module, bits: int, *, kind: str = "kmeans", per: str 
     return _peer(f"{kind} palette per {per}", f"{bits}-bit", network, formats.Palette(bits, kind, per))
 
 
-def product_quantized(network: nn.Module, n_clusters: int, width: int, *, seed: int = 0) -> Peer:
+def product_quantized(network: Model | nn.Module, n_clusters: int, width: int, *, seed: int = 0) -> Peer:
     """Cluster each layer's sub-vectors, `width` consecutive input channels at each tap of each filter.
 
     Stock et al. 2020, *And the Bit Goes Down*, and Martinez et al. 2021, *Permute, Quantize, and Fine-tune*,
@@ -92,7 +92,7 @@ def product_quantized(network: nn.Module, n_clusters: int, width: int, *, seed: 
 
     Parameters
     ----------
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
         Unchanged.
     n_clusters : int
         K, at least 1.
@@ -111,7 +111,7 @@ def product_quantized(network: nn.Module, n_clusters: int, width: int, *, seed: 
     return _peer("product quantization", f"K={n_clusters}, width {width}", network, form)
 
 
-def quantized(network: nn.Module, bits: int) -> Peer:
+def quantized(network: Model | nn.Module, bits: int) -> Peer:
     """Round weights to multiples of a scale for each output channel, an fp16 number.
 
     Symmetric, between -(2**(bits - 1) - 1) and as much above zero (Jacob et al. 2018, *Quantization and
@@ -120,7 +120,7 @@ def quantized(network: nn.Module, bits: int) -> Peer:
 
     Parameters
     ----------
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
         Unchanged.
     bits : int
         2 to 8, of a weight.
@@ -134,7 +134,7 @@ def quantized(network: nn.Module, bits: int) -> Peer:
     return _peer("quantization", f"{bits}-bit", network, formats.Rounded(bits))
 
 
-def pruned(network: nn.Module, keep: float, *, precision: str = "fp16") -> Peer:
+def pruned(network: Model | nn.Module, keep: float, *, precision: str = "fp16") -> Peer:
     """Keep the weights of largest magnitude over all layers, and set the others to zero (Han et al. 2015).
 
     Counted to its favour: where the zeros lie takes the entropy of each layer's mask, the bound that an
@@ -142,7 +142,7 @@ def pruned(network: nn.Module, keep: float, *, precision: str = "fp16") -> Peer:
 
     Parameters
     ----------
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
         Unchanged.
     keep : float
         Share of the weights that stay, above 0 to 1; at least one weight does.
@@ -161,7 +161,7 @@ def pruned(network: nn.Module, keep: float, *, precision: str = "fp16") -> Peer:
     return _pruned(network, bank, form, max(1, round(keep * bank.weights.size)))
 
 
-def son(network: nn.Module, n_clusters: int, *, turned: bool, seed: int = 0) -> Peer:
+def son(network: Model | nn.Module, n_clusters: int, *, turned: bool, seed: int = 0) -> Peer:
     """Cluster all layers' kernels up to a signed scale each, and up to flips and rotations if `turned` (TIC).
 
     Son, Nah and Lee 2018, *Clustering Convolutional Kernels to Compress Deep Neural Networks*, before
@@ -169,7 +169,7 @@ def son(network: nn.Module, n_clusters: int, *, turned: bool, seed: int = 0) -> 
 
     Parameters
     ----------
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
         Unchanged.
     n_clusters, turned, seed
         As in `clustering.cluster`.
@@ -189,7 +189,7 @@ def son(network: nn.Module, n_clusters: int, *, turned: bool, seed: int = 0) -> 
     return Peer(name, f"K={n_clusters}", small, _ledger_bytes(network, found), found)
 
 
-def at_bytes(network: nn.Module, budget: int, *, seed: int = 0) -> list[Peer]:
+def at_bytes(network: Model | nn.Module, budget: int, *, seed: int = 0) -> list[Peer]:
     """Return each way at its largest setting that takes at most `budget` bytes.
 
     Palettes of each kind and granularity, quantization, Son et al. 2018 with and without turns (K from 64 to
@@ -199,7 +199,7 @@ def at_bytes(network: nn.Module, budget: int, *, seed: int = 0) -> list[Peer]:
 
     Parameters
     ----------
-    network : torch.nn.Module
+    network : Model or torch.nn.Module
         Unchanged.
     budget : int
         Bytes of all convolutions, at least 1.

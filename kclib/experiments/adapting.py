@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from kclib import clustering, compression, datasets, evaluation, models
+from kclib import clustering, compression, datasets, evaluation, models, recovery
 from kclib._util import checks
 from kclib.clustering import largest
 from kclib.compression import footprint
@@ -116,12 +116,13 @@ def images(data: ImageSet, limit: int, kind: str = "test", *, drawn: bool = True
     return datasets.limited(data, limit) if drawn else datasets.select(data, torch.arange(limit)), ""
 
 
-def recipe(asked: Recipe, n_images: int) -> tuple[Recipe, str]:
-    """Return a recipe that `training.split` can follow with so many images.
+def recipe(n_images: int, **asked) -> tuple[Recipe, str]:
+    """Return `recovery.RECIPE` with the fields asked for, as far as so many images allow (`training.split`).
 
     A quarter of them is held back if more than half were to be; an epoch has no more than the others, and at
     least four batches if it has not enough for one as large as asked for.
     """
+    asked = replace(recovery.RECIPE, **asked)
     held = asked.held_back if 2 * asked.held_back <= n_images else max(1, n_images // _SHARE)
     kept = max(0, n_images - held)
     epoch = min(asked.images or kept, kept)

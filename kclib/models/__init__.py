@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "input_shape",
             "fingerprint",
             "answers",
+            "precision_of",
             "read_weights",
         ],
         "loading": [

@@ -14,7 +14,6 @@ from kclib.errors import (
 )
 from kclib.models import inference, inputs, state_dicts
 
-answers = inference.answers
 read_weights = state_dicts.read
 
 
@@ -92,6 +91,16 @@ def as_model(given: Model | nn.Module) -> Model:
         It is neither.
     """
     return given if isinstance(given, Model) else plain(type(given).__name__, network_of(given))
+
+
+def answers(given: Model | nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Return the logits ``(b, n_classes)`` that a network answers to inputs; see `inference.answers`."""
+    return inference.answers(network_of(given), inputs)
+
+
+def precision_of(given: Model | nn.Module) -> torch.dtype:
+    """Return the type of number that a network computes in; see `inference.precision_of`."""
+    return inference.precision_of(network_of(given))
 
 
 def moved(network: nn.Module, device: str | torch.device) -> nn.Module:

@@ -19,11 +19,11 @@ RECIPE = Recipe(epochs=6, images=12_800, peak_rate=1e-4, weight_decay=0, label_s
 
 
 def finetune(
-    model: models.Model,
+    model: models.Model | nn.Module,
     data: datasets.ImageSet,
     checkpoint: Path,
     *,
-    teacher: nn.Module | None = None,
+    teacher: models.Model | nn.Module | None = None,
     recipe: Recipe = RECIPE,
     reassigned: int = 0,
     device: str = "cpu",
@@ -44,14 +44,14 @@ def finetune(
 
     Parameters
     ----------
-    model : Model
+    model : Model or torch.nn.Module
         Its network, in float32, comes from `compression.compress` or is dense; unchanged.
     data : ImageSet
         Training images, uint8 in memory.
     checkpoint : path
         Where the state goes after each epoch; the same call resumes. Further epochs with re-assignment have
         their own file beside it, ``NAME.reassigned.SUFFIX``.
-    teacher : torch.nn.Module, optional
+    teacher : Model or torch.nn.Module, optional
         The dense network, for example: its answers take the place of the labels (`training.train`).
     recipe : Recipe
         Of both parts, each with its own rise and fall of the rate, and its own patience.
@@ -70,7 +70,8 @@ def finetune(
     InvalidValueError, DamagedFileError
         As `training.train`; values that the precision of a codebook cannot hold.
     """
-    model = models.as_model(model)
+    given, model = model, models.as_model(model)
+    teacher = None if teacher is None else models.network_of(teacher)
     reassigned = checks.check_whole("reassigned", reassigned, 0)
     if teacher is None:
         data = evaluation.matched(model, data)
@@ -79,14 +80,14 @@ def finetune(
         model.network, data, model.preprocess, recipe, checkpoint, after_epoch=_rounded, **options
     )
     if not reassigned:
-        return first
+        return replace(first, model=models.like(given, first.network))
     second = training.train(
         _with_latents(first.network), data, model.preprocess, replace(recipe, epochs=reassigned),
         checkpoint.with_stem(f"{checkpoint.stem}.reassigned"), after_epoch=_reassigned, **options,
     )  # fmt: skip
     done = len(first.history) - 1
     further = ({**row, "epoch": done + row["epoch"]} for row in second.history[1:])
-    return Trained(_without_latents(second.network), (*first.history, *further))
+    return Trained(models.like(given, _without_latents(second.network)), (*first.history, *further))
 
 
 class _Reassignable(ClusteredConv2d):

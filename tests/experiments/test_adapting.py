@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 from tiny import tiny_data, tiny_model
 from torch import nn
 
-from kclib import clustering, datasets, kernels, models, training
+from kclib import clustering, datasets, kernels, models, recovery, training
 from kclib.combination import factorial
 from kclib.compression import footprint
 from kclib.errors import InvalidValueError
 from kclib.experiments import adapting
-from kclib.training import Recipe
 
 BANK = kernels.extract(tiny_model().network)  # layers of 12 and 24 kernels
 LARGEST = {"layer": 24, "global": 36}
@@ -76,8 +75,9 @@ def test_images_are_drawn_as_ever_or_all_are_taken():
     st.sampled_from([8, 128]),
 )
 def test_a_recipe_can_be_followed_with_the_images_that_there_are(n_images, held_back, images, batch_size):
-    asked = Recipe(held_back=held_back, images=images, batch_size=batch_size)
-    taken, said = adapting.recipe(asked, n_images)
+    options = {"held_back": held_back, "images": images, "batch_size": batch_size}
+    asked = replace(recovery.RECIPE, **options)
+    taken, said = adapting.recipe(n_images, **options)
     data = datasets.ImageSet(
         "made up", torch.zeros(n_images, 1, 1, 1, dtype=torch.uint8), torch.zeros(n_images).long(), ("a",), ""
     )
@@ -89,8 +89,7 @@ def test_a_recipe_can_be_followed_with_the_images_that_there_are(n_images, held_
 
 
 def test_a_recipe_that_there_are_images_for_stays_as_it_is():
-    asked = Recipe(held_back=5000, images=12_800)
-    assert adapting.recipe(asked, 60_000) == (asked, "")
+    assert adapting.recipe(60_000) == (recovery.RECIPE, "")
 
 
 def test_shares_are_of_all_bytes_where_enough_of_them_are_clustered():
