@@ -21,8 +21,8 @@ from benchmarks import networks, representatives
 from benchmarks.recovery import PRECISION, Rows
 from kclib import clustering, datasets, models
 from kclib.clustering import grouping
-from kclib.compression import footprint
-from kclib.compression.footprint import Count
+from kclib.compression import byte_counts
+from kclib.compression.byte_counts import Count
 from kclib.compression.layers import N_TURNS
 from kclib.kernels import Layer, copying
 from kclib.recovery import sensitivity, tradeoff
@@ -63,7 +63,7 @@ class Bench:
     @property
     def dense_bytes(self) -> int:
         """Bytes of the dense convolutions."""
-        return footprint.convolution_bytes(self.model)
+        return byte_counts.convolution_bytes(self.model)
 
     @property
     def unclustered(self) -> int:

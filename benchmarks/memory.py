@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 import kclib
 from kclib import models
 from kclib._util import files
-from kclib.compression import footprint, latency, layers, residence
+from kclib.compression import byte_counts, latency, layers, residence
 
 CASES = (("global", 256), ("global", 4096), ("global", 65_536), ("layer", 256))
 OUT = Path("reports/bench/memory.json")
@@ -64,7 +64,7 @@ def case(model: kclib.Model, bank: kclib.KernelBank, scope: str, k: int, folder:
     packed = kclib.compress(model, result, precision="fp16")
     path = folder / f"{scope}-{k}.safetensors"
     entropy = kclib.save(packed, path, architecture=model.name)
-    dense = footprint.dense_bytes(model)
+    dense = byte_counts.dense_bytes(model)
     state = b"".join(value.numpy().tobytes() for value in kclib.expand(packed).state_dict().values())
     seen = {kind: residence.measure(path, resident=kind) for kind in ("packed", "dense")}
     times = latency.of_network(packed, models.input_shape(model))
@@ -75,7 +75,7 @@ def case(model: kclib.Model, bank: kclib.KernelBank, scope: str, k: int, folder:
         "dense (bytes)": dense,
         "file (bytes)": int(entropy.bytes.sum()),
         "indices and tables (bytes)": int(entropy.bytes[["indices", "frequency tables"]].sum()),
-        "entropy of the indices (bytes)": footprint.entropy_bound(result),
+        "entropy of the indices (bytes)": byte_counts.entropy_bound(result),
         **{f"{name} (bytes)": n_bytes for name, n_bytes in archived.items()},
         "file / best archive": float(entropy.bytes.sum() / min(archived.values())),
         "resident (bytes)": seen["packed"].model,

@@ -15,7 +15,7 @@ import kclib
 from benchmarks import networks
 from kclib import models, plots, recovery
 from kclib._util import files
-from kclib.compression import footprint
+from kclib.compression import byte_counts
 from kclib.evaluation import peers
 from kclib.recovery import sensitivity, sequential
 
@@ -63,7 +63,7 @@ class Bench:
     @property
     def dense_bytes(self) -> int:
         """Bytes of the dense convolutions."""
-        return footprint.convolution_bytes(self.model)
+        return byte_counts.convolution_bytes(self.model)
 
     def key(self, method: str, share: int | None, setting: str = "") -> dict:
         """Return what a row is found by."""
@@ -104,7 +104,9 @@ def clustered(
         return kclib.load(path, architecture=bench.model)
     start = time.perf_counter()
     base = others(bench.model) if others else bench.model
-    spent = footprint.stored_bytes(base) - footprint.convolution_bytes(base)  # by what is compressed already
+    spent = byte_counts.stored_bytes(base) - byte_counts.convolution_bytes(
+        base
+    )  # by what is compressed already
     chosen = kclib.shrink(
         base,
         bench.images.calibration,
@@ -124,7 +126,7 @@ def clustered(
 def at_share(bench: Bench, share: int, others: Callable | None = None) -> None:
     """Measure clustering at one budget, as it is and trained."""
     network = clustered(bench, share, others)
-    n_bytes, key = footprint.stored_bytes(network), bench.key("clustering, corrected", share)
+    n_bytes, key = byte_counts.stored_bytes(network), bench.key("clustering, corrected", share)
     if not bench.rows.get(**key):
         bench.measure(key, n_bytes, network, bench.rows.get(**bench.key("search", share))["seconds"])
     bench.trained(bench.key("clustering, trained", share), n_bytes, network, f"{bench.model.name}-{share}")
@@ -155,7 +157,7 @@ def smallest(bench: Bench) -> None:
     weights = sensitivity.weights(bench.model, bench.images.calibration, kclib.extract(bench.model))
     found = sequential.correct(bench.model, bench.images.calibration, fewer, weights=weights)
     network = kclib.compress(found.model, found.clustering, precision="fp16")
-    n_bytes, took = footprint.stored_bytes(network), time.perf_counter() - start
+    n_bytes, took = byte_counts.stored_bytes(network), time.perf_counter() - start
     if not bench.rows.get(**key):
         bench.measure(key, n_bytes, network, took)
     bench = replace(bench, recipe=replace(RECIPE, epochs=1))

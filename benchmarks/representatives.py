@@ -11,7 +11,7 @@ from kclib import kmeans
 from kclib._util import checks, progress_bars, threads
 from kclib.clustering import Group, grouping, origin_of
 from kclib.compression import formats
-from kclib.compression.footprint import orbit
+from kclib.compression.byte_counts import orbit
 from kclib.compression.packing import index_bits, index_bytes
 from kclib.compression.precisions import codebook_bytes
 from kclib.kernels import Kernels, Layer, bank_of

@@ -22,8 +22,8 @@ from nbformat import v4
 import kclib
 from kclib import compression
 from kclib._util import files
-from kclib.compression import footprint
-from kclib.experiments import sweep
+from kclib.compression import byte_counts
+from kclib.experiments import grid
 from kclib.experiments.pool import Workers
 from kclib.experiments.profiles import Grid, ModelSource
 from kclib.store import Store
@@ -44,7 +44,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def swept(store: Store, workers: Workers) -> None:
-    failed = sweep.run(sweep.plan(CELLS, store), workers, progress=False)
+    failed = grid.run(grid.plan(CELLS, store), workers, progress=False)
     assert not failed, failed
 
 
@@ -57,7 +57,7 @@ def plain(model: kclib.Model, data: kclib.ImageSet) -> None:
             found = kclib.cluster(bank, k, scope=scope, progress=False)
             small = kclib.Model(model.name, compression.replaced(model, found), model.preprocess)
             kclib.evaluate(small, data, progress=False)
-            footprint.removed(model, found)
+            byte_counts.removed(model, found)
 
 
 def notebook(folder: Path) -> Path:
@@ -82,9 +82,9 @@ def main() -> None:
             times["dask, two jobs"].append(seconds(lambda x=store["dask"]: swept(x, Workers(2, "dask"))))
             options = {"scopes": CELLS.scopes, "store": store["one"]}
             times["stored"].append(seconds(lambda o=options: kclib.sweep(model, data, CELLS.clusters, **o)))
-        planned = {name: sweep.plan(CELLS, store[name], estimated=False) for name in store}
+        planned = {name: grid.plan(CELLS, store[name], estimated=False) for name in store}
         timed = ["cluster_seconds", "evaluate_seconds", "made"]
-        tables = {name: sweep.table(planned[name], store[name]).drop(columns=timed) for name in store}
+        tables = {name: grid.table(planned[name], store[name]).drop(columns=timed) for name in store}
         n = len(tables["one"])
         path = notebook(Path(folder))
         command = [sys.executable, "-c", f"{IMPORTS}\n{WORK}"]

@@ -73,21 +73,21 @@ def sweep(
     out: _OUT = Path("reports"),
 ) -> None:
     """Compute the cells of a profile's sweep that the store does not have, and write their report."""
-    from kclib.experiments import sweep as experiments_sweep
+    from kclib.experiments import grid
     from kclib.experiments.pool import Workers
     from kclib.store import Store
 
     found, workers, store = _profile(profile), Workers(jobs, backend, scheduler), Store()
-    planned = experiments_sweep.plan(found.sweep, store, rerun=rerun)
+    planned = grid.plan(found.sweep, store, rerun=rerun)
     if dry_run:
-        typer.echo(_text(experiments_sweep.as_table(planned)))
-    typer.echo(experiments_sweep.summary(planned, workers))
+        typer.echo(_text(grid.as_table(planned)))
+    typer.echo(grid.summary(planned, workers))
     if dry_run:
         return
-    failures = experiments_sweep.run(planned, workers)
+    failures = grid.run(planned, workers)
     for failure in failures:
         typer.echo(f"{failure.what} failed: {failure.error}", err=True)
-    index = experiments_sweep.report(found, planned, store, failures, out)
+    index = grid.report(found, planned, store, failures, out)
     typer.echo(f"report: {index.resolve()}")
     if failures:
         raise SweepError(
@@ -99,17 +99,16 @@ def sweep(
 @app.command()
 def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
     """Write a profile's report anew, from the store and the executed notebooks; compute nothing."""
-    from kclib.experiments import profiles, reports
-    from kclib.experiments import sweep as experiments_sweep
+    from kclib.experiments import grid, profiles, reports
     from kclib.store import Store
 
     found, store = profiles.load(profile), Store()
     if found.sweep is not None:
-        tasks = experiments_sweep.plan(found.sweep, store, estimated=False)
+        tasks = grid.plan(found.sweep, store, estimated=False)
         if any(task.stored for task in tasks):
             missing = {str(task) for task in tasks if not task.stored}
             failures = reports.read(out / found.name, found.name).failures
-            experiments_sweep.report(found, tasks, store, [x for x in failures if x.what in missing], out)
+            grid.report(found, tasks, store, [x for x in failures if x.what in missing], out)
     index = reports.rebuild(out / found.name, found.name)
     typer.echo(f"report: {index.resolve()}")
 
@@ -323,9 +322,9 @@ def compress(
 
 def _show_written(contents, model, out: Path) -> None:
     """Print a file's bytes, part by part, beside those of the dense network, and where it is."""
-    from kclib.compression import footprint
+    from kclib.compression import byte_counts
 
-    dense = footprint.dense_bytes(model)
+    dense = byte_counts.dense_bytes(model)
     _show_bytes(contents)
     typer.echo(
         f"{dense / contents.bytes.sum():.2f} times smaller than the {dense:,} bytes of the dense weights"

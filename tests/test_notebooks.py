@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from kclib import compression, datasets, models, training
-from kclib.compression import footprint
+from kclib.compression import byte_counts
 from kclib.experiments import batch, profiles, reports
 
 NOTEBOOKS = sorted(profiles.NOTEBOOKS.glob("*.ipynb"))
@@ -174,7 +174,7 @@ def test_what_recovery_wins_at_equal_bytes_is_in_its_table_and_its_file(smoke, s
     assert {"pruning", "product quantization"} <= set(table.index.get_level_values("method"))
     monkeypatch.syspath_prepend(small)
     found = compression.load(smoke / "recovered.safetensors", architecture="smallnet:model")
-    assert footprint.stored_bytes(found.network) == table.loc[("clustering, trained", "1/16"), "bytes"]
+    assert byte_counts.stored_bytes(found.network) == table.loc[("clustering, trained", "1/16"), "bytes"]
 
 
 def test_the_best_combination_is_a_file_of_the_bytes_that_its_table_says(smoke, small, monkeypatch):
@@ -182,7 +182,7 @@ def test_the_best_combination_is_a_file_of_the_bytes_that_its_table_says(smoke, 
     assert len(table) == (1 + 2 * 2 * 2) * 2 * 4 + 2 * 2 * 2 * 4  # both orders where kernels are pruned too
     monkeypatch.syspath_prepend(small)
     found = compression.load(smoke / "combined.safetensors", architecture="smallnet:model")
-    best = table[(table.clustering != "none") & (table.bytes == footprint.stored_bytes(found.network))]
+    best = table[(table.clustering != "none") & (table.bytes == byte_counts.stored_bytes(found.network))]
     assert best["drop"].min() <= max(1, table.loc[table.clustering != "none", "drop"].min())
     excess = pd.read_csv(smoke / "excess.csv", keep_default_na=False)
     assert excess.excess.tolist() == pytest.approx((excess["drop"] - excess.predicted).tolist())

@@ -12,12 +12,12 @@ from strange import NETWORKS, model, network, one_kernel, pictures, raw, scaled
 from benchmarks import representatives
 from kclib import clustering, compression, kernels, kmeans, models, recovery, similarity
 from kclib.combination import orthogonality, pruning
-from kclib.compression import footprint
+from kclib.compression import byte_counts
 from kclib.errors import InvalidValueError
 from kclib.evaluation import attribution, damage, peers
 from kclib.kmeans import symmetric
 from kclib.recovery import allocation, calibration, restoration, sensitivity, sequential
-from kclib.similarity import closeness, distances, embedding, null_models
+from kclib.similarity import distances, embedding, measures, null_models
 from kclib.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +107,7 @@ def test_sensitivities_are_finite_and_zero_only_where_nothing_depends_on_a_kerne
 @EACH
 def test_shrinking_keeps_within_the_bytes(kind):
     given, data = model(kind), pictures()
-    n_bytes = footprint.convolution_bytes(given.network) / 2
+    n_bytes = byte_counts.convolution_bytes(given.network) / 2
     found = recovery.shrink(given, data, data, n_bytes, precision="fp32", **QUIET)
     assert found.n_bytes <= n_bytes
     assert torch.isfinite(answers(found.network)).all()
@@ -129,7 +129,7 @@ def test_damage_is_shared_out_whole_and_restoring_never_adds_to_it(kind, tmp_pat
     found = restoration.restore_worst(given, made, 300, weights=weights, precision="fp32", **QUIET)
     assert (found.table.after <= found.table.before * (1 + 1e-6)).all()
     assert 0 <= found.n_bytes <= 300
-    limit = 0.6 * footprint.convolution_bytes(given.network)
+    limit = 0.6 * byte_counts.convolution_bytes(given.network)
     bought = allocation.allocate(
         given, data, bank, weights, n_bytes=limit, precision="fp32", store=Store(tmp_path), **QUIET
     )
@@ -201,7 +201,7 @@ def test_distances_are_in_range_and_every_pair_is_counted(kind, distance):
     assert np.isfinite(found.error).all()
     nearest = similarity.nearest_distances(points, distance=distance)
     assert ((nearest >= 0) & (nearest <= largest * (1 + 1e-6))).all()
-    table = closeness.closeness(bank, np.arange(len(bank)), distance=distance, **QUIET)
+    table = measures.closeness(bank, np.arange(len(bank)), distance=distance, **QUIET)
     assert np.isfinite(table[["real", "chance"]]).all(axis=None)
     known = table.dropna()
     assert (known.low <= known.ratio * (1 + 1e-6)).all()
@@ -261,7 +261,7 @@ def test_a_single_kernel_is_clustered_mapped_and_corrected(tmp_path):
     np.testing.assert_array_equal(clustering.quantized(made), bank.weights)
     with pytest.raises(InvalidValueError, match="1 of 1 kernels can be compared"):
         similarity.nearest_distances(bank.points)
-    assert not len(closeness.closeness(bank, np.arange(1), **QUIET))
+    assert not len(measures.closeness(bank, np.arange(1), **QUIET))
     graph = embedding.graph(bank.points, n_neighbors=1, store=Store(tmp_path))
     assert embedding.layout(graph, n_neighbors=1).tolist() == [[0, 0]]
     given = models.Model("one", net, lambda x: scaled(x)[:, :1])
@@ -305,7 +305,7 @@ def test_a_layer_times_a_power_of_two_has_the_same_clusters(factor, options):
 @EACH
 def test_peers_and_pruned_networks_are_finite_and_within_their_bytes(kind):
     given = model(kind)
-    budget_ = footprint.convolution_bytes(given.network) // 2
+    budget_ = byte_counts.convolution_bytes(given.network) // 2
     if kind == "weights x 1e6":
         with pytest.raises(InvalidValueError, match="fp16"):
             peers.at_bytes(given.network, budget_)

@@ -67,11 +67,11 @@ from kclib.experiments import (
     cell,
     compare,
     documents,
+    grid,
     parameters,
     pool,
     profiles,
     reports,
-    sweep,
 )
 from kclib.explorers import background, cluster_explorer, interactive_map
 from kclib.kernels import convolutions, copying
@@ -536,8 +536,8 @@ WRONG_INPUTS = [
     (profiles.declared, lambda g: profiles.declared(g.path("n.ipynb", "[]")), DAMAGED, "n.ipynb"),
     (documents.Document.check, lambda g: profiles.load(str(g.path("p.yaml", "note: 3\nsweep: {}"))), WRONG, "note is 3"),
     (documents.Document.read, lambda g: documents.Document.read(g.path("p.yaml", "a: 1\na: 2")), DAMAGED, "line 2"),
-    (sweep.plan, lambda g: sweep.plan(g.grid(data=("fashion",)), g.store), UNKNOWN, "did you mean 'fashion-mnist'"),
-    (sweep.plan, lambda g: sweep.plan(g.grid(data=(f"folder:{g.folder}",)), g.store), MISSING, "holds no images"),
+    (grid.plan, lambda g: grid.plan(g.grid(data=("fashion",)), g.store), UNKNOWN, "did you mean 'fashion-mnist'"),
+    (grid.plan, lambda g: grid.plan(g.grid(data=(f"folder:{g.folder}",)), g.store), MISSING, "holds no images"),
     (pool.Workers, lambda g: pool.Workers(0), WRONG, "jobs is 0"),
     (pool.Workers, lambda g: pool.Workers(backend="slurm"), UNKNOWN, "known: loky, dask, ray"),
     (pool.Workers.joined, lambda g: opened(pool.Workers(2, "dask", "tcp://localhost:1").joined()), WRONG, "no Dask scheduler answers at 'tcp://localhost:1'"),

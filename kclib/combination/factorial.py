@@ -17,7 +17,7 @@ from kclib.clustering import largest
 from kclib.combination import pruning
 from kclib.combination.pipeline import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.combination.stages import Stage
-from kclib.compression import footprint
+from kclib.compression import byte_counts
 from kclib.evaluation import Evaluation, accuracy
 from kclib.kernels import KernelBank
 from kclib.store import Entry, Store
@@ -165,7 +165,7 @@ def run(
         found = threads.side_by_side(lambda i: sheet.entries(groups[i], done), len(groups), n_jobs)
     entries = {_values(entry.key["cell"]): entry for part in found for entry in part}
     dense = _answers(entries[_values(_CELL)])
-    n_bytes = footprint.convolution_bytes(model.network)
+    n_bytes = byte_counts.convolution_bytes(model.network)
     rows = [_row(cell, entries[_values(cell)], dense, n_bytes) for cell in wanted]
     return pd.DataFrame(rows).astype({"clusters": "Int64", "seed": "Int64"})
 

@@ -57,7 +57,7 @@ class Combined:
     clustering : Clustering or None
         Its inertia is that against the kernels that the pipeline began with.
     n_bytes : int
-        Of all convolutions: `footprint.stored_bytes`, with entropy-coded indices, where kernels are
+        Of all convolutions: `byte_counts.stored_bytes`, with entropy-coded indices, where kernels are
         clustered: a zero weight in a representative that is not all zero saves nothing there. Else
         `pruning.sparse_bytes` of the kind that was pruned, with biases as they are rounded.
     table : pandas.DataFrame

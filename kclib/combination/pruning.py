@@ -9,7 +9,7 @@ from torch import nn
 
 from kclib import kernels, models
 from kclib._util import checks
-from kclib.compression import footprint, formats
+from kclib.compression import byte_counts, formats
 from kclib.compression.packing import index_bytes
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
@@ -121,7 +121,7 @@ def sparse_bytes(network: nn.Module, *, kind: str = "kernels", precision: str = 
     checks.check_known("precision", precision, PRECISIONS)
     bank = kernels.extract(network)
     dense = sum(formats.size(layer) * layer.itemsize for layer in bank.layers)
-    total = footprint.convolution_bytes(network) - dense
+    total = byte_counts.convolution_bytes(network) - dense
     for name, module in kernels.matched(network, bank.layers).items():
         layer = bank.layer(name)
         alive = _alive(module, bank.weights[layer.rows], kind)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kclib import compression, kernels
 from kclib.clustering import Clustering, Group, by_use, quantized
 from kclib.combination import pruning
-from kclib.compression import footprint, formats, layers, precisions
+from kclib.compression import byte_counts, formats, layers, precisions
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, copying
 from kclib.models import Model
@@ -97,8 +97,10 @@ class Stage:
     def n_bytes(self, network: nn.Module) -> int:
         """Return the bytes of the convolutions of the final network, as stored."""
         if self.clustering is not None:
-            return footprint.stored_bytes(network)
-        saved = footprint.convolution_bytes(network) - footprint.stored_bytes(network)  # of rounded biases
+            return byte_counts.stored_bytes(network)
+        saved = byte_counts.convolution_bytes(network) - byte_counts.stored_bytes(
+            network
+        )  # of rounded biases
         counted = "fp16" if self.precision == "bf16" else self.precision
         return pruning.sparse_bytes(network, kind=self.kind, precision=counted) - saved
 

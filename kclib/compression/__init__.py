@@ -12,6 +12,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "replacement": ["compress", "replaced", "expand", "expanded", "inserted"],
         "checkpoint": ["save", "load"],
         "exporting": ["export", "to_onnx", "to_program"],
-        "footprint": ["footprint"],
+        "byte_counts": ["footprint"],
     },
 )

@@ -20,7 +20,7 @@ from kclib import compression, datasets, kernels, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, Group
-from kclib.compression import footprint, formats
+from kclib.compression import byte_counts, formats
 from kclib.datasets import ImageSet
 from kclib.evaluation import accuracy
 from kclib.evaluation.accuracy import Evaluation
@@ -43,7 +43,7 @@ class Peer:
     network : Model or torch.nn.Module
         A copy with ordinary dense weights, those that the stored form decodes to.
     bytes : int
-        Of all convolutions in the stored form; compare with `footprint.convolution_bytes`.
+        Of all convolutions in the stored form; compare with `byte_counts.convolution_bytes`.
     clustering : Clustering, optional
         Where the way is one, for `compression.compress` and `training`.
     """
@@ -281,7 +281,7 @@ def _ledger_bytes(network: nn.Module, found: Clustering) -> int:
 def _total(network: nn.Module, bank: KernelBank, form: formats.Form) -> int:
     """Return the bytes of all convolutions where those of the bank have a form."""
     dense = sum(formats.size(layer) * layer.itemsize for layer in bank.layers)
-    return footprint.convolution_bytes(network) - dense + sum(map(form.bytes, bank.layers))
+    return byte_counts.convolution_bytes(network) - dense + sum(map(form.bytes, bank.layers))
 
 
 def _peer(name: str, setting: str, network: nn.Module, form: formats.Form) -> Peer:
@@ -327,7 +327,7 @@ def compare(
     data : ImageSet
     peers : iterable of Peer
         `at_bytes` makes some; any other network is one too, with its bytes
-        (`footprint.stored_bytes`).
+        (`byte_counts.stored_bytes`).
     dense : Evaluation, optional
         Of the model on these images, if it is there already.
     precision, device
@@ -343,7 +343,7 @@ def compare(
     model, data = models.as_model(model), datasets.as_image_set(data)
     options = {"precision": precision, "device": device, "progress": False}
     dense = dense or accuracy.evaluate(model, data, **(options | {"progress": progress}))
-    n_bytes, peers = footprint.convolution_bytes(model.network), list(peers)
+    n_bytes, peers = byte_counts.convolution_bytes(model.network), list(peers)
     rows = [
         {"method": "dense", "setting": "", "bytes": n_bytes, "ratio": 1.0} | accuracy.accuracy(dense, dense)
     ]

@@ -12,7 +12,7 @@ import torch
 from kclib import clustering, compression, datasets, evaluation, models, recovery
 from kclib._util import checks
 from kclib.clustering import largest
-from kclib.compression import footprint
+from kclib.compression import byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, KclibError
 from kclib.kernels import KernelBank, copying
@@ -151,7 +151,7 @@ def budgets(model: Model, bank: KernelBank, shares: Iterable[float]) -> tuple[di
     shares = sorted(shares)
     for share in shares:
         checks.check_real("a share", share, lambda x: x >= 1, "a number, at least 1")
-    dense = footprint.convolution_bytes(model.network)
+    dense = byte_counts.convolution_bytes(model.network)
     single = clustering.cluster(bank, 1, progress=False)
     stored = compression.footprint(model.network, single, codings=["entropy"])
     least = int(stored.loc["convolutions", "entropy_fp16"])

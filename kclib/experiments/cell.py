@@ -14,7 +14,7 @@ from kclib import clustering, compression, datasets, evaluation, kernels, loadin
 from kclib._util import checks, files
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, Group, largest
-from kclib.compression import footprint
+from kclib.compression import byte_counts
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation, accuracy
 from kclib.experiments import provenance
@@ -244,18 +244,18 @@ class Subject:
             about = {name: entry.key[name] for name in ("model", "weights", "images_hash", "precision")}
             about |= {"data": self.data.name, "right": np.packbits(found.correct).tobytes()}
             rows.append(
-                asdict(cell) | footprint.DENSE | numbers | accuracy.accuracy(found, answers[0]) | about
+                asdict(cell) | byte_counts.DENSE | numbers | accuracy.accuracy(found, answers[0]) | about
             )
         return pd.DataFrame(rows)
 
     def _computed(self, key: dict, cell: Cell, progress: bool, n_threads: int | None) -> Entry:
-        model, row = self.model, {"bytes": footprint.convolution_bytes(self.model.network)}
+        model, row = self.model, {"bytes": byte_counts.convolution_bytes(self.model.network)}
         if cell != Cell():
             found, seconds = stored_clustering(
                 self.bank, cell.k, scope=cell.scope, method=cell.method, seed=cell.seed,
                 store=self.store, progress=progress, n_threads=n_threads,
             )  # fmt: skip
-            row = footprint.removed(model.network, found) | {"cluster_seconds": seconds}
+            row = byte_counts.removed(model.network, found) | {"cluster_seconds": seconds}
             model = compression.replaced(model, found)
         answers = evaluation.evaluate(
             model, self.data, precision=self.precision, device=self.device, progress=progress

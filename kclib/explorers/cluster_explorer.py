@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from kclib import compression, datasets, evaluation, kernels, kmeans, plots
 from kclib.clustering import Clustering, by_use, grouping, of_fits
-from kclib.compression import footprint
-from kclib.compression.footprint import Count
+from kclib.compression import byte_counts
+from kclib.compression.byte_counts import Count
 from kclib.compression.layers import N_TURNS
 from kclib.datasets import ImageSet, as_image_set
 from kclib.errors import InvalidValueError
@@ -197,7 +197,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         every = tuple(layer.name for layer in self.bank.layers)
         super().__init__(ClusterQuestion(every, n_clusters=min(n_clusters, len(self.bank))))
         self.rows, self.running, self.evaluated, self.evaluation_status = (), None, None, ""
-        self._convolutions = footprint.convolution_bytes(model.network)
+        self._convolutions = byte_counts.convolution_bytes(model.network)
         self._evaluations, self.clusterer = Newest(), Clusterer(self.bank, seed)
         self._dense: dict[int, Evaluation] = {}  # by number of images
 
@@ -252,7 +252,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         """Return the codebook by use, the cluster sizes, and what is removed."""
         progress = Progress(stale, lambda sentence: self.say(sentence, stale))
         found = self.clusterer.clustering(question, progress)
-        removed = footprint.removed(self.model.network, found)
+        removed = byte_counts.removed(self.model.network, found)
         facts = {
             "kernels": f"{found.n_kernels:,}",
             "representatives": f"{found.n_clusters:,}",
@@ -368,7 +368,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         started += time.monotonic() - before  # in which no image was read
         result = answers(small, 1.0 if met else 0.5, 0.0 if met else 0.5)
         origin = {"layers": "", "distance": "", "codebook": "", "scope": "dense", "k": 0}
-        rows = [footprint.DENSE | origin | _measured(dense, dense)]
+        rows = [byte_counts.DENSE | origin | _measured(dense, dense)]
         origin = {
             "layers": called(self.bank, question.layers),
             "distance": question.distance,
@@ -377,7 +377,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
             "k": question.n_clusters,
             "cluster_seconds": started - begun,
         }
-        rows.append(origin | footprint.removed(self.model.network, found) | _measured(result, dense))
+        rows.append(origin | byte_counts.removed(self.model.network, found) | _measured(result, dense))
         return rows[any(row["images"] == n_images for row in self.rows) :]
 
     def _way(self, question: ClusterQuestion) -> str:

@@ -27,7 +27,7 @@ def byte_bars(ledger: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def index_bits(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the bits that each layer's indices take, as `footprint.index_bits_by_layer` returns them."""
+    """Draw the bits that each layer's indices take, as `byte_counts.index_bits_by_layer` returns them."""
     ax = ax or plt.gca()
     places = np.arange(len(table))
     ax.bar(places, table.fixed, width=0.8, color="0.88", label="fixed width")

@@ -50,7 +50,7 @@ def distance_histograms(
 def closeness(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Draw how much closer kernels are to their nearest neighbours than null models say.
 
-    `table` is that of `closeness.closeness`; bars are its 95 % intervals.
+    `table` is that of `similarity.closeness`; bars are its 95 % intervals.
     """
     ax = ax or plt.gca()
     checks.check_columns(table, ("layer", "null", "ratio", "low", "high"))

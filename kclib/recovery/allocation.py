@@ -14,8 +14,8 @@ from kclib import compression, datasets, evaluation, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, Scope
-from kclib.compression import footprint
-from kclib.compression.footprint import Count
+from kclib.compression import byte_counts
+from kclib.compression.byte_counts import Count
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Drop, Evaluation
@@ -227,7 +227,7 @@ class _Trials:
     def unclustered(self) -> int:
         """Bytes of the convolutions that no clustering changes."""
         kernels = sum(math.prod(layer.shape) * layer.itemsize for layer in self.bank.layers)
-        return footprint.convolution_bytes(self.model.network) - kernels
+        return byte_counts.convolution_bytes(self.model.network) - kernels
 
     def of(self, plan: _Plan, spend: float, limit: float = math.inf) -> Allocation | None:
         """Return what `spend` bytes for the clustered kernels buy; None if it was tried before or never fits.
@@ -320,4 +320,4 @@ def _check(n_bytes: float | None, max_drop: float | None, precision: str) -> Non
         raise InvalidValueError("give n_bytes or max_drop, and not both.")
     if not checks.is_real(goal := n_bytes if max_drop is None else max_drop):
         raise InvalidValueError(f"n_bytes or max_drop is {goal!r}; it must be a finite number.")
-    checks.check_known("precision", precision, footprint.PRECISIONS)
+    checks.check_known("precision", precision, byte_counts.PRECISIONS)

@@ -12,7 +12,7 @@ from kclib import compression, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, kernel_errors, kernels_by_group
-from kclib.compression import footprint, precisions
+from kclib.compression import byte_counts, precisions
 from kclib.errors import InvalidValueError
 from kclib.evaluation import damage
 from kclib.kernels import KernelBank
@@ -293,7 +293,7 @@ def _after(bank: KernelBank, clustering: Clustering, bought: list[_Split]) -> Cl
 
 
 def _check(clustering: Clustering, budget: float, precision: str) -> None:
-    checks.check_known("precision", precision, footprint.PRECISIONS)
+    checks.check_known("precision", precision, byte_counts.PRECISIONS)
     checks.check_real("budget", budget, lambda x: x >= 0, "a number of bytes, at least 0")
     if any(group.scales is not None or group.turns is not None for group in clustering.groups):
         raise InvalidValueError(

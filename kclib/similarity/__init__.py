@@ -9,7 +9,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "closeness": ["near_zero", "comparable", "nearest_distances", "explained", "closest"],
+        "measures": ["closeness", "near_zero", "comparable", "nearest_distances", "explained", "closest"],
         "histograms": ["PairHistogram", "pair_histogram", "layer_histograms", "within_and_across"],
         "distances": ["named"],
     },

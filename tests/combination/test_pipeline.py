@@ -12,7 +12,7 @@ from torch import nn
 from kclib import clustering, compression, kernels
 from kclib import training as train_module
 from kclib.combination import Cluster, Pipeline, Prune, Quantize, Step, Train, pruning
-from kclib.compression import footprint, precisions
+from kclib.compression import byte_counts, precisions
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.models import Model
@@ -98,7 +98,7 @@ def test_a_stored_combination_answers_to_the_bit_and_takes_the_bytes_it_says(ste
 def test_the_bytes_and_zeros_of_each_step_are_listed_with_the_dense_network_first():
     found = run(Prune(0.5) >> Quantize("int8", biases="fp16"))
     assert found.table.step.tolist() == ["dense", "prune", "quantize"]
-    dense = footprint.convolution_bytes(network_of())
+    dense = byte_counts.convolution_bytes(network_of())
     pruned = pruning.prune(model_of(), 0.5).network
     whole = pruning.sparse_bytes(pruned, precision="int8") - (6 + 8 + 5) * 2
     assert found.table.bytes.tolist() == [dense, pruning.sparse_bytes(pruned, precision="fp32"), whole]
@@ -115,9 +115,9 @@ def test_clusters_that_are_quantized_are_those_that_compress_rounds(seed, scope,
     theirs = clustering.cluster(kernels.extract(model.network), k, scope=scope, seed=seed, progress=False)
     theirs = compression.compress(model.network, theirs, precision=precision)
     assert torch.equal(answers(found.network), answers(theirs))
-    assert found.n_bytes <= footprint.stored_bytes(theirs)  # representatives that round alike are one
+    assert found.n_bytes <= byte_counts.stored_bytes(theirs)  # representatives that round alike are one
     if precision == "fp16":
-        assert found.n_bytes == footprint.stored_bytes(theirs)
+        assert found.n_bytes == byte_counts.stored_bytes(theirs)
 
 
 @given(st.integers(0, 99), SCOPES, st.sampled_from(["fp16", "int8"]), st.sampled_from([0.25, 0.5]))

@@ -11,7 +11,7 @@ from torch.nn.utils import prune as reference
 
 from kclib import kernels, models
 from kclib.combination import pruning
-from kclib.compression import footprint, formats
+from kclib.compression import byte_counts, formats
 from kclib.errors import InvalidValueError, UnknownNameError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,7 +179,7 @@ def test_bytes_are_those_of_masks_kernels_and_what_is_not_pruned():
         "int4": sum(math.ceil(n * 9 / 2) for n in kept) + 2 * (6 + 4),
     }.items():
         assert pruning.sparse_bytes(found.network, precision=precision) == rest + masks + values
-    assert pruning.sparse_bytes(network, precision="fp32") == footprint.convolution_bytes(network)
+    assert pruning.sparse_bytes(network, precision="fp32") == byte_counts.convolution_bytes(network)
 
 
 def test_bytes_by_hand_of_each_kind_of_mask():

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from kclib import clustering, compression, kernels, models
-from kclib.compression import footprint
+from kclib.compression import byte_counts
 from kclib.datasets import ImageSet
 from kclib.evaluation import peers
 
@@ -44,7 +44,7 @@ def test_every_network_is_compared_with_the_dense_one_on_the_same_images(model, 
 def test_a_compressed_network_is_a_peer_with_its_stored_bytes(model, data):
     found = clustering.cluster(kernels.extract(model.network), 4)
     packed = compression.compress(model.network, found, precision="fp16")
-    peer = peers.Peer("clustering", "K=4", packed, footprint.stored_bytes(packed))
+    peer = peers.Peer("clustering", "K=4", packed, byte_counts.stored_bytes(packed))
     row = peers.compare(model, data, [peer], progress=False).iloc[1]
     dense = compression.replaced(model.network, found)
     expected = peers.compare(model, data, [peers.Peer("same", "", dense, 1)], progress=False).iloc[1]

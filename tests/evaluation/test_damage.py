@@ -10,7 +10,7 @@ from torch import nn
 
 from kclib import clustering, compression, evaluation, kernels
 from kclib.clustering import Clustering, Group
-from kclib.compression import footprint
+from kclib.compression import byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.evaluation import damage
@@ -97,7 +97,7 @@ def stored(model, made, precision="fp16"):
 
 @given(
     st.integers(0, 99), st.integers(0, 600), st.sampled_from(["layer", "global"]),
-    st.sampled_from(footprint.PRECISIONS),
+    st.sampled_from(byte_counts.PRECISIONS),
 )  # fmt: skip
 @settings(deadline=None, max_examples=10)
 def test_never_more_bytes_than_the_budget_nor_more_damage_than_before(seed, budget, scope, precision):

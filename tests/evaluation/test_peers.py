@@ -11,7 +11,7 @@ from torch import nn
 
 from kclib import compression, models
 from kclib.clustering import cluster
-from kclib.compression import footprint, formats
+from kclib.compression import byte_counts, formats
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.evaluation import peers
 from kclib.kernels import extract
@@ -308,7 +308,7 @@ def test_each_way_takes_as_much_of_the_budget_as_it_can(budget, monkeypatch):
     monkeypatch.setattr(peers, "_SON_KS", (2, 8, 32))
     network = wide()
     bank = extract(network)
-    assert footprint.convolution_bytes(network) == 4 * (32 * 16 * 9 * 2 + 32)
+    assert byte_counts.convolution_bytes(network) == 4 * (32 * 16 * 9 * 2 + 32)
     found = {peer.name: peer for peer in peers.at_bytes(network, budget)}
     assert all(peer.bytes <= budget for peer in found.values())
     for name, forms in GRIDS.items():

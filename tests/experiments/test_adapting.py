@@ -10,7 +10,7 @@ from torch import nn
 
 from kclib import clustering, datasets, kernels, models, recovery, training
 from kclib.combination import factorial
-from kclib.compression import footprint
+from kclib.compression import byte_counts
 from kclib.errors import InvalidValueError
 from kclib.experiments import adapting
 
@@ -96,7 +96,7 @@ def test_shares_are_of_all_bytes_where_enough_of_them_are_clustered():
     model = models.Model("vgg", models.vgg16_fashion(), models.fashion_preprocess())
     bank = kernels.extract(model.network)
     found, said = adapting.budgets(model, bank, [32, 16])
-    dense = footprint.convolution_bytes(model.network)
+    dense = byte_counts.convolution_bytes(model.network)
     assert found == {16: dense / 16, 32: dense / 32}
     assert not said
 

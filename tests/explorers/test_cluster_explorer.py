@@ -12,7 +12,7 @@ from gates import PATIENCE, Gate, Through
 from torch import nn
 
 from kclib import clustering, compression, datasets, evaluation, experiments, kmeans
-from kclib.compression import footprint
+from kclib.compression import byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.evaluation import accuracy
@@ -154,7 +154,7 @@ def described(question):
 def test_the_answer_is_that_of_a_clustering_made_without_the_explorer(explorer, question):
     answer = asked(explorer, **vars(question))
     expected = expected_clustering(explorer.bank, question)
-    saved = footprint.savings(explorer.model.network, expected)
+    saved = byte_counts.savings(explorer.model.network, expected)
     assert answer.question == question
     assert answer.facts == {
         "kernels": str(expected.n_kernels),
@@ -411,7 +411,7 @@ def independent_row(explorer, question, n_images, images):
     found = expected_clustering(explorer.bank, question)
     small = Model("small", compression.replaced(network, found), explorer.model.preprocess)
     dense, result = (evaluation.evaluate(m, data, progress=False) for m in (explorer.model, small))
-    return footprint.removed(network, found) | accuracy.accuracy(result, dense)
+    return byte_counts.removed(network, found) | accuracy.accuracy(result, dense)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_rows_are_those_of_a_sweep_where_both_keep_every_kernel(evaluating, tmp_
     data = datasets.limited(evaluating.images, 120)
     table = experiments.sweep(evaluating.model, data, [ALL], scopes=["global"], store=Store(tmp_path))
     common = {
-        *footprint.DENSE,
+        *byte_counts.DENSE,
         *accuracy.accuracy(*[evaluation.evaluate(evaluating.model, data)] * 2),
         "scope",
         "k",

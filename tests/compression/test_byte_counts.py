@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from kclib import compression
 from kclib.clustering import Clustering, Group, cluster
 from kclib.compression import compress, entropy_coding, footprint, precisions
-from kclib.compression.footprint import (
+from kclib.compression.byte_counts import (
     PRECISIONS,
     break_even,
     convolution_bytes,
