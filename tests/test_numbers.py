@@ -109,24 +109,24 @@ def test_what_is_no_list_is_no_list_of_one_digit_numbers(given, ks, seen):
     with pytest.raises(InvalidValueError, match="ks is") as found:
         experiments.sweep(given.model, given.data, ks, store=given.store)
     if ks == "23":
-        seen("Numbers", '`sweep.run(model, data, "23")`', f"`{found.value}`")
+        seen("Numbers", '`kclib.sweep(model, data, "23")`', f"`{found.value}`")
 
 
 CALLS = {
-    "sweep.run(model, data, [2.7])": lambda g: experiments.sweep(g.model, g.data, [2.7], store=g.store),
-    "jobs.Workers(1.5)": lambda g: pool.Workers(1.5),
-    "jobs.Workers(True)": lambda g: pool.Workers(True),
+    "kclib.sweep(model, data, [2.7])": lambda g: experiments.sweep(g.model, g.data, [2.7], store=g.store),
+    "pool.Workers(1.5)": lambda g: pool.Workers(1.5),
+    "pool.Workers(True)": lambda g: pool.Workers(True),
     'combination.Cluster("64")': lambda g: combination.Cluster("64"),
     "combination.Cluster(0)": lambda g: combination.Cluster(0),
-    "kernels.insert of 1e9 into a float16 network": lambda g: kernels.insert(
+    "kclib.insert of 1e9 into a float16 network": lambda g: kernels.insert(
         tiny_model().network.half(), replace(g.bank, weights=np.full_like(g.bank.weights, 1e9))
     ),
-    "models.load of weights of 1e6 into a float16 network": lambda g: state_dicts.fill(
+    "kclib.load_model of weights of 1e6 into a float16 network": lambda g: state_dicts.fill(
         tiny_model().network.half(),
         {"": {name: x * 1e6 for name, x in tiny_model().network.state_dict().items()}},
         "weights.pt",
     ),
-    "evaluation.evaluate of 1,000 answers an image on 6 classes": lambda g: evaluation.evaluate(
+    "kclib.evaluate of 1,000 answers an image on 6 classes": lambda g: evaluation.evaluate(
         nn.Sequential(nn.Flatten(), nn.Linear(192, 1000)), g.data, progress=False
     ),
 }

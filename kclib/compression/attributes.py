@@ -21,7 +21,7 @@ _COMPUTE = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 _WITH_THESE = (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
 _COMPUTED_FROM = ("g", "v", "u", "orig", "mask")
 _FRAME = frozenset(vars(nn.Module()))
-# How `kernels.copied` names what `swapped` copies, and what must be left of it.
+# How `copying.copied` names what `swapped` copies, and what must be left of it.
 _IN_WHOLE = re.compile(r"network\.(?:network\.?|attributes\['([^']*)'\]\['_?([^']*)'\](?:\['([^']*)'\])?)")
 
 
@@ -131,5 +131,5 @@ def _computes(hook: object) -> bool:
 
 
 def _as_given(match: re.Match) -> str:
-    """Return what `kernels.copied` called a thing in `swapped` by its place in the network given."""
+    """Return what `copying.copied` called a thing in `swapped` by its place in the network given."""
     return ".".join(["network", *filter(None, match.groups())]) + "." * match[0].endswith("network.")

@@ -130,7 +130,7 @@ class Cell:
     k : int
         Clusters a group, as asked for.
     method : str
-        One of `clusterings.METHODS`.
+        One of `cell.METHODS`.
     seed : int
         Of the clustering.
     """
@@ -295,7 +295,7 @@ def sweep(
         above a scope's largest group is not run there.
     scopes : iterable of {"layer", "global"}
     methods : iterable of str
-        What representatives stand for: `clusterings.METHODS`.
+        What representatives stand for: `cell.METHODS`.
     seeds : iterable of int
     precision, device : str
         As in `evaluation.evaluate`.

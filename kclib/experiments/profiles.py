@@ -52,7 +52,7 @@ class Grid:
     clusters : tuple of int
         K, clusters a codebook.
     methods : tuple of str
-        Of `clusterings.METHODS`.
+        Of `cell.METHODS`.
     seeds : tuple of int
     precision : {"fp32", "bf16", "fp16"}
     device : str

@@ -61,7 +61,7 @@ def excess(orthogonality: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     orthogonality : pandas.DataFrame
-        As `factorial.orthogonality` returns, of one order.
+        As `orthogonality.orthogonality` returns, of one order.
     ax : matplotlib.axes.Axes, optional
     """
     ax = ax or plt.gca()

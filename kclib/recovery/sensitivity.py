@@ -33,7 +33,7 @@ def weights(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> np.ndarray:
-    """Return what a squared error of one in each kernel costs, for `kmeans.kmeans(..., weights=...)`.
+    """Return what a squared error of one in each kernel costs, for `kmeans.fit(..., weights=...)`.
 
     The same seed gives the same result up to the rounding of torch's convolutions, which may differ with the
     number of threads. The batches do not matter, but to ``hessian``, which draws directions for each.
