@@ -147,6 +147,16 @@ class Clustering:
         One sentence for each group that has fewer clusters than asked for, and why.
     origin : mapping of str to str
         The SHA-256 of the kernels that were clustered, by layer; empty where these are not known.
+
+    Examples
+    --------
+    >>> import kclib, torch
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Conv2d(8, 8, 3))
+    >>> clusters = kclib.cluster(network, 4)
+    >>> [(group.name, group.codebook.shape, group.indices.shape) for group in clusters.groups]
+    [('0', (4, 3, 3), (8,)), ('1', (4, 3, 3), (64,))]
+    >>> print(f"{clusters.kernels_removed:.1%} of {clusters.n_kernels} kernels removed")
+    88.9% of 72 kernels removed
     """
 
     groups: tuple[Group, ...]
@@ -231,6 +241,16 @@ def cluster(
         K below 1 or above the number of kernels; a layer or group that is missing or unknown; kernels to be
         turned that are not square; weights or a price out of range.
     NotEnoughMemoryError
+
+    Examples
+    --------
+    >>> import kclib, torch
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3))
+    >>> for scope in ("layer", "global"):
+    ...     clusters = kclib.cluster(network, 16, scope=scope)
+    ...     print(f"{scope}: {clusters.n_clusters} representatives, {clusters.kernels_removed:.1%} removed")
+    layer: 32 representatives, 78.9% removed
+    global: 16 representatives, 89.5% removed
     """
     bank = bank_of(bank)
     members = grouping(bank, scope)

@@ -40,6 +40,13 @@ def load_model(
     Raises
     ------
     UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
+
+    Examples
+    --------
+    >>> import kclib
+    >>> model = kclib.load_model("vgg16-fashion")
+    >>> model.input_shape, model.classes[:3]
+    ((3, 32, 32), ('T-shirt/top', 'Trouser', 'Pullover'))
     """
     model = models.told(models.architecture(name), input_shape=input_shape, classes=classes)
     if weights is not None and state_dicts.is_compressed(weights):

@@ -1,1 +1,1 @@
-"""What every room needs and none is about: checks of arguments, whole files, threads, bars, folders."""
+"""Serve every room: checks of arguments, whole files, threads, progress bars, and folders of caches."""

@@ -1,7 +1,8 @@
-"""Pruning, clustering and quantization together: are they orthogonal?
+"""Combine pruning, clustering and quantization, and tell whether they are orthogonal.
 
-Steps are joined by ``>>`` into a `Pipeline`. `factorial` evaluates every combination of their levels, and
-`orthogonality` says whether what each loses adds up.
+Steps such as `Prune` and `Cluster` are joined by ``>>`` into a `Pipeline`, which makes a network small. The
+module `factorial` evaluates every combination of their levels. The module `orthogonality` says whether the
+losses of single steps add up.
 """
 
 import lazy_loader

@@ -1,7 +1,8 @@
-"""A clustered network that is really small: in memory, in a file, and for other runtimes.
+"""Make a clustered network small: in memory, in a file, and for other runtimes.
 
-`compress` puts indices and a codebook in place of weights and `expand` undoes it. `save` and `load` keep it
-in one checked file, `export` writes it for ONNX and torch. `footprint` says where the bytes go.
+`compress` puts indices and a codebook in place of the weights, and `expand` undoes that. `save` and `load`
+keep the network in one checked file, and `export` writes it for ONNX and torch. `footprint` says where the
+bytes go.
 """
 
 import lazy_loader
@@ -13,5 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "checkpoint": ["save", "load"],
         "exporting": ["export", "to_onnx", "to_program"],
         "byte_counts": ["footprint"],
+        "container": ["Contents", "inspect"],
+        "layers": ["ClusteredConv2d"],
     },
 )

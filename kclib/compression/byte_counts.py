@@ -131,6 +131,18 @@ def footprint(
         ``indices``, ``frequency tables`` (of entropy coding), ``codebooks``, ``scales``, ``other convolution
         weights`` (the sizes left out), ``convolution biases``, ``rest`` (all other parameters and buffers);
         then the sums ``convolutions`` and ``model``. Shared tensors count once.
+
+    Examples
+    --------
+    >>> import kclib, torch
+    >>> network = torch.nn.Conv2d(16, 16, 3)
+    >>> table = kclib.footprint(network, kclib.cluster(network, 8))
+    >>> table.loc[["kernels", "indices", "codebooks", "convolutions"], ["dense", "fixed_fp32", "fixed_fp16"]]
+                  dense  fixed_fp32  fixed_fp16
+    kernels        9216           0           0
+    indices           0          96          96
+    codebooks         0         288         144
+    convolutions   9280         448         304
     """
     network = models.network_of(network)
     owners = matched(network, checked(clustering).layers)

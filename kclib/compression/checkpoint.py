@@ -64,6 +64,16 @@ def save(
         A network that is not compressed; an unknown coding; extra state of another kind.
     StorageError
         It could not be written; an older file of this name is then still whole.
+
+    Examples
+    --------
+    >>> import kclib, tempfile, torch
+    >>> network = torch.nn.Conv2d(16, 16, 3)
+    >>> small = kclib.compress(network, kclib.cluster(network, 8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     contents = kclib.save(small, f"{folder}/small.safetensors", indices="fixed")
+    >>> contents.bytes[["indices", "codebooks"]].to_dict()  # 256 indices of 3 bits, 8 kernels of 9 floats
+    {'indices': 96, 'codebooks': 288}
     """
     if isinstance(network, models.Model) and architecture is None:
         architecture = network.name if ":" in network.name or network.name in models.names() else None
@@ -144,6 +154,17 @@ def load(
     InvalidValueError, UnknownNameError
         It was written by a newer version, or by an older one that rounded activations; it does not fit the
         architecture, or this does not use a layer; no architecture is known.
+
+    Examples
+    --------
+    >>> import kclib, tempfile, torch
+    >>> network = torch.nn.Conv2d(3, 8, 3)
+    >>> small = kclib.compress(network, kclib.cluster(network, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     contents = kclib.save(small, f"{folder}/small.safetensors")
+    ...     again = kclib.load(f"{folder}/small.safetensors", architecture=network)
+    >>> torch.equal(again.network.weight, small.weight)
+    True
     """
     checks.check_known("kind of residence", resident, _RESIDENT)
     path = files.expanded(path)

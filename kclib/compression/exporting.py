@@ -51,10 +51,12 @@ def export(
     Examples
     --------
     >>> import kclib, tempfile, torch
-    >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Flatten())
-    >>> small = kclib.compress(network, kclib.cluster(kclib.extract(network), 4, progress=False))
-    >>> kclib.export(small, tempfile.mkdtemp() + "/small.onnx", shape=(1, 5, 5)).name
-    'small.onnx'
+    >>> network = torch.nn.Conv2d(64, 64, 3)
+    >>> small = kclib.compress(network, kclib.cluster(network, 16))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = kclib.export(small, f"{folder}/small.onnx", shape=(64, 8, 8))
+    ...     path.stat().st_size < network.weight.nbytes / 10
+    True
     """
     kind = Path(path).suffix or (".onnx" if files.is_stream(path) else "")
     if kind not in (".onnx", ".pt2"):

@@ -72,6 +72,16 @@ def compress(
         The clustering comes from another architecture or other weights; a group whose layers differ in device
         or floating type; a weight that something other than a convolution shares; a convolution with a
         forward of its own; values the precision cannot hold; a network that does not use a replaced layer.
+
+    Examples
+    --------
+    >>> import kclib, torch
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3))
+    >>> small = kclib.compress(network, kclib.cluster(network, 4))
+    >>> [len(x[1].weight.flatten(0, 1).unique(dim=0)) for x in (network, small)]  # kernels that differ
+    [128, 4]
+    >>> small(torch.zeros(1, 3, 8, 8)).shape
+    torch.Size([1, 16, 4, 4])
     """
     dense = network_of(network)
     check_origin(dense, clustering)
@@ -201,6 +211,15 @@ def expand(network: Model | nn.Module, *, inputs: example_inputs.Inputs = None) 
     ------
     InvalidValueError
         A network that does not use a replaced layer.
+
+    Examples
+    --------
+    >>> import kclib, torch
+    >>> network = torch.nn.Conv2d(3, 8, 3)
+    >>> small = kclib.compress(network, kclib.cluster(network, 4))
+    >>> dense = kclib.expand(small)
+    >>> type(dense).__name__, torch.equal(dense.weight, small.weight)
+    ('Conv2d', True)
     """
     packed = network_of(network)
     result = expanded(packed)

@@ -1,8 +1,8 @@
-"""Labelled images, by name or as the user has them.
+"""Load labelled images, by name or as the user has them.
 
-`load_data` takes a name, ``folder:PATH``, or a torch data set or loader, and answers an `ImageSet`. Class
-folders are matched to a network's outputs by name, and pixel values are those of the file. What cannot be
-told is asked for in one sentence.
+`load_data` takes a name or ``folder:PATH``, `as_image_set` a torch data set, a loader or arrays; both return
+an `ImageSet`. Classes are matched to a network's outputs by their names, and pixel values are those of the
+file. Where something is unclear, an error says in one sentence what to give.
 """
 
 import lazy_loader

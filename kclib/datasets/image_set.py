@@ -34,6 +34,15 @@ class ImageSet:
     ------
     InvalidValueError
         Images or labels of another kind or number; labels that are no classes.
+
+    Examples
+    --------
+    >>> import kclib, torch
+    >>> pictures = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
+    >>> images = kclib.ImageSet("noise", pictures, torch.arange(12) % 2, ("shirt", "coat"), fingerprint="1")
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    >>> kclib.evaluate(network, images).labels[:4]
+    array([0, 1, 0, 1])
     """
 
     name: str

@@ -37,6 +37,15 @@ def load_data(name: str = "fashion-mnist", split: str = "test", *, limit: int | 
     Raises
     ------
     UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
+
+    Examples
+    --------
+    >>> import kclib
+    >>> images = kclib.load_data("fashion-mnist", limit=100)
+    >>> images.images.shape, images.images.dtype
+    (torch.Size([100, 1, 28, 28]), torch.uint8)
+    >>> images.classes[images.labels[0]]
+    'Coat'
     """
     checks.check_known("split", split, ("test", "train"))
     kind, _, path = name.partition(":") if isinstance(name, str) else ("", "", "")

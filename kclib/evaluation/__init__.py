@@ -1,8 +1,8 @@
-"""Recognition accuracy, with its uncertainty.
+"""Measure recognition accuracy, with its uncertainty.
 
-`evaluate` answers what a network says of images, `drop` what was lost between two networks on the same
-images. `attribution` and `damage` say where it was lost, `peers` makes networks small in other ways to
-compare with.
+`evaluate` returns what a network answers on a set of images, and `drop` the accuracy lost between two
+networks on the same images. `attribution` and `damage` find where it was lost. `peers` makes networks small
+by other methods, for comparison at equal bytes.
 """
 
 import lazy_loader

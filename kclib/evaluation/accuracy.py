@@ -77,6 +77,16 @@ class Evaluation:
     notes : tuple of str
         Sentences that a reader must know beside the numbers: those of the data set, and how many images have
         no known class.
+
+    Examples
+    --------
+    >>> import kclib, numpy as np
+    >>> labels = np.array([0, 1, 0, -1])  # the last image is of no known class
+    >>> answers = kclib.Evaluation(np.array([0, 1, 1, 0]), labels, labels >= 0, ("shirt", "coat"), 0.0)
+    >>> answers.correct
+    array([ True,  True, False])
+    >>> print(answers.top1)
+    66.67 [20.77, 93.85]
     """
 
     predictions: np.ndarray
@@ -146,6 +156,14 @@ def evaluate(
         A batch does not fit.
     StoppedError
         `progress` ended it.
+
+    Examples
+    --------
+    >>> import kclib
+    >>> model, images = kclib.load_model("vgg16-fashion"), kclib.load_data("fashion-mnist", limit=20)
+    >>> answers = kclib.evaluate(model, images)
+    >>> print(answers.top1)  # of so few images the interval is wide
+    90.00 [69.90, 97.21]
     """
     checks.check_known("precision", precision, _AUTOCAST)
     checks.check_whole("batch_size", batch_size, 1)
@@ -209,6 +227,16 @@ def drop(before: Evaluation, after: Evaluation) -> Drop:
     ------
     InvalidValueError
         If the two were not evaluated on the same images.
+
+    Examples
+    --------
+    >>> import kclib, numpy as np
+    >>> labels, before, after = np.zeros((3, 200), int)
+    >>> before[:10], after[5:30] = 1, 1  # 10 images wrong before, 25 after, 5 both times
+    >>> before, after = (kclib.Evaluation(x, labels, x < 2, ("shirt", "coat"), 0.0) for x in (before, after))
+    >>> lost = kclib.drop(before, after)
+    >>> print(lost.points, "points;", lost.lost, "images lost,", lost.won, "won")
+    7.50 [2.82, 12.82] points; 20 images lost, 5 won
     """
     if not np.array_equal(before.labels, after.labels):
         raise InvalidValueError("the two evaluations are of different images; use one data set.")

@@ -311,6 +311,21 @@ def sweep(
     ------
     InvalidValueError, UnknownNameError
         No K fits the model, K below 1, an unknown scope or method.
+
+    Examples
+    --------
+    >>> import kclib, tempfile, torch
+    >>> from kclib.store import Store
+    >>> pictures = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
+    >>> images = kclib.ImageSet("noise", pictures, torch.arange(12) % 2, ("shirt", "coat"), fingerprint="1")
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     table = kclib.sweep(network, images, [2, 6], scopes=["layer"], store=Store(folder))
+    >>> table[["scope", "k", "kernels_removed"]]
+       scope  k  kernels_removed
+    0  dense  0         0.000000
+    1  layer  2        91.666667
+    2  layer  6        75.000000
     """
     model, data = models.as_model(model), datasets.as_image_set(data)
     subject = Subject(model, data, store or Store(), precision, device)

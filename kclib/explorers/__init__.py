@@ -1,7 +1,7 @@
-"""Explorers of similarity, of maps and of clusterings: ask anything at any moment.
+"""Explore similarity, maps and clusterings interactively.
 
-Each explorer is plain Python and works in the background; `widgets` shows them. `explore` opens the
-explorer of clusterings of a network. Old questions are left when a new one comes.
+`explore` opens the explorer of a network's clusterings. Each explorer is plain Python that works in the
+background, and `widgets` shows it. A new question replaces one that is still being answered.
 """
 
 import lazy_loader

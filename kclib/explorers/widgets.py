@@ -56,7 +56,7 @@ def explore(
     Examples
     --------
     >>> import kclib, torch
-    >>> type(kclib.explore(torch.nn.Conv2d(3, 16, 3), n_clusters=4)).__name__
+    >>> type(kclib.explore(torch.nn.Conv2d(3, 16, 3), n_clusters=4)).__name__  # a notebook shows it
     'VBox'
     """
     return clusters(ClusterExplorer(model, images, n_clusters=n_clusters, seed=seed))

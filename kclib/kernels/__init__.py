@@ -1,7 +1,7 @@
-"""The 2D kernels of a network as one array, and back.
+"""Take the 2D kernels of a network as one array, and put them back.
 
-`extract` and `insert` are inverse to the bit. A `KernelBank` holds all k×k kernels of a network's
-convolutions, layer by layer. What is not taken is named with the reason.
+A `KernelBank` holds all kernels of one size, layer by layer. `extract` and `insert` are inverse to the bit.
+Each convolution that is left out is named, with the reason.
 """
 
 import lazy_loader
@@ -15,7 +15,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "matched",
             "bank_of",
             "sample",
-            "named",
             "Layer",
             "KernelBank",
             "Kernels",

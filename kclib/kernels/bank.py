@@ -70,6 +70,18 @@ class KernelBank:
     layers : tuple of Layer
     left_out : mapping of str to str
         Every other convolution of the network by name, and why it is not here.
+
+    Examples
+    --------
+    >>> import kclib, torch
+    >>> bank = kclib.extract(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3)))
+    >>> bank.origin([0, 1, 24])  # the first layer has 3 * 8 kernels
+      layer  out  in
+    0     0    0   0
+    1     0    0   1
+    2     1    0   0
+    >>> len(bank.only("1"))
+    128
     """
 
     weights: np.ndarray
@@ -171,6 +183,16 @@ def extract(network: Model | nn.Module, *, size: int | tuple[int, int] | None = 
     InvalidValueError
         If there are no such kernels, or weights are NaN, infinite, too large for float32, or not
         materialised.
+
+    Examples
+    --------
+    >>> import kclib, torch
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 1))
+    >>> bank = kclib.extract(network)
+    >>> bank.weights.shape
+    (24, 3, 3)
+    >>> [layer.name for layer in bank.layers], bank.left_out
+    (['0'], {'1': '1×1 kernels, not 3×3'})
     """
     network = network_of(network)
     found, left_out = convolutions.usable(network)
@@ -199,6 +221,17 @@ def insert(network: Model | nn.Module, bank: KernelBank) -> Model | nn.Module:
     InvalidValueError
         If the bank does not come from a network of this architecture, or holds values that the network's
         precision does not.
+
+    Examples
+    --------
+    >>> import dataclasses, kclib, torch
+    >>> network = torch.nn.Conv2d(3, 8, 3)
+    >>> bank = kclib.extract(network)
+    >>> torch.equal(kclib.insert(network, bank).weight, network.weight)
+    True
+    >>> zeros = dataclasses.replace(bank, weights=0 * bank.weights)
+    >>> kclib.insert(network, zeros).weight.count_nonzero()
+    tensor(0)
     """
     if not isinstance(bank, KernelBank):
         raise InvalidValueError(f"the bank is a {type(bank).__name__}; it must be a KernelBank.")

@@ -1,8 +1,8 @@
-"""Networks and what they need to be used.
+"""Hold networks and what they need to be used.
 
-A `Model` is a network with its preprocessing and class names; whatever takes a network takes either.
-Networks come by name or from the user's own factory, and their weights from checkpoints of any kind, none
-of which is unpickled. Other people's code is fenced: what it raises comes out as one sentence.
+A `Model` is a network with its preprocessing and class names; every function that takes a network takes
+either. Networks come by name or from the user's own factory, their weights from checkpoints of many kinds,
+and no checkpoint is unpickled. Where other people's code fails, an error says so in one sentence.
 """
 
 import lazy_loader

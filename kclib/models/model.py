@@ -33,6 +33,15 @@ class Model:
         Class names in the order of the logits; empty if unknown.
     input_shape : (int, int, int), optional
         Channels, height and width of an input, where they are known without an image.
+
+    Examples
+    --------
+    >>> import kclib, torch
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 2))
+    >>> model = kclib.Model("mine", network, lambda image: image / 255, ("shirt", "coat"), (1, 8, 8))
+    >>> small = kclib.compress(model, kclib.cluster(model, 2))
+    >>> type(small).__name__, small.classes
+    ('Model', ('shirt', 'coat'))
     """
 
     name: str

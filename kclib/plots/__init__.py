@@ -1,6 +1,16 @@
-"""Every picture: each function draws given values on an axes and returns it.
+"""Draw every picture of the workbook.
 
-None computes, saves or shows. All take ``ax=``. Titles and units are theirs, sizes the caller's.
+Each function takes values and ``ax=``, draws on these axes (or on pyplot's current ones), and returns them.
+It sets the title, the labels and the units; the caller chooses the size. None computes, saves or shows.
+
+Examples
+--------
+>>> import kclib, torch
+>>> from matplotlib.figure import Figure
+>>> bank = kclib.extract(torch.nn.Conv2d(3, 8, 3))
+>>> ax = kclib.plots.kernel_sheet(bank.weights, columns=8, ax=Figure().subplots())
+>>> ax.images[0].get_array().shape  # three rows of eight kernels of 3×3, gaps of a pixel between them
+(12, 31)
 """
 
 import lazy_loader

@@ -69,6 +69,20 @@ def finetune(
     ------
     InvalidValueError, DamagedFileError
         As `training.train`; values that the precision of a codebook cannot hold.
+
+    Examples
+    --------
+    >>> import kclib, pathlib, tempfile, torch
+    >>> from kclib.training import Recipe
+    >>> pictures = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
+    >>> images = kclib.ImageSet("noise", pictures, torch.arange(12) % 2, ("shirt", "coat"), fingerprint="1")
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 2))
+    >>> small = kclib.compress(network, kclib.cluster(network, 4))
+    >>> recipe = Recipe(epochs=1, batch_size=4, held_back=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     trained = kclib.finetune(small, images, pathlib.Path(folder, "state.pt"), recipe=recipe)
+    epoch 0, held_back ...
+    epoch 1, loss ..., held_back ...
     """
     given, model = model, models.as_model(model)
     teacher = None if teacher is None else models.network_of(teacher)

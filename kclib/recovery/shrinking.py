@@ -55,6 +55,16 @@ def shrink(
     ------
     InvalidValueError, UnknownNameError
         As `allocation.allocate` and `sequential.correct`.
+
+    Examples
+    --------
+    >>> import kclib, torch
+    >>> pictures = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
+    >>> images = kclib.ImageSet("noise", pictures, torch.arange(12) % 2, ("shirt", "coat"), fingerprint="1")
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 2))
+    >>> found = kclib.shrink(network, images, images, 400, progress=False)
+    >>> found.n_bytes <= 400, found.clustering.n_kernels
+    (True, 24)
     """
     given, model, images = model, models.as_model(model), datasets.as_image_set(images)
     bank, options = kernels.extract(model.network), {"seed": seed, "device": device, "progress": progress}

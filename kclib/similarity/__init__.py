@@ -1,7 +1,17 @@
-"""How alike kernels are.
+"""Measure how alike kernels are.
 
-Distances, histograms of all pairs, nearest neighbours, null models to compare with, and maps (UMAP).
-Everything is streamed in blocks; there is no n×n matrix. Each measure says how sure it is.
+The measures are distances, histograms of all pairs, nearest neighbours, comparisons with null models, and
+maps (UMAP). Pairs are streamed in blocks, so that no n×n matrix is kept. What rests on a sample says how sure
+it is.
+
+Examples
+--------
+>>> import kclib, numpy as np
+>>> points = np.array([[1, 0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 2]], np.float32)
+>>> kclib.similarity.nearest_distances(points)
+array([1.        , 1.        , 2.23606798])
+>>> kclib.similarity.nearest_distances(points, distance="cosine").round(6)  # ignores lengths
+array([0., 0., 1.])
 """
 
 import lazy_loader

@@ -1,0 +1,80 @@
+import ast
+import doctest
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import kclib
+
+NAMES = [
+    "load_model", "load_data", "Model", "ImageSet", "extract", "insert", "KernelBank", "cluster",
+    "Clustering", "compress", "expand", "save", "load", "export", "footprint", "evaluate", "drop",
+    "Evaluation", "shrink", "finetune", "sweep", "explore", "kmeans", "similarity", "plots",
+]  # fmt: skip
+HOME = Path(kclib.__file__).parent
+ROOMS = [x.name for x in pkgutil.iter_modules(kclib.__path__) if x.ispkg]
+MODULES = [x.relative_to(HOME) for x in sorted(HOME.rglob("*.py"))]
+
+
+def private_imports(module: Path) -> list[str]:
+    """Return what a module takes from other rooms though its name begins with an underscore."""
+    found = []
+    for node in ast.walk(ast.parse((HOME / module).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kclib"):
+            found += [(*node.module.split("."), name.name)[1:] for name in node.names]
+        elif isinstance(node, ast.Import):
+            found += [tuple(x.name.split("."))[1:] for x in node.names if x.name.startswith("kclib.")]
+    room = module.parts[0].removesuffix(".py")
+    others = [path for path in found if path[0] not in (room, "__version__")]
+    return [".".join(x) for x in others if any(part.startswith("_") for part in x[x[0] == "_util" :])]
+
+
+def test_import_loads_neither_torch_nor_numba():
+    code = "import sys, kclib; print(sorted({'torch', 'numba', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_door_has_the_names_of_the_design():
+    assert sorted(kclib.__all__) == sorted(NAMES)
+
+
+def test_names_are_completed_before_they_are_used():
+    code = "import kclib; print(*dir(kclib))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) >= set(NAMES)
+
+
+@pytest.mark.parametrize("name", ["kclib", *NAMES])
+def test_example_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    documented = kclib if name == "kclib" else getattr(kclib, name)
+    found = doctest.DocTestFinder(recurse=False).find(documented, name, globs={})
+    assert found, f"{name} has no example"
+    said, runner = [], doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        failed = runner.run(found[0], out=said.append).failed
+    assert not failed, "".join(said)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_hands_out_its_names(room):
+    found = importlib.import_module(f"kclib.{room}")
+    names = getattr(found, "__all__", [])
+    assert names or room == "_util"
+    for name in names:
+        getattr(found, name)
+    assert not {x.name for x in pkgutil.iter_modules(found.__path__)} & set(names)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_no_private_name_crosses_rooms(module):
+    assert private_imports(module) == []
