@@ -60,6 +60,6 @@ def load_model(
         shipped = files.shipped(files.data_dir() / models.FASHION_FILE, models.FASHION_SHA256)
         state_dicts.fill(model.network, state_dicts.found(shipped), name)
     elif name in models.torchvision_names():
-        state_dicts.fill(model.network, {"": loading._published(name)}, name)
+        state_dicts.fill(model.network, {"": loading.published(name)}, name)
     models.moved(model.network, device).eval()
     return model

@@ -22,17 +22,21 @@ ROOMS = [x.name for x in pkgutil.iter_modules(kclib.__path__) if x.ispkg]
 MODULES = [x.relative_to(HOME) for x in sorted(HOME.rglob("*.py"))]
 
 
-def private_imports(module: Path) -> list[str]:
-    """Return what a module takes from other rooms though its name begins with an underscore."""
-    found = []
-    for node in ast.walk(ast.parse((HOME / module).read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kclib"):
-            found += [(*node.module.split("."), name.name)[1:] for name in node.names]
-        elif isinstance(node, ast.Import):
-            found += [tuple(x.name.split("."))[1:] for x in node.names if x.name.startswith("kclib.")]
-    room = module.parts[0].removesuffix(".py")
-    others = [path for path in found if path[0] not in (room, "__version__")]
-    return [".".join(x) for x in others if any(part.startswith("_") for part in x[x[0] == "_util" :])]
+def private_names(module: Path) -> list[str]:
+    """Return what a module uses of other rooms though its name begins with an underscore."""
+    tree, room = ast.parse((HOME / module).read_text()), module.parts[0].removesuffix(".py")
+    taken = {}  # by the name it has here, its path below kclib
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kclib":
+            paths = {x.asname or x.name: (*node.module.split("."), x.name)[1:] for x in node.names}
+            taken |= {name: path for name, path in paths.items() if path[0] != room}
+    used = [
+        (*taken[node.value.id], node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in taken
+    ]
+    private = {".".join(path) for path in (*taken.values(), *used) if path[-1].startswith("_")}
+    return sorted(private - {"_util", "__version__"})
 
 
 def test_import_loads_neither_torch_nor_numba():
@@ -77,4 +81,4 @@ def test_room_hands_out_its_names(room):
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_no_private_name_crosses_rooms(module):
-    assert private_imports(module) == []
+    assert private_names(module) == []

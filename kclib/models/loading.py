@@ -108,7 +108,7 @@ def fashion_preprocess() -> Callable:
     )
 
 
-def _published(name: str) -> dict[str, torch.Tensor]:
+def published(name: str) -> dict[str, torch.Tensor]:
     """Return the published weights of one of torchvision's networks."""
     published = torchvision.models.get_model_weights(name).DEFAULT
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
