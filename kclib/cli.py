@@ -1,4 +1,4 @@
-"""The command line, thin over the library: one function a command."""
+"""The command line: one function a command, each a thin layer over the library."""
 
 import contextlib
 import functools

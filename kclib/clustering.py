@@ -1,4 +1,4 @@
-"""Cluster the kernels of a bank: per layer, globally, or in any grouping of layers."""
+"""Cluster the kernels of a bank: in what scope (each layer, all layers, groups), and what comes of it."""
 
 import functools
 import hashlib

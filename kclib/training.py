@@ -1,4 +1,4 @@
-"""Train a classifier from given weights by a recipe, resumable and seeded."""
+"""Train a classifier from given weights by a `Recipe`: seeded, and resumable after every epoch."""
 
 import math
 from collections.abc import Callable, Iterator

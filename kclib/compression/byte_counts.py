@@ -1,4 +1,4 @@
-"""The ledger of bytes: each way of counting them, named and beside the others, and where it stops paying."""
+"""Count the bytes of a clustered network in each way that is used, and tell up to which K each way pays."""
 
 import bisect
 import math

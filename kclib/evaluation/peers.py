@@ -1,6 +1,6 @@
-"""Other ways to make convolutions small, for comparison with kernel clustering at equal bytes.
+"""Make convolutions small by other methods, and compare these with kernel clustering at equal bytes.
 
-Each returns the network as it would be decoded from its stored form (`stored`), and the bytes of all
+Each method returns the network as it would be decoded from its stored form (`stored`), and the bytes of all
 convolutions in that form. All change the same layers, those of `kernels.extract`; every other convolution and
 all biases count dense, as in `compression.footprint`.
 """

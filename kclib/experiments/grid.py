@@ -1,4 +1,4 @@
-"""A profile's sweep over models, data, scopes, K, methods and seeds: what is stored, and the rest."""
+"""Plan, run and report a profile's sweep: models, data, scopes, K, methods and seeds."""
 
 import logging
 from collections.abc import Sequence

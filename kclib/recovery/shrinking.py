@@ -1,4 +1,4 @@
-"""Make a network small within so many bytes, and train it: `shrink`."""
+"""Make a network small within a number of bytes, without training: `shrink`."""
 
 from dataclasses import replace
 
