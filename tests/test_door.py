@@ -5,6 +5,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -82,3 +83,12 @@ def test_room_hands_out_its_names(room):
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_no_private_name_crosses_rooms(module):
     assert private_names(module) == []
+
+
+def test_picture_of_the_rooms_is_what_the_linter_holds():
+    root = HOME.parent
+    layers = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0][
+        "layers"
+    ]
+    picture = (root / "CONTRIBUTING.md").read_text().split("```text\n")[1].split("```")[0]
+    assert [line.split("  ")[0] for line in picture.splitlines()] == layers

@@ -111,7 +111,7 @@ def fit(
     n_threads : int, optional
         All processors by default.
     progress : callable, optional
-        As in `fitting.fit`; `Step.inertia` has no price in it.
+        As in `fitting.fit`; `FitStep.inertia` has no price in it.
 
     Raises
     ------

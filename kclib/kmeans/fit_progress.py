@@ -30,7 +30,7 @@ class Progress:
     Parameters
     ----------
     call : callable, optional
-        Called with each `Step`; a true answer asks to stop after the step at hand.
+        Called with each `FitStep`; a true answer asks to stop after the step at hand.
 
     Attributes
     ----------

@@ -65,7 +65,7 @@ def fit(
     device : str
         A torch device for the search of nearest centres; ``cpu`` takes the faster way for processors.
     progress : callable, optional
-        Called with each `Step`. A true answer stops after the round at hand, and the best so far is returned.
+        Called with each `FitStep`. A true answer stops after the round at hand; the best so far is returned.
 
     Raises
     ------
@@ -154,7 +154,7 @@ def ladder(
     ks : iterable of int
         In any order; each 1 to n.
     progress : callable, optional
-        Called with each `Step`; a true answer ends the ladder with the rung at hand.
+        Called with each `FitStep`; a true answer ends the ladder with the rung at hand.
 
     Raises
     ------
