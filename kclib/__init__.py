@@ -2,12 +2,12 @@
 
 >>> import kclib
 >>> model, images = kclib.load_model("vgg16-fashion"), kclib.load_data("fashion-mnist", limit=50)
->>> clusters = kclib.cluster(kclib.extract(model), 256)
->>> print(f"{clusters.kernels_removed:.1%} of the kernels removed")
-99.8% of the kernels removed
+>>> clusters = kclib.cluster(kclib.extract(model), 16)
+>>> print(f"{clusters.kernels_removed:.2%} of the kernels removed")
+99.99% of the kernels removed
 >>> small = kclib.compress(model, clusters)
 >>> lost = kclib.drop(kclib.evaluate(model, images), kclib.evaluate(small, images))
->>> lost.points.low > 50  # accuracy points: 256 representatives a layer are too few
+>>> lost.points.low > 50  # accuracy points: 16 representatives a layer are too few
 True
 
 Whatever takes a network takes a `Model` or any `torch.nn.Module`, and a `Model` in is a `Model` out.

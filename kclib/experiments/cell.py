@@ -37,93 +37,6 @@ METHODS: Mapping[str, Mapping[str, bool]] = MappingProxyType(
 )
 
 
-def stored_clustering(
-    bank: Kernels,
-    n_clusters: int,
-    *,
-    scope: str = "layer",
-    method: str = "plain",
-    seed: int = 0,
-    store: Store | None = None,
-    n_threads: int | None = None,
-    progress: bool = True,
-) -> tuple[Clustering, float]:
-    """Return the clustering of a bank, looked up if it was found before, and the seconds that took.
-
-    Parameters
-    ----------
-    bank, n_clusters, scope, seed, n_threads, progress
-        As in `clustering.cluster`.
-    method : {"plain", "scaled", "turned", "scaled-turned"}
-        Whether representatives stand for their multiples, and for their flips and rotations.
-    store : Store, optional
-        The default store if None.
-
-    Raises
-    ------
-    UnknownNameError, InvalidValueError, NotEnoughMemoryError
-        As in `clustering.cluster`; an unknown method.
-    StorageError
-    """
-    bank = bank_of(bank)
-    store, key = store or Store(), clustering_key(bank, n_clusters, scope=scope, method=method, seed=seed)
-    options = {"scope": scope, "seed": seed, "n_threads": n_threads, "progress": progress}
-
-    def compute() -> Entry:
-        start = time.perf_counter()
-        found = clustering.cluster(bank, n_clusters, **options, **METHODS[method])
-        return _clustering_entry(key, found, time.perf_counter() - start)
-
-    entry = store.once(key, compute)
-    return _clustering(entry, bank), entry.row["seconds"]
-
-
-def clustering_key(bank: KernelBank, n_clusters: int, *, scope: str, method: str, seed: int) -> dict:
-    """Return what a clustering depends on, as the store has it.
-
-    Raises
-    ------
-    UnknownNameError
-        An unknown method.
-    """
-    checks.check_known("method", method, METHODS)
-    levels = {"scope": scope, "k": n_clusters, "method": method, "seed": seed}
-    return {"kind": "clustering", "kernels": bank.fingerprint} | levels
-
-
-def _clustering_entry(key: dict, found: Clustering, seconds: float) -> Entry:
-    arrays = {}
-    for i, group in enumerate(found.groups):
-        arrays[f"{i}.codebook"] = group.codebook
-        arrays[f"{i}.indices"] = group.indices.astype(np.min_scalar_type(group.n_clusters - 1))
-        if group.scales is not None:
-            arrays[f"{i}.scales"] = group.scales
-        if group.turns is not None:
-            arrays[f"{i}.turns"] = group.turns
-    groups = [[x.name, [layer.name for layer in x.layers], x.inertia] for x in found.groups]
-    row = {"clusters": found.n_clusters, "inertia": found.inertia, "seconds": seconds}
-    return Entry(key, row | {"groups": groups, "notes": list(found.notes)}, arrays)
-
-
-def _clustering(entry: Entry, bank: KernelBank) -> Clustering:
-    arrays = entry.arrays
-    groups = tuple(
-        Group(
-            name,
-            tuple(map(bank.layer, layers)),
-            arrays[f"{i}.codebook"],
-            arrays[f"{i}.indices"].astype(np.int32),
-            inertia,
-            arrays.get(f"{i}.scales"),
-            arrays.get(f"{i}.turns"),
-        )
-        for i, (name, layers, inertia) in enumerate(entry.row["groups"])
-    )
-    return Clustering(
-        groups, entry.key["scope"], entry.key["seed"], tuple(entry.row["notes"]), clustering.origin_of(bank)
-    )
-
-
 @dataclass(frozen=True)
 class Cell:
     """One clustering to evaluate; by default none, the dense model.
@@ -338,10 +251,58 @@ def sweep(
         return subject.table(cells, [subject.entry(cell) for cell in bar])
 
 
-def _answers(entry: Entry) -> Evaluation:
-    arrays = entry.arrays
-    right = arrays["predictions"], arrays["labels"], arrays["in_top5"].astype(bool)
-    return Evaluation(*right, tuple(entry.row["classes"]), entry.row["evaluate_seconds"])
+def stored_clustering(
+    bank: Kernels,
+    n_clusters: int,
+    *,
+    scope: str = "layer",
+    method: str = "plain",
+    seed: int = 0,
+    store: Store | None = None,
+    n_threads: int | None = None,
+    progress: bool = True,
+) -> tuple[Clustering, float]:
+    """Return the clustering of a bank, looked up if it was found before, and the seconds that took.
+
+    Parameters
+    ----------
+    bank, n_clusters, scope, seed, n_threads, progress
+        As in `clustering.cluster`.
+    method : {"plain", "scaled", "turned", "scaled-turned"}
+        Whether representatives stand for their multiples, and for their flips and rotations.
+    store : Store, optional
+        The default store if None.
+
+    Raises
+    ------
+    UnknownNameError, InvalidValueError, NotEnoughMemoryError
+        As in `clustering.cluster`; an unknown method.
+    StorageError
+    """
+    bank = bank_of(bank)
+    store, key = store or Store(), clustering_key(bank, n_clusters, scope=scope, method=method, seed=seed)
+    options = {"scope": scope, "seed": seed, "n_threads": n_threads, "progress": progress}
+
+    def compute() -> Entry:
+        start = time.perf_counter()
+        found = clustering.cluster(bank, n_clusters, **options, **METHODS[method])
+        return _clustering_entry(key, found, time.perf_counter() - start)
+
+    entry = store.once(key, compute)
+    return _clustering(entry, bank), entry.row["seconds"]
+
+
+def clustering_key(bank: KernelBank, n_clusters: int, *, scope: str, method: str, seed: int) -> dict:
+    """Return what a clustering depends on, as the store has it.
+
+    Raises
+    ------
+    UnknownNameError
+        An unknown method.
+    """
+    checks.check_known("method", method, METHODS)
+    levels = {"scope": scope, "k": n_clusters, "method": method, "seed": seed}
+    return {"kind": "clustering", "kernels": bank.fingerprint} | levels
 
 
 @dataclass(frozen=True)
@@ -378,6 +339,45 @@ def forget() -> None:
     """Let what is loaded next come from its files again."""
     for remembered in (_subject, _model, _data):
         remembered.cache_clear()
+
+
+def _clustering_entry(key: dict, found: Clustering, seconds: float) -> Entry:
+    arrays = {}
+    for i, group in enumerate(found.groups):
+        arrays[f"{i}.codebook"] = group.codebook
+        arrays[f"{i}.indices"] = group.indices.astype(np.min_scalar_type(group.n_clusters - 1))
+        if group.scales is not None:
+            arrays[f"{i}.scales"] = group.scales
+        if group.turns is not None:
+            arrays[f"{i}.turns"] = group.turns
+    groups = [[x.name, [layer.name for layer in x.layers], x.inertia] for x in found.groups]
+    row = {"clusters": found.n_clusters, "inertia": found.inertia, "seconds": seconds}
+    return Entry(key, row | {"groups": groups, "notes": list(found.notes)}, arrays)
+
+
+def _clustering(entry: Entry, bank: KernelBank) -> Clustering:
+    arrays = entry.arrays
+    groups = tuple(
+        Group(
+            name,
+            tuple(map(bank.layer, layers)),
+            arrays[f"{i}.codebook"],
+            arrays[f"{i}.indices"].astype(np.int32),
+            inertia,
+            arrays.get(f"{i}.scales"),
+            arrays.get(f"{i}.turns"),
+        )
+        for i, (name, layers, inertia) in enumerate(entry.row["groups"])
+    )
+    return Clustering(
+        groups, entry.key["scope"], entry.key["seed"], tuple(entry.row["notes"]), clustering.origin_of(bank)
+    )
+
+
+def _answers(entry: Entry) -> Evaluation:
+    arrays = entry.arrays
+    right = arrays["predictions"], arrays["labels"], arrays["in_top5"].astype(bool)
+    return Evaluation(*right, tuple(entry.row["classes"]), entry.row["evaluate_seconds"])
 
 
 # Models take much memory and seconds to load, data sets little and, to hash a folder, minutes.

@@ -28,83 +28,6 @@ from kclib.store import Entry, Store
 _SECONDS, _N, _K, _BY_N, _BY_K = 1.1, 1_634_496, 4096, 0.83, 0.65
 _PROBE = 64  # images that are evaluated to know the rate where the store has none
 _IMPORTS = 400 << 20  # bytes that a process takes before it has a model
-
-
-class Rates:
-    """What cells of a subject take, from those that the store has."""
-
-    def __init__(self, subject: Subject):
-        self.subject = subject
-        self.evaluations = self._those(
-            "evaluation", weights=subject.key["weights"], precision=subject.precision
-        )
-        self.clusterings = self._those("clustering", kernels=subject.bank.fingerprint)
-
-    def seconds(self, cell: Cell) -> float:
-        """Return about how long a cell takes."""
-        clustering = 0.0 if cell == Cell() else self._clustering(cell)
-        return clustering + self._an_image * len(self.subject.data)
-
-    def memory(self, cell: Cell) -> int:
-        """Return about how many bytes a process takes for a cell."""
-        bank, network = self.subject.bank, self.subject.model.network
-        dense = sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
-        images = self.subject.data.images
-        held = getattr(images, "nbytes", 0)
-        groups = [] if cell == Cell() else grouping(bank, cell.scope).values()
-        largest = max((sum(layer.n_kernels for layer in layers) for layers in groups), default=0)
-        k = min(cell.k, largest)
-        fit = fitting.memory(largest, bank.points.shape[1], k) if largest else 0
-        # The network, the one with other kernels, the copy that runs; the bank, and what stands for it.
-        return _IMPORTS + 3 * dense + held + 2 * bank.weights.nbytes + fit
-
-    @cached_property
-    def _an_image(self) -> float:
-        if len(self.evaluations):
-            return float((self.evaluations.evaluate_seconds / self.evaluations.images).median())
-        return _probed(self.subject)
-
-    def _clustering(self, cell: Cell) -> float:
-        n = len(self.subject.bank)
-        seconds, k, like = _SECONDS * (n / _N) ** _BY_N, _K, self.clusterings
-        like = like[like.method == cell.method] if len(like) else like
-        if len(like):
-            nearest = like.iloc[np.argmin(abs(np.log(like.k.astype(float) / cell.k)))]
-            seconds, k = float(nearest.seconds), int(nearest.k)
-        return seconds * (max(cell.k, _K) / max(k, _K)) ** _BY_K
-
-    def _those(self, kind: str, **values: str) -> pd.DataFrame:
-        rows = self.subject.store.table(kind)
-        if not len(rows):
-            return rows
-        return rows[np.logical_and.reduce([rows[name] == value for name, value in values.items()])]
-
-
-def check_memory(subject: Subject) -> None:
-    """Raise a `KclibError` if every cell of a subject would fail: its model does not run on its images."""
-    if not (subject.data.labels >= 0).any():
-        raise InvalidValueError(f"{subject.data.name} has no images of known class; it needs one.")
-    evaluation.evaluate(
-        subject.model,
-        _few(subject.data, 1),
-        precision=subject.precision,
-        device=subject.device,
-        progress=False,
-    )
-
-
-def _probed(subject: Subject) -> float:
-    """Return the seconds an image takes, from a few of them."""
-    few, options = _few(subject.data, _PROBE), {"precision": subject.precision, "device": subject.device}
-    found = evaluation.evaluate(subject.model, few, progress=False, **options)
-    return found.seconds / len(few)
-
-
-def _few(data: datasets.ImageSet, n: int) -> datasets.ImageSet:
-    known = loader.known(data)
-    return datasets.limited(known, min(n, len(known)))
-
-
 _LOG = logging.getLogger(__name__)
 _ORIGIN = ["made", "versions", "commit", "machine", "model", "weights", "data", "images_hash"]
 
@@ -180,30 +103,39 @@ def plan(grid: Grid, store: Store, *, estimated: bool = True, rerun: bool = Fals
     return sorted(found, key=lambda task: -task.seconds)
 
 
-def as_table(tasks: Sequence[Task]) -> pd.DataFrame:
-    """Return a plan for readers: a row a cell, with ``stored``, ``seconds`` and ``GiB``, as estimated."""
-    rows = [
-        {"model": str(x.source.model), "data": x.source.data}
-        | asdict(x.cell)
-        | {"stored": x.stored, "seconds": round(x.seconds, 1), "GiB": round(x.memory / 2**30, 2)}
-        for x in tasks
-    ]
-    return pd.DataFrame(rows)
+def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> list[Failure]:
+    """Compute what is not stored and return what failed; every finished cell is in the store at once.
+
+    What the store no longer has at the end, because someone removed or damaged it meanwhile, is computed once
+    more.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+        From `plan`.
+    workers : Workers
+    progress : bool
+    """
+    failed = _run([x for x in tasks if not x.stored], len(tasks), workers, progress)
+    if gone := _gone(tasks, failed):
+        _LOG.warning("%s: gone from the store, or damaged; computed again.", "; ".join(map(str, gone)))
+        failed += _run([replace(x, stored=False, again=False) for x in gone], len(tasks), workers, progress)
+        failed += [
+            Failure(str(x), "its result is gone from the store again", "") for x in _gone(gone, failed)
+        ]
+    return failed
 
 
-def summary(tasks: Sequence[Task], workers: Workers) -> str:
-    """Return in one sentence what a plan takes."""
-    missing = [task for task in tasks if not task.stored]
-    side = min(workers.n_jobs, len(missing))
-    text = f"{len(tasks):,} cells, {len(tasks) - len(missing):,} of them stored"
-    if not missing:
-        return f"{text}; nothing is left to compute."
-    seconds = max(sum(x.seconds for x in missing) / side, max(x.seconds for x in missing))
-    most = sum(sorted((x.memory for x in missing), reverse=True)[:side])
-    time = tqdm.format_interval(round(seconds))
-    unit = "minutes:seconds" if seconds < 3600 else "hours:minutes:seconds"
-    text += f"; the rest takes about {time} ({unit}) with {side} at a time"
-    return f"{text}, in {most / 2**30:.1f} GiB."
+def table(tasks: Sequence[Task], store: Store) -> pd.DataFrame:
+    """Return what is stored of a sweep's cells: `Subject.table` of each model and data set in turn.
+
+    Cells of a model and data set whose dense cell is missing are left out: drops are against it.
+    """
+    by_source = {}
+    for task in tasks:
+        by_source.setdefault(task.source, []).append(task)
+    found = [_table(source, tasks, store) for source, tasks in by_source.items()]
+    return pd.concat([x for x in found if len(x)] or [pd.DataFrame()], ignore_index=True)
 
 
 def report(
@@ -229,27 +161,105 @@ def report(
     return reports.write(folder, found)
 
 
-def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> list[Failure]:
-    """Compute what is not stored and return what failed; every finished cell is in the store at once.
+def summary(tasks: Sequence[Task], workers: Workers) -> str:
+    """Return in one sentence what a plan takes."""
+    missing = [task for task in tasks if not task.stored]
+    side = min(workers.n_jobs, len(missing))
+    text = f"{len(tasks):,} cells, {len(tasks) - len(missing):,} of them stored"
+    if not missing:
+        return f"{text}; nothing is left to compute."
+    seconds = max(sum(x.seconds for x in missing) / side, max(x.seconds for x in missing))
+    most = sum(sorted((x.memory for x in missing), reverse=True)[:side])
+    time = tqdm.format_interval(round(seconds))
+    unit = "minutes:seconds" if seconds < 3600 else "hours:minutes:seconds"
+    text += f"; the rest takes about {time} ({unit}) with {side} at a time"
+    return f"{text}, in {most / 2**30:.1f} GiB."
 
-    What the store no longer has at the end, because someone removed or damaged it meanwhile, is computed once
-    more.
 
-    Parameters
-    ----------
-    tasks : sequence of Task
-        From `plan`.
-    workers : Workers
-    progress : bool
-    """
-    failed = _run([x for x in tasks if not x.stored], len(tasks), workers, progress)
-    if gone := _gone(tasks, failed):
-        _LOG.warning("%s: gone from the store, or damaged; computed again.", "; ".join(map(str, gone)))
-        failed += _run([replace(x, stored=False, again=False) for x in gone], len(tasks), workers, progress)
-        failed += [
-            Failure(str(x), "its result is gone from the store again", "") for x in _gone(gone, failed)
-        ]
-    return failed
+def as_table(tasks: Sequence[Task]) -> pd.DataFrame:
+    """Return a plan for readers: a row a cell, with ``stored``, ``seconds`` and ``GiB``, as estimated."""
+    rows = [
+        {"model": str(x.source.model), "data": x.source.data}
+        | asdict(x.cell)
+        | {"stored": x.stored, "seconds": round(x.seconds, 1), "GiB": round(x.memory / 2**30, 2)}
+        for x in tasks
+    ]
+    return pd.DataFrame(rows)
+
+
+def check_memory(subject: Subject) -> None:
+    """Raise a `KclibError` if every cell of a subject would fail: its model does not run on its images."""
+    if not (subject.data.labels >= 0).any():
+        raise InvalidValueError(f"{subject.data.name} has no images of known class; it needs one.")
+    evaluation.evaluate(
+        subject.model,
+        _few(subject.data, 1),
+        precision=subject.precision,
+        device=subject.device,
+        progress=False,
+    )
+
+
+class Rates:
+    """What cells of a subject take, from those that the store has."""
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        self.evaluations = self._those(
+            "evaluation", weights=subject.key["weights"], precision=subject.precision
+        )
+        self.clusterings = self._those("clustering", kernels=subject.bank.fingerprint)
+
+    def seconds(self, cell: Cell) -> float:
+        """Return about how long a cell takes."""
+        clustering = 0.0 if cell == Cell() else self._clustering(cell)
+        return clustering + self._an_image * len(self.subject.data)
+
+    def memory(self, cell: Cell) -> int:
+        """Return about how many bytes a process takes for a cell."""
+        bank, network = self.subject.bank, self.subject.model.network
+        dense = sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
+        images = self.subject.data.images
+        held = getattr(images, "nbytes", 0)
+        groups = [] if cell == Cell() else grouping(bank, cell.scope).values()
+        largest = max((sum(layer.n_kernels for layer in layers) for layers in groups), default=0)
+        k = min(cell.k, largest)
+        fit = fitting.memory(largest, bank.points.shape[1], k) if largest else 0
+        # The network, the one with other kernels, the copy that runs; the bank, and what stands for it.
+        return _IMPORTS + 3 * dense + held + 2 * bank.weights.nbytes + fit
+
+    @cached_property
+    def _an_image(self) -> float:
+        if len(self.evaluations):
+            return float((self.evaluations.evaluate_seconds / self.evaluations.images).median())
+        return _probed(self.subject)
+
+    def _clustering(self, cell: Cell) -> float:
+        n = len(self.subject.bank)
+        seconds, k, like = _SECONDS * (n / _N) ** _BY_N, _K, self.clusterings
+        like = like[like.method == cell.method] if len(like) else like
+        if len(like):
+            nearest = like.iloc[np.argmin(abs(np.log(like.k.astype(float) / cell.k)))]
+            seconds, k = float(nearest.seconds), int(nearest.k)
+        return seconds * (max(cell.k, _K) / max(k, _K)) ** _BY_K
+
+    def _those(self, kind: str, **values: str) -> pd.DataFrame:
+        rows = self.subject.store.table(kind)
+        if not len(rows):
+            return rows
+        return rows[np.logical_and.reduce([rows[name] == value for name, value in values.items()])]
+
+
+def _probed(subject: Subject) -> float:
+    """Return the seconds an image takes, from a few of them."""
+    few, options = _few(subject.data, _PROBE), {"precision": subject.precision, "device": subject.device}
+    found = evaluation.evaluate(subject.model, few, progress=False, **options)
+    return found.seconds / len(few)
+
+
+def _few(data: datasets.ImageSet, n: int) -> datasets.ImageSet:
+    known = loader.known(data)
+    return datasets.limited(known, min(n, len(known)))
 
 
 def _run(missing: Sequence[Task], n_cells: int, workers: Workers, progress: bool) -> list[Failure]:
@@ -271,18 +281,6 @@ def _run(missing: Sequence[Task], n_cells: int, workers: Workers, progress: bool
             bar.set_postfix_str(f"{'failed' if outcome.error else 'done'}: {task}", refresh=False)
             bar.update(task.seconds)
     return failed
-
-
-def table(tasks: Sequence[Task], store: Store) -> pd.DataFrame:
-    """Return what is stored of a sweep's cells: `Subject.table` of each model and data set in turn.
-
-    Cells of a model and data set whose dense cell is missing are left out: drops are against it.
-    """
-    by_source = {}
-    for task in tasks:
-        by_source.setdefault(task.source, []).append(task)
-    found = [_table(source, tasks, store) for source, tasks in by_source.items()]
-    return pd.concat([x for x in found if len(x)] or [pd.DataFrame()], ignore_index=True)
 
 
 def _gone(tasks: Sequence[Task], failed: Sequence[Failure]) -> list[Task]:
