@@ -40,8 +40,9 @@ def private_names(module: Path) -> list[str]:
     return sorted(private - {"_util", "__version__"})
 
 
-def test_import_loads_neither_torch_nor_numba():
-    code = "import sys, kclib; print(sorted({'torch', 'numba', 'pandas', 'matplotlib'} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["kclib", "kclib.cli"])
+def test_import_loads_neither_torch_nor_numba(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'numba', 'pandas'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
