@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "bank_of",
             "sample",
             "named",
+            "rows_of",
             "Layer",
             "KernelBank",
             "Kernels",

@@ -59,6 +59,11 @@ class Layer:
         return rows[(rows >= self.rows.start) & (rows < self.rows.stop)]
 
 
+def rows_of(layers: Iterable[Layer]) -> np.ndarray:
+    """Return the rows of a bank that hold the kernels of some layers, int64 ``(n,)``, layer after layer."""
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(x.rows.start, x.rows.stop) for x in layers)])
+
+
 @dataclass(frozen=True)
 class KernelBank:
     """The kernels of one spatial size of a network.
@@ -113,7 +118,7 @@ class KernelBank:
             return self
         chosen = [layer for layer in self.layers if layer.name in wanted]
         starts = np.cumsum([0, *(layer.n_kernels for layer in chosen)]).tolist()
-        weights = np.concatenate([self.weights[layer.rows] for layer in chosen])
+        weights = self.weights[rows_of(chosen)]
         weights.flags.writeable = False
         layers = tuple(replace(x, start=start) for x, start in zip(chosen, starts, strict=False))
         return KernelBank(weights, layers, {})

@@ -14,8 +14,8 @@ from kclib.clustering import Clustering
 from kclib.compression import checkpoint, entropy_coding, precisions
 from kclib.compression.packing import index_bits, index_bytes
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank, Kernels, Layer, bank_of
-from kclib.kmeans import fit_progress, fitting, nearest, settings
+from kclib.kernels import KernelBank, Kernels, Layer, bank_of, rows_of
+from kclib.kmeans import fit_progress, fitting, lloyd, nearest, settings
 from kclib.store import Entry, Store
 
 # A fixed-width index takes ceil(log2 K) bits: between powers of two only the codebook grows.
@@ -179,12 +179,11 @@ class _Members:
 
     @classmethod
     def of(cls, bank: KernelBank, weights: np.ndarray, name: str, layers, ks) -> "_Members":
-        points = np.concatenate([bank.points[x.rows] for x in layers])
-        own = np.concatenate([weights[x.rows] for x in layers])
-        ks = sorted({min(k, len(points)) for k in ks})
+        rows = rows_of(layers)
+        ks = sorted({min(k, len(rows)) for k in ks})
         for k in ks:
-            settings.check_k(k, len(points))
-        return cls(name, layers, points, own, tuple(map(int, ks)))
+            settings.check_k(k, len(rows))
+        return cls(name, layers, bank.points[rows], weights[rows], tuple(map(int, ks)))
 
     @property
     def key(self) -> dict:
@@ -209,7 +208,7 @@ class _Members:
     def _damage(self, rung: kmeans.KMeans, precision: str, n_threads: int) -> float:
         centres = rounded(rung.centres, precision)
         errors = nearest.errors(self.points, centres, rung.labels, n_threads=n_threads)
-        return float(errors @ self.weights.astype(float))
+        return lloyd.total(errors, self.weights)
 
     def _bytes(self, rung: kmeans.KMeans, precision: str, how: str) -> int:
         """Return the bytes of codebook and indices, as `compression.footprint` counts them."""
