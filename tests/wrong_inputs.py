@@ -302,7 +302,7 @@ WRONG_INPUTS = [
     (kernels.insert, lambda g: kernels.insert(g.other, g.bank), WRONG, "use the architecture"),
     (kernels.insert, lambda g: kernels.insert(g.network, g.clustering), WRONG, "the bank is a Clustering"),
     (kernels.insert, lambda g: kernels.insert(g.network, replace(g.bank, weights=g.bank.weights * NAN)), WRONG, "finite in torch.float32"),
-    (kernels.bank_of, lambda g: clusterings.cluster(g.points, 4), WRONG, "kmeans.kmeans clusters points (n, d)"),
+    (kernels.bank_of, lambda g: clusterings.cluster(g.points, 4), WRONG, "kmeans.fit clusters points (n, d)"),
     (kernels.bank_of, lambda g: clusterings.cluster(torch.tensor(g.points), 4), WRONG, "the kernels are a Tensor"),
     (kernels.bank_of, lambda g: clusterings.cluster("vgg16-fashion", 4), WRONG, "the kernels are a str"),
     (kernels.bank_of, lambda g: clusterings.cluster(g.small, 4), WRONG, "compressed already"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import constriction
 import numpy as np
 
+from kclib.compression.packing import index_bits, index_bytes
 from kclib.errors import DamagedFileError, reason
 from kclib.kmeans import entropy
 
@@ -63,6 +64,13 @@ def coded(parts: Sequence[np.ndarray], n_symbols: int) -> Coded:
         tables.append(table)
     shared = all(table.size for table in tables)
     return Coded(tuple(words), tuple(tables), np.empty(0, np.uint8) if shared else packed_counts(whole))
+
+
+def smaller(parts: Sequence[np.ndarray], n_symbols: int) -> Coded | None:
+    """Return the coded indices of a group's layers; None where fixed width takes no more bytes."""
+    result, bits = coded(parts, n_symbols), index_bits(n_symbols)
+    fixed = sum(index_bytes(len(part), bits) for part in parts)
+    return result if result.index_bytes + result.table_bytes < fixed else None
 
 
 def encode(indices: np.ndarray, frequencies: np.ndarray) -> np.ndarray:

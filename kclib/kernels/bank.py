@@ -263,7 +263,7 @@ def bank_of(given: Kernels) -> KernelBank:
     if isinstance(given, (Model, nn.Module)):
         return extract(given)
     arrays = (np.ndarray, torch.Tensor, pd.DataFrame, list, tuple)
-    advice = "; kmeans.kmeans clusters points (n, d) of any kind" if isinstance(given, arrays) else ""
+    advice = "; kmeans.fit clusters points (n, d) of any kind" if isinstance(given, arrays) else ""
     raise InvalidValueError(
         f"the kernels are a {type(given).__name__}; they must be a KernelBank (of kernels.extract), "
         f"a Model or a torch.nn.Module{advice}."

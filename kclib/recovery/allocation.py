@@ -241,8 +241,8 @@ class _Trials:
             if key in self.rows:
                 return None
             network, made = self.build(plan.resolved, n_clusters)
-            table = compression.footprint(self.model.network, made, codings=[self.coding])
-            n_bytes = int(table.loc["convolutions", f"{self.coding}_{self.precision}"])
+            how = {"coding": self.coding, "precision": self.precision}
+            n_bytes = byte_counts.clustered_bytes(self.model.network, made, **how)
             if n_bytes <= limit:
                 lost = self._drop(network)
                 found = Allocation(

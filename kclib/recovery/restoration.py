@@ -257,11 +257,10 @@ def _affordable(
     precision: str,
 ) -> tuple[Clustering, int]:
     """Return the clustering after as many splits as the bytes that a file takes allow, and these bytes."""
-    column = f"entropy_{precision}"
     cumulated = np.cumsum([0, *(split.n_bytes for split in bought)])
 
     def stored(made: Clustering) -> int:
-        return int(compression.footprint(network, made, codings=["entropy"]).loc["convolutions", column])
+        return byte_counts.clustered_bytes(network, made, precision=precision)
 
     before, n = stored(clustering), len(bought)
     while n:

@@ -12,7 +12,7 @@ from kclib import clustering, kmeans
 from kclib._util import checks, threads
 from kclib.clustering import Clustering
 from kclib.compression import checkpoint, entropy_coding, precisions
-from kclib.compression.packing import index_bits, index_bytes
+from kclib.compression.byte_counts import Count
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Kernels, Layer, bank_of, rows_of
 from kclib.kmeans import fit_progress, fitting, lloyd, nearest, settings
@@ -213,13 +213,13 @@ class _Members:
     def _bytes(self, rung: kmeans.KMeans, precision: str, how: str) -> int:
         """Return the bytes of codebook and indices, as `compression.footprint` counts them."""
         k = len(rung.centres)
-        indices = sum(index_bytes(layer.n_kernels, index_bits(k)) for layer in self.layers)
         if how == "entropy":
             ranks = np.argsort(np.argsort(-np.bincount(rung.labels), kind="stable"))
             ends = np.cumsum([layer.n_kernels for layer in self.layers])[:-1]
-            words = entropy_coding.coded(np.split(ranks[rung.labels], ends), k)
-            indices = min(indices, words.index_bytes + words.table_bytes)
-        return precisions.codebook_bytes(k, self.points.shape[1], precision) + indices
+            if words := entropy_coding.smaller(np.split(ranks[rung.labels], ends), k):
+                codebook = precisions.codebook_bytes(k, self.points.shape[1], precision)
+                return codebook + words.index_bytes + words.table_bytes
+        return int(Count(precision).bytes(self.layers, k))
 
 
 def _bar(groups: list[_Members], shown: bool) -> fit_progress.Fits:

@@ -338,7 +338,7 @@ def test_a_ladder_is_made_once_for_each_choice_of_layers(explorer, monkeypatch):
     [  # the one that is stopped; that of the newer question, if it takes one of its own; the whole one
         (fitting, "ladder", {"n_clusters": 16}, 2),
         (kmeans.Ladder, "at", {"n_clusters": 100}, 3),
-        (kmeans_symmetric, "kmeans", {"n_clusters": 30, "distance": "symmetric"}, 3),
+        (kmeans_symmetric, "fit", {"n_clusters": 30, "distance": "symmetric"}, 3),
     ],
     ids=["ladder", "K of a ladder", "symmetric"],
 )
