@@ -400,12 +400,7 @@ def mixed(bank: KernelBank) -> dict[str, str]:
 
 
 def resolved(bank: KernelBank, scope: Scope) -> Scope:
-    """Return a scope of `SCOPES`, or a mapping, as one that `cluster` knows.
-
-    Raises
-    ------
-    UnknownNameError
-    """
+    """Return a scope of `SCOPES`, or a mapping, as one that `cluster` knows."""
     if isinstance(scope, str) and scope not in SCOPES:
         raise UnknownNameError("scope", scope, SCOPES)
     return mixed(bank) if scope == "mixed" else scope

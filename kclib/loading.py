@@ -36,10 +36,6 @@ def load_model(
         returns a network alone, the images are then made so (`plain`).
     classes : sequence of str
         Names of the outputs in their order, in place of the model's own; empty keeps those.
-
-    Raises
-    ------
-    UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
     """
     model = models.told(models.architecture(name), input_shape=input_shape, classes=classes)
     if weights is not None and state_dicts.is_compressed(weights):

@@ -514,6 +514,8 @@ WRONG_INPUTS = [
     (architectures.of, lambda g: compression.load(g.compressed(), architecture="vgg16_fashion"), UNKNOWN, "'vgg16-fashion'"),
     (residence.measure, lambda g: residence.measure(g.folder / "absent"), MISSING, "absent"),
     (compression.to_onnx, lambda g: compression.to_onnx(g.small, g.folder / "x.onnx", (3, 8)), WRONG, "(3, 8)"),
+    (compression.export, lambda g: compression.export(g.small, g.folder / "x.txt"), WRONG, "must end in .onnx or .pt2"),
+    (explorers.explore, lambda g: explorers.explore(nn.Linear(2, 3)), WRONG, "has no 2D kernels"),
     (compression.to_program, lambda g: compression.to_program(g.small, g.folder / "x.pt2", (3, 0, 8)), WRONG, "height is 0"),
     (files.shipped, lambda g: files.shipped(g.path("x"), "0" * 64), DAMAGED, "x"),
     (files.replacing, lambda g: opened(files.replacing(g.path("file") / "below")), STORAGE, "could not be written"),

@@ -67,10 +67,6 @@ def cells(
         By ``pruned``, ``sparsity``, ``clusters``, ``scope``, ``precision``, ``order`` and ``seed``. What does
         not matter is None: what is pruned at a sparsity of 0, scope and seed where nothing is clustered,
         order but where something is pruned and clustered.
-
-    Raises
-    ------
-    UnknownNameError
     """
     found = {}
     names = ("pruned", "sparsities", "clusters", "scopes", "precisions", "orders", "seeds")

@@ -123,12 +123,7 @@ def packed_counts(frequencies: np.ndarray) -> np.ndarray:
 
 
 def unpacked_counts(table: np.ndarray, n_symbols: int) -> np.ndarray:
-    """Return the int64 ``(n_symbols,)`` counts of a table.
-
-    Raises
-    ------
-    DamagedFileError
-    """
+    """Return the int64 ``(n_symbols,)`` counts of a table."""
     reader = zlib.decompressobj()
     try:
         planes = reader.decompress(table.tobytes(), 4 * n_symbols + 1)

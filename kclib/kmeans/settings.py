@@ -43,12 +43,7 @@ class KMeans:
 
 @dataclass(frozen=True)
 class Options:
-    """How a fit is made; the parameters of `fitting.fit` that have no part in what is fitted.
-
-    Raises
-    ------
-    InvalidValueError
-    """
+    """How a fit is made; the parameters of `fitting.fit` that have no part in what is fitted."""
 
     max_iter: int
     tol: float | None
