@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, Group, largest
 from kclib.compression import byte_counts
 from kclib.errors import InvalidValueError
-from kclib.evaluation import Evaluation, accuracy
+from kclib.evaluation.cells import Cells
 from kclib.experiments import provenance
 from kclib.experiments.profiles import ModelSource
 from kclib.kernels import KernelBank, Kernels, bank_of
@@ -142,24 +143,10 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What cells are computed from, and where they are kept.
+class Subject(Cells):
+    """A model and images whose cells are clusterings; the attributes are those of `Cells`."""
 
-    Attributes
-    ----------
-    model : Model
-        Dense; unchanged.
-    data : ImageSet
-    store : Store
-    precision, device : str
-        As in `evaluation.evaluate`.
-    """
-
-    model: models.Model
-    data: datasets.ImageSet
-    store: Store
-    precision: str = "fp32"
-    device: str = "cpu"
+    seconds: ClassVar[str] = "evaluate_seconds"
 
     @cached_property
     def bank(self) -> kernels.KernelBank:
@@ -237,15 +224,12 @@ class Subject:
             ``precision``, ``images`` (how many) and ``right`` (which are answered rightly, a bit each:
             `numpy.packbits`); ``made``, ``versions``, ``commit``, ``machine`` (`provenance.stamp`).
         """
-        answers = [_answers(entry) for entry in entries]
-        rows = []
-        for cell, entry, found in zip(cells, entries, answers, strict=True):
+        dense, rows = self.answers(entries[0]), []
+        for cell, entry in zip(cells, entries, strict=True):
             numbers = {name: value for name, value in entry.row.items() if name != "classes"}
             about = {name: entry.key[name] for name in ("model", "weights", "images_hash", "precision")}
-            about |= {"data": self.data.name, "right": np.packbits(found.correct).tobytes()}
-            rows.append(
-                asdict(cell) | byte_counts.DENSE | numbers | accuracy.accuracy(found, answers[0]) | about
-            )
+            compared = self.compared(entry, dense) | about | {"data": self.data.name}
+            rows.append(asdict(cell) | byte_counts.DENSE | numbers | compared)
         return pd.DataFrame(rows)
 
     def _computed(self, key: dict, cell: Cell, progress: bool, n_threads: int | None) -> Entry:
@@ -257,19 +241,8 @@ class Subject:
             )  # fmt: skip
             row = byte_counts.removed(model.network, found) | {"cluster_seconds": seconds}
             model = compression.replaced(model, found)
-        answers = evaluation.evaluate(
-            model, self.data, precision=self.precision, device=self.device, progress=progress
-        )
-        row |= provenance.stamp() | {
-            "data": self.data.name,
-            "images": len(answers.correct),
-            "top1": answers.top1.estimate,
-            "top5": answers.top5.estimate,
-            "evaluate_seconds": answers.seconds,
-            "classes": list(answers.classes),
-        }
-        arrays = {"predictions": answers.predictions, "labels": answers.labels, "in_top5": answers.in_top5}
-        return Entry(key, row, arrays)
+        row |= provenance.stamp() | {"data": self.data.name}
+        return self.evaluated(key, model, row, progress=progress)
 
 
 def sweep(
@@ -317,12 +290,6 @@ def sweep(
     cells = subject.cells(ks, scopes, methods, seeds)
     with tqdm(cells, desc="accuracy sweep", unit="cell") as bar:
         return subject.table(cells, [subject.entry(cell) for cell in bar])
-
-
-def _answers(entry: Entry) -> Evaluation:
-    arrays = entry.arrays
-    right = arrays["predictions"], arrays["labels"], arrays["in_top5"].astype(bool)
-    return Evaluation(*right, tuple(entry.row["classes"]), entry.row["evaluate_seconds"])
 
 
 @dataclass(frozen=True)
