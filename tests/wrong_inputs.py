@@ -333,7 +333,7 @@ WRONG_INPUTS = [
     (plots.kernel_sheet, lambda g: plots.kernel_sheet(np.ones(9)), WRONG, "must be (m, kh, kw)"),
     (plots.accuracy_curve, lambda g: plots.accuracy_curve(pd.DataFrame()), WRONG, "no column 'scope'"),
     # Clustering
-    (kmeans.fit, lambda g: kmeans.fit(g.points, 0), WRONG, "n_clusters is 0; with 36 kernels it must be 1 to 36"),
+    (kmeans.fit, lambda g: kmeans.fit(g.points, 0), WRONG, "n_clusters is 0; it must be a whole number, 1 to 36, the number of kernels"),
     (kmeans.fit, lambda g: kmeans.fit(g.points, 37), WRONG, "n_clusters is 37"),
     (kmeans.fit, lambda g: kmeans.fit(g.points, 2.5), WRONG, "n_clusters is 2.5"),
     (kmeans.fit, lambda g: kmeans.fit(np.ones(9), 1), WRONG, "shape"),
@@ -343,7 +343,7 @@ WRONG_INPUTS = [
     (kmeans.fit, lambda g: kmeans.fit(g.points, 2, seed=-1), WRONG, "seed is -1"),
     (kmeans.fit, lambda g: kmeans.fit(g.points, 2, init=np.ones((3, 9))), WRONG, "init"),
     (kmeans.ladder, lambda g: kmeans.ladder(g.points, []), WRONG, "no numbers of clusters"),
-    (kmeans.Ladder.at, lambda g: kmeans.ladder(g.points, [2, 4]).at(37), WRONG, "n_clusters is 37; with 36 kernels it must be 1 to 36"),
+    (kmeans.Ladder.at, lambda g: kmeans.ladder(g.points, [2, 4]).at(37), WRONG, "n_clusters is 37; it must be a whole number, 1 to 36"),
     (kmeans.Options, lambda g: kmeans.Options(25, NAN, 1.6, 0, 1), WRONG, "tol is nan"),
     (streaming.Parts, lambda g: streaming.Parts(7), WRONG, "the points are 7"),
     (symmetric.fit, lambda g: symmetric.fit(np.ones((4, 6)), 2, turned=True), WRONG, "square"),

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -324,7 +323,7 @@ def _wanted_size(network: nn.Module, found: Mapping[str, nn.Module], left_out, s
     larger = [s for s, _ in counts.most_common() if s != (1, 1)]
     if size is None and larger:
         return larger[0]
-    wanted = (size, size) if isinstance(size, Integral) and not isinstance(size, bool) else size
+    wanted = (size, size) if checks.is_whole(size) else size
     if isinstance(wanted, (tuple, list)) and tuple(wanted) in counts:
         return tuple(wanted)
     kind = "2D kernels larger than 1×1" if size is None else f"{_times(wanted)} kernels"
