@@ -18,12 +18,12 @@ def square(a, b, dims):
     return total
 
 
-@njit(inline="always")
+@njit(inline="always")  # a call a tile would cost half as much again as the scan
 def scanned(x, tiles, halves, tile, score, dims, best, where):
     """Return the least |c|²/2 - xc and its place, of the centres c of one tile and what was found before.
 
     `tiles`, ``(tiles, d, TILE)``, has a centre in each column, `halves` their |c|²/2; `score` is room for a
-    tile. Arrays are given whole: to cut one costs as much as to scan it.
+    tile. Arrays are given whole, for cutting one takes time too.
     """
     hits = 0
     for c in range(TILE):
