@@ -206,8 +206,7 @@ def priced(bench: Bench, weights: np.ndarray, scope: str, k: int) -> None:
 
     def build(price: float, k: int) -> tuple[kclib.Clustering, int]:
         found = kclib.cluster(bench.bank, k, scope=scope, weights=weights, price=price)
-        table = kclib.footprint(bench.model, found, codings=("entropy",))
-        return found, int(table.loc["convolutions", "entropy_fp16"])
+        return found, byte_counts.clustered_bytes(bench.model, found)
 
     def keep(method: str, trial: Trial) -> None:
         found = {"method": method, "price": trial.price, "clusters": trial.found.n_clusters}
@@ -216,7 +215,7 @@ def priced(bench: Bench, weights: np.ndarray, scope: str, k: int) -> None:
     plain = Trial(0.0, *build(0.0, k), 0.0)
     if not bench.rows.get(**key, method="plain"):
         keep("plain", plain)
-    errors = np.square(bench.bank.weights - clustering.quantized(plain.found)).sum(axis=(1, 2))
+    errors = clustering.kernel_errors(bench.bank, plain.found)
     price = first_price(errors * weights)
     keep("priced", matched(lambda price: build(price, SPARE * k), plain.n_bytes, price))
 

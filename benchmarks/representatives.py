@@ -1,7 +1,7 @@
 """Kinds of representatives: what may stand for a cluster of kernels, and the bytes that each kind takes."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,10 +11,9 @@ from kclib import kmeans
 from kclib._util import checks, progress_bars, threads
 from kclib.clustering import Group, grouping, origin_of
 from kclib.compression import formats
-from kclib.compression.byte_counts import orbit
-from kclib.compression.packing import index_bits, index_bytes
-from kclib.compression.precisions import codebook_bytes
-from kclib.kernels import Kernels, Layer, bank_of
+from kclib.compression.byte_counts import Count, orbit
+from kclib.compression.packing import index_bytes
+from kclib.kernels import Kernels, Layer, bank_of, rows_of
 from kclib.kmeans import lloyd, nearest, settings
 from kclib.kmeans.rescaling import Frame
 
@@ -52,12 +51,9 @@ class Represented:
         ------
         UnknownNameError
         """
-        total = self.scale_bytes
-        for group in self.clustering.groups:
-            bits = index_bits(group.n_clusters * orbit(group))
-            total += codebook_bytes(group.n_clusters, group.codebook[0].size, precision)
-            total += sum(index_bytes(layer.n_kernels, bits) for layer in group.layers)
-        return total
+        groups = self.clustering.groups
+        counted = (Count(precision, orbit=orbit(x)).bytes(x.layers, x.n_clusters) for x in groups)
+        return self.scale_bytes + int(sum(counted))
 
 
 def cluster(
@@ -151,7 +147,7 @@ def _medoid(bank: kclib.KernelBank, n_clusters, options: _Options) -> tuple[kcli
 def _of_medoids(
     bank: kclib.KernelBank, group: Group, options: _Options, done: Callable[[float], None]
 ) -> Group:
-    rows, n_threads = _rows(group.layers), threads.threads(options.n_threads)
+    rows, n_threads = group.rows, threads.threads(options.n_threads)
     kernels = bank.points[rows]
     frame = Frame.of([kernels])
     points, means = frame.into(kernels), frame.into(group.codebook.reshape(group.n_clusters, -1))
@@ -187,7 +183,7 @@ def _table(
     found = kmeans.fit(
         group.scales[:, None],
         min(1 << options.scale_bits, len(group.scales)),
-        weights=options.weights_of(_rows(group.layers)),
+        weights=options.weights_of(group.rows),
         seed=options.seed,
         n_threads=options.n_threads,
         progress=lambda step: done(step.share),
@@ -214,7 +210,7 @@ def _normalised(
     scales = formats.half(np.sqrt(np.bincount(owner, squares) / areas))[owner]
     divided = replace(bank, weights=bank.weights / np.where(scales > 0, scales, 1)[:, None, None])
     found = options.fit(divided, n_clusters, weights=_weights_over(bank, scales, options))
-    found = _with_scales(bank, found, [scales[_rows(group.layers)] for group in found.groups])
+    found = _with_scales(bank, found, [scales[group.rows] for group in found.groups])
     found = replace(found, origin=origin_of(bank))
     return found, count * _HALF.itemsize
 
@@ -228,7 +224,7 @@ def _weights_over(bank: kclib.KernelBank, scales: np.ndarray, options: _Options)
     result = np.ones(len(bank), np.float32)
     squares = np.square(scales / (scales.max() or 1), dtype=np.float64)
     for layers in grouping(bank, options.scope).values():
-        rows = _rows(layers)
+        rows = rows_of(layers)
         given = settings.counted(options.weights_of(rows))
         over = squares[rows] if given is None else given * squares[rows]
         result[rows] = over if over.any() else result[rows] if given is None else given
@@ -255,11 +251,6 @@ KINDS: dict[str, Callable[..., tuple[kclib.Clustering, int]]] = {
 }
 
 
-def _rows(layers: Iterable[Layer]) -> np.ndarray:
-    """Return the bank's rows of some layers' kernels, int64 ``(n,)``, in order of the layers."""
-    return np.concatenate([np.arange(layer.rows.start, layer.rows.stop) for layer in layers])
-
-
 def _with_scales(
     bank: kclib.KernelBank, found: kclib.Clustering, scales: list[np.ndarray]
 ) -> kclib.Clustering:
@@ -270,7 +261,7 @@ def _with_scales(
 
 def _settled(bank: kclib.KernelBank, group: Group) -> Group:
     """Return a group with the inertia that it has now."""
-    rows, total = _rows(group.layers), 0.0
+    rows, total = group.rows, 0.0
     for block in threads.blocks(len(rows)):
         total += np.square(bank.weights[rows[block]] - group.kernels(block), dtype=np.float64).sum()
     return replace(group, inertia=float(total))

@@ -11,7 +11,9 @@
 True
 
 Whatever takes a network takes a `Model` or any `torch.nn.Module`, and a `Model` in is a `Model` out.
-Nothing that is given is changed. Names are loaded when they are first used.
+Nothing that is given is changed. Names are loaded when they are first used. Wrong input raises a type of
+`kclib.errors`, with one sentence that says what would be right; a docstring has a section for it where there
+is more to say.
 """
 
 __version__ = "0.1.0"

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 from kclib import kmeans
 from kclib._util import checks, threads
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.kernels import KernelBank, Kernels, Layer, bank_of
+from kclib.kernels import KernelBank, Kernels, Layer, bank_of, rows_of
 from kclib.kmeans import entropy, fit_progress, fitting, settings, symmetric
 
 
@@ -120,6 +120,11 @@ class Group:
     def n_clusters(self) -> int:
         """Number of representatives."""
         return len(self.codebook)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of the bank that hold the kernels, int64 ``(n,)``, in order of `indices`."""
+        return rows_of(self.layers)
 
     def kernels(self, rows: slice) -> np.ndarray:
         """Return what stands for the kernels `rows` of this group, float32 ``(m, kh, kw)``."""
@@ -256,7 +261,7 @@ def cluster(
     members = grouping(bank, scope)
     asked = wanted(members, n_clusters)
     method = _method(bank, scaled, turned, entropy.checked_price(price))
-    points = {name: _of(bank.points, layers) for name, layers in members.items()}
+    points = {name: bank.points[rows_of(layers)] for name, layers in members.items()}
     shares = _shares(bank, members, weights, price)
     largest_first = sorted(members, key=lambda name: -len(points[name]))
     n_threads = threads.threads(n_threads)
@@ -275,7 +280,7 @@ def cluster(
     result = of_fits(bank, found, asked, scope=scope, scaled=scaled, turned=turned, seed=seed)
     if price:
         result = replace(result, notes=())  # fewer clusters are what a price is for
-    return result if weights is None else replace(result, groups=_counted_alike(bank, result))
+    return result if weights is None else with_inertia(result, bank)
 
 
 def of_fits(
@@ -339,22 +344,12 @@ def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], weights,
     weights = settings.checked_weights(weights, len(bank))
     if weights is None:
         return dict.fromkeys(members)
-    shares = {name: _of(weights, layers) for name, layers in members.items()}
+    shares = {name: weights[rows_of(layers)] for name, layers in members.items()}
     if price and (empty := [name for name, share in shares.items() if not share.any()]):
         raise InvalidValueError(
             f"with a price, weights must not be all 0 in a group; they are in {', '.join(empty)}."
         )
     return {name: settings.counted(share) for name, share in shares.items()}
-
-
-def _of(rows: np.ndarray, layers: tuple[Layer, ...]) -> np.ndarray:
-    return np.concatenate([rows[x.rows] for x in layers])
-
-
-def _counted_alike(bank: KernelBank, clustering: Clustering) -> tuple[Group, ...]:
-    """Return the groups with the inertia of their kernels without weights."""
-    errors = np.square(bank.weights - quantized(clustering), dtype=np.float64).sum(axis=(1, 2))
-    return tuple(replace(x, inertia=float(_of(errors, x.layers).sum())) for x in clustering.groups)
 
 
 def _group(
@@ -402,8 +397,8 @@ def by_use(group: Group) -> tuple[np.ndarray, np.ndarray]:
 
 def error_share(bank: KernelBank, clustering: Clustering) -> list[float]:
     """Return each layer's squared error over its squared weight, 0 to 1, in the order of the bank."""
-    error = np.square(bank.weights - quantized(clustering)).sum(axis=(1, 2), dtype=np.float64)
-    weight = np.square(bank.weights).sum(axis=(1, 2), dtype=np.float64)
+    error = kernel_errors(bank, clustering)
+    weight = np.square(bank.weights, dtype=np.float64).sum(axis=(1, 2))
     return [float(error[x.rows].sum() / (weight[x.rows].sum() or 1)) for x in bank.layers]
 
 
@@ -425,12 +420,7 @@ def mixed(bank: KernelBank) -> dict[str, str]:
 
 
 def resolved(bank: KernelBank, scope: Scope) -> Scope:
-    """Return a scope of `SCOPES`, or a mapping, as one that `cluster` knows.
-
-    Raises
-    ------
-    UnknownNameError
-    """
+    """Return a scope of `SCOPES`, or a mapping, as one that `cluster` knows."""
     if isinstance(scope, str) and scope not in SCOPES:
         raise UnknownNameError("scope", scope, SCOPES)
     return mixed(bank) if scope == "mixed" else scope
@@ -440,18 +430,19 @@ def _width(layer: Layer) -> int:
     return layer.shape[1 if layer.transposed else 0]
 
 
-def kernels_by_group(clustering: Clustering) -> Iterator[tuple[Group, np.ndarray]]:
-    """Yield each group with its kernels' rows of the bank, in the order of its indices."""
-    for group in checked(clustering).groups:
-        yield group, np.concatenate([np.arange(x.rows.start, x.rows.stop) for x in group.layers])
-
-
-def kernel_errors(bank: KernelBank, clustering: Clustering, weights) -> tuple[np.ndarray, np.ndarray]:
-    """Return each kernel's squared error and what it costs, float64 ``(n,)``."""
-    if bank.layers != clustering.layers:
+def kernel_errors(bank: KernelBank, clustering: Clustering, weights=None) -> np.ndarray:
+    """Return each kernel's squared error, times its weight if there are any, float64 ``(n,)``."""
+    if bank.layers != checked(clustering).layers:
         raise InvalidValueError(
             "the clustering is of other layers than the bank's; give the bank it was made of."
         )
     weights = settings.checked_weights(weights, len(bank))
-    squares = np.square(bank.weights - quantized(clustering)).sum(axis=(1, 2), dtype=np.float64)
-    return squares, squares if weights is None else squares * weights
+    squares = np.square(bank.weights - quantized(clustering), dtype=np.float64).sum(axis=(1, 2))
+    return squares if weights is None else squares * weights
+
+
+def with_inertia(clustering: Clustering, bank: KernelBank) -> Clustering:
+    """Return a clustering with its inertia against the kernels of a bank, all of them counted alike."""
+    errors = kernel_errors(bank, clustering)
+    groups = (replace(group, inertia=float(errors[group.rows].sum())) for group in clustering.groups)
+    return replace(clustering, groups=tuple(groups))

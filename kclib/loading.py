@@ -37,10 +37,6 @@ def load_model(
     classes : sequence of str
         Names of the outputs in their order, in place of the model's own; empty keeps those.
 
-    Raises
-    ------
-    UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
-
     Examples
     --------
     >>> import kclib

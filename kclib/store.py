@@ -98,10 +98,6 @@ class Store:
         ----------
         wait : bool
             Whether to wait for a process that is at it already; else None is returned at once.
-
-        Raises
-        ------
-        StorageError
         """
         if (entry := self.get(key)) is not None:
             return entry
@@ -124,10 +120,6 @@ class Store:
         ----------
         wait : bool
             Whether to wait for who has it; else False is yielded at once.
-
-        Raises
-        ------
-        StorageError
         """
         lock = filelock.FileLock(self.root / "locks" / f"{self.path(key).stem}.lock")
         try:

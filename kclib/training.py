@@ -34,10 +34,6 @@ class Recipe:
         never ends it early. The start is no epoch: high rates first lose some of what it was.
     temperature : float
         What a teacher's logits and the network's are divided by before they are compared.
-
-    Raises
-    ------
-    InvalidValueError
     """
 
     epochs: int = 12

@@ -17,6 +17,11 @@ def is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_whole(value: object) -> bool:
+    """Tell whether a value is a whole number, numpy's too, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def said(value: object) -> str:
     """Return a value as a sentence has it: as Python writes it, in one line that is not long."""
     return textwrap.shorten(repr(value), 60, placeholder=" ...")
@@ -34,7 +39,7 @@ def check_whole(name: str, value: int, least: int, most: float = math.inf, of: s
 
     `of` says what the largest is, such as "the kernels of the layer", or the unit.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+    if not is_whole(value) or not least <= value <= most:
         limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
         limits += f", {of}" if of else ""
         raise InvalidValueError(f"{name} is {said(value)}; it must be a whole number, {limits}.")

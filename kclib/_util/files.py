@@ -85,12 +85,7 @@ def sha256(path: Path) -> str:
 
 
 def shipped(path: Path, expected: str) -> Path:
-    """Return the path of a shipped file whose SHA-256 is as `expected`.
-
-    Raises
-    ------
-    MissingFileError, DamagedFileError
-    """
+    """Return the path of a shipped file whose SHA-256 is as `expected`."""
     if not path.is_file():
         raise MissingFileError(
             f"{path} is missing; restore it from the repository, or set KCLIB_DATA to where it lies."

@@ -3,11 +3,10 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from kclib import datasets, evaluation, models, recovery
@@ -18,7 +17,8 @@ from kclib.combination import pruning
 from kclib.combination.pipeline import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.combination.stages import Stage
 from kclib.compression import byte_counts
-from kclib.evaluation import Evaluation, accuracy
+from kclib.evaluation import accuracy
+from kclib.evaluation.cells import Cells
 from kclib.kernels import KernelBank
 from kclib.store import Entry, Store
 from kclib.training import Recipe
@@ -67,10 +67,6 @@ def cells(
         By ``pruned``, ``sparsity``, ``clusters``, ``scope``, ``precision``, ``order`` and ``seed``. What does
         not matter is None: what is pruned at a sparsity of 0, scope and seed where nothing is clustered,
         order but where something is pruned and clustered.
-
-    Raises
-    ------
-    UnknownNameError
     """
     found = {}
     names = ("pruned", "sparsities", "clusters", "scopes", "precisions", "orders", "seeds")
@@ -164,9 +160,12 @@ def run(
 
         found = threads.side_by_side(lambda i: sheet.entries(groups[i], done), len(groups), n_jobs)
     entries = {_values(entry.key["cell"]): entry for part in found for entry in part}
-    dense = _answers(entries[_values(_CELL)])
-    n_bytes = byte_counts.convolution_bytes(model.network)
-    rows = [_row(cell, entries[_values(cell)], dense, n_bytes) for cell in wanted]
+    dense, n_bytes = sheet.answers(entries[_values(_CELL)]), byte_counts.convolution_bytes(model.network)
+    chosen = [entries[_values(cell)] for cell in wanted]
+    rows = [
+        _row(cell, entry, n_bytes) | sheet.compared(entry, dense)
+        for cell, entry in zip(wanted, chosen, strict=True)
+    ]
     return pd.DataFrame(rows).astype({"clusters": "Int64", "seed": "Int64"})
 
 
@@ -222,15 +221,8 @@ def trained(
     return pd.DataFrame(rows, table.index)
 
 
-@dataclass(frozen=True)
-class _Sheet:
-    """What cells are computed from, and where they are kept."""
-
-    model: models.Model
-    data: datasets.ImageSet
-    store: Store
-    precision: str
-    device: str
+class _Sheet(Cells):
+    """A model and images whose cells are combinations."""
 
     @cached_property
     def key(self) -> dict:
@@ -266,11 +258,8 @@ class _Sheet:
     def _computed(self, cell: dict, stage: Stage) -> Entry:
         for step in _rounding(cell["precision"]):
             stage = step.after(stage, Given(self.model))
-        options = {"precision": self.precision, "device": self.device, "progress": False}
-        answers = evaluation.evaluate(stage.model, self.data, **options)
-        row = {"bytes": stage.n_bytes(stage.final()), "classes": list(answers.classes)}
-        arrays = {"predictions": answers.predictions, "labels": answers.labels, "in_top5": answers.in_top5}
-        return Entry(self.key | {"cell": cell}, row | {"seconds": answers.seconds}, arrays)
+        row = {"bytes": stage.n_bytes(stage.final())}
+        return self.evaluated(self.key | {"cell": cell}, stage.model, row)
 
 
 def _rounding(precision: str | None) -> tuple[Quantize, ...]:
@@ -289,16 +278,9 @@ def _by_clustering(cells: list[dict]) -> list[list[dict]]:
     return list(groups.values())
 
 
-def _answers(entry: Entry) -> Evaluation:
-    kept = entry.arrays
-    right = kept["predictions"], kept["labels"], kept["in_top5"].astype(bool)
-    return Evaluation(*right, tuple(entry.row["classes"]), entry.row["seconds"])
-
-
-def _row(cell: dict, entry: Entry, dense: Evaluation, n_bytes: int) -> dict:
-    answers, k = _answers(entry), cell["clusters"]
+def _row(cell: dict, entry: Entry, n_bytes: int) -> dict:
+    """Return the levels of a cell in words, and its bytes."""
+    k = cell["clusters"]
     words = {name: cell[name] or "none" for name in ("pruned", "scope", "precision", "order")}
     words["clustering"] = "none" if k is None else f"{k} {cell['scope']}"
-    sizes = {"bytes": entry.row["bytes"], "ratio": n_bytes / entry.row["bytes"]}
-    right = {"images": len(answers.correct), "right": np.packbits(answers.correct).tobytes()}
-    return cell | words | sizes | accuracy.accuracy(answers, dense) | right
+    return cell | words | {"bytes": entry.row["bytes"], "ratio": n_bytes / entry.row["bytes"]}

@@ -15,7 +15,7 @@ from kclib._util import checks
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering
 from kclib.combination import pruning, sparse_clustering, stages
-from kclib.combination.stages import Stage, measured
+from kclib.combination.stages import Stage
 from kclib.compression import precisions
 from kclib.compression.container import Contents
 from kclib.errors import InvalidValueError
@@ -78,7 +78,7 @@ class Combined:
     @classmethod
     def of(cls, stage: Stage, network: nn.Module, given: Given, table: pd.DataFrame) -> "Combined":
         """Return the last stage, of a final network."""
-        found = stage.clustering and measured(stage.clustering, Stage.of(given.model).bank)
+        found = stage.clustering and clusterings.with_inertia(stage.clustering, Stage.of(given.model).bank)
         return cls(models.like(given.model, network), found, int(table.bytes.iloc[-1]), table)
 
     def save(self, path: str | Path, *, architecture: str | None = None) -> Contents:

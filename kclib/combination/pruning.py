@@ -112,10 +112,6 @@ def sparse_bytes(network: nn.Module, *, kind: str = "kernels", precision: str = 
         where it tells those.
     precision : {"fp32", "fp16", "int8", "int4"}
         Of the kernels; int8 and int4 with an fp16 scale for each output channel, as in `formats.Rounded`.
-
-    Raises
-    ------
-    UnknownNameError
     """
     checks.check_known("kind of pruning", kind, KINDS)
     checks.check_known("precision", precision, PRECISIONS)

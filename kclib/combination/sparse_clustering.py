@@ -8,7 +8,7 @@ import numpy as np
 from kclib import clustering
 from kclib._util import checks
 from kclib.clustering import Clustering, Group
-from kclib.kernels import KernelBank, Kernels, Layer, bank_of
+from kclib.kernels import KernelBank, Kernels, Layer, bank_of, rows_of
 from kclib.kmeans import entropy, settings
 
 
@@ -94,7 +94,7 @@ def _empty(name: str, bank: KernelBank) -> Group:
 
 def _with_zero(name: str, layers: tuple[Layer, ...], alive: np.ndarray, others: Group) -> Group:
     """Return the group of all kernels of its layers, from that of those that are alive."""
-    mine = np.concatenate([alive[layer.rows] for layer in layers])
+    mine = alive[rows_of(layers)]
     codebook, zero = others.codebook, _zero(others)
     if zero is None and not mine.all():
         zero = len(codebook)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kclib import compression, kernels
-from kclib.clustering import Clustering, Group, by_use, quantized
+from kclib.clustering import Clustering, Group, by_use
 from kclib.combination import pruning
 from kclib.compression import byte_counts, formats, layers, precisions
 from kclib.errors import InvalidValueError
@@ -66,7 +66,7 @@ class Stage:
         if self.clustering is None:
             return stage
         dead = ~stage.bank.weights.any(axis=(1, 2))
-        return stage.clustered(tuple(_with_zero(group, of(dead, group)) for group in self.clustering.groups))
+        return stage.clustered(tuple(_with_zero(group, dead[group.rows]) for group in self.clustering.groups))
 
     def clustered(self, groups: tuple[Group, ...]) -> "Stage":
         """Return the stage with these groups, equal representatives made one, unused ones none."""
@@ -128,7 +128,7 @@ class Stage:
         stage = self.on(compression.expanded(network))
         if self.clustering is not None:
             rows = stage.bank.weights
-            groups = (replace(x, codebook=of(rows, x)[_first(x)]) for x in self.clustering.groups)
+            groups = (replace(x, codebook=rows[x.rows][_first(x)]) for x in self.clustering.groups)
             stage = stage.clustered(tuple(groups))
         return stage.as_stored()
 
@@ -149,11 +149,6 @@ def zeros(network: nn.Module) -> dict[str, Tensor]:
         for name, module in network.named_modules(remove_duplicate=False)
         if isinstance(module, nn.modules.conv._ConvNd)
     }
-
-
-def of(rows: np.ndarray, group: Group) -> np.ndarray:
-    """Return the rows of a bank that are a group's."""
-    return np.concatenate([rows[layer.rows] for layer in group.layers])
 
 
 def thinned(found: Clustering, sparsity: float, weights: np.ndarray | None) -> tuple[Group, ...]:
@@ -183,15 +178,9 @@ def thinned(found: Clustering, sparsity: float, weights: np.ndarray | None) -> t
     )
 
 
-def measured(found: Clustering, bank: KernelBank) -> Clustering:
-    """Return a clustering with its inertia against the kernels of a bank."""
-    errors = np.square(bank.weights - quantized(found), dtype=np.float64).sum(axis=(1, 2))
-    return replace(found, groups=tuple(replace(x, inertia=float(of(errors, x).sum())) for x in found.groups))
-
-
 def _scores(group: Group, weights: np.ndarray | None) -> np.ndarray:
     """Return the scores of a codebook's weights, infinite for the best of each layer."""
-    served = None if weights is None else of(weights, group)
+    served = None if weights is None else weights[group.rows]
     served = np.bincount(group.indices, served, minlength=group.n_clusters)
     scores = np.square(group.codebook, dtype=np.float64).reshape(len(served), -1) * served[:, None]
     best, start = [], 0

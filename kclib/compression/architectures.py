@@ -26,10 +26,6 @@ def of(path: Path, named: object, given: str | nn.Module | models.Model | None) 
         What the file says; nothing is imported on its word.
     given : str or torch.nn.Module or Model, optional
         What the caller says, which counts first.
-
-    Raises
-    ------
-    DamagedFileError, InvalidValueError, UnknownNameError
     """
     if isinstance(given, models.Model):
         return replace(given, network=_without_values(given.network))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from kclib import models
 from kclib.clustering import Clustering, Group, checked, grouping
-from kclib.compression import checkpoint, entropy_coding
+from kclib.compression import architectures, checkpoint, entropy_coding, precisions
 from kclib.compression.container import Contents
 from kclib.compression.layers import N_TURNS, ClusteredConv2d, by_codebook
 from kclib.compression.packing import index_bits, index_bytes
-from kclib.compression.precisions import codebook_bytes, scale_type
+from kclib.compression.precisions import codebook_bytes, float_type, scale_type
 from kclib.compression.replacement import output_order, packed_layers, users
 from kclib.errors import UnknownNameError
 from kclib.kernels import Kernels, Layer, bank_of, matched
@@ -203,8 +203,7 @@ def stored(network: Model | nn.Module) -> pd.Series:
     """
     network = models.network_of(network)
     parts = dict.fromkeys(_ITEMS, 0)
-    kinds = (nn.modules.conv._ConvNd, ClusteredConv2d)
-    convolutions = {name for name, x in network.named_modules(remove_duplicate=False) if isinstance(x, kinds)}
+    convolutions = _convolutions(network)
     for name, value in checkpoint.encoded(network)[1].items():
         kind, _, of = name.partition(" ")
         parts[_NAMED.get(kind) or _item(of, convolutions)] += value.nbytes
@@ -213,7 +212,22 @@ def stored(network: Model | nn.Module) -> pd.Series:
 
 def stored_bytes(network: Model | nn.Module) -> int:
     """Return the bytes of a network's convolutions, compressed or not, as `checkpoint.save` writes them."""
-    return int(stored(network).drop("rest").sum())
+    network = models.network_of(network)
+    convolutions, chosen = _convolutions(network), precisions.precisions(network)
+    total = sum(value.nbytes for value in checkpoint.encoded_layers(network)[1].values())
+    for name, value in architectures.others(network).items():
+        if _item(name, convolutions) != "rest":
+            precision = chosen.get(id(value))
+            total += value.nbytes if precision is None else value.numel() * float_type(precision).itemsize
+    return total
+
+
+def clustered_bytes(
+    network: Model | nn.Module, clustering: Clustering, *, coding: str = "entropy", precision: str = "fp16"
+) -> int:
+    """Return the bytes of a dense network's convolutions after clustering, as `footprint` counts them."""
+    table = footprint(network, clustering, codings=[coding])
+    return int(table.loc["convolutions", f"{coding}_{precision}"])
 
 
 def entropy_bound(clustering: Clustering) -> float:
@@ -351,11 +365,7 @@ def _entropy_coded(network: nn.Module, clustering: Clustering) -> tuple[int, int
 
 def _others(network: nn.Module, clustered: Iterable[Tensor]) -> tuple[int, int, int]:
     """Return bytes of convolution weights not clustered, of convolution biases, and of the rest."""
-    convolutions = {
-        name
-        for name, module in network.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.modules.conv._ConvNd)
-    }
+    convolutions = _convolutions(network)
     parts = dict.fromkeys(_ITEMS, 0)
     seen = {id(value) for value in clustered}
     for name, value in (*network.named_parameters(), *network.named_buffers()):
@@ -363,6 +373,11 @@ def _others(network: nn.Module, clustered: Iterable[Tensor]) -> tuple[int, int, 
             seen.add(id(value))
             parts[_item(name, convolutions)] += value.numel() * value.element_size()
     return tuple(parts[item] for item in _ITEMS[-3:])
+
+
+def _convolutions(network: nn.Module) -> set[str]:
+    kinds = (nn.modules.conv._ConvNd, ClusteredConv2d)
+    return {name for name, x in network.named_modules(remove_duplicate=False) if isinstance(x, kinds)}
 
 
 def _item(name: str, convolutions: set[str]) -> str:

@@ -101,10 +101,15 @@ def encoded(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict
         Values that a precision does not hold; an unknown coding.
     """
     checks.check_known("coding of indices", indices, CODINGS)
-    groups, described = {}, {}
     tensors, stored = architectures.stored(network)
     kept, extra = extra_state.stored(network)
-    tensors |= kept
+    described, clustered = encoded_layers(network, indices=indices)
+    return described | {"stored": stored, "extra": extra}, tensors | kept | clustered
+
+
+def encoded_layers(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict[str, Tensor]]:
+    """Return the part of `encoded` that stands for the kernels of clustered convolutions."""
+    groups, described, tensors = {}, {}, {}
     for codebook, members in layers.by_codebook(network):
         group = _unused(codebook.group, groups)
         groups[group] = _described(codebook, members)
@@ -114,7 +119,7 @@ def encoded(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict
         named, codings = _stored_indices(group, codebook, members, indices)
         tensors |= named | _stored_scales(codebook, members)
         described |= _described_layers(network, group, codebook, members, codings)
-    return {"groups": groups, "layers": described, "stored": stored, "extra": extra}, tensors
+    return {"groups": groups, "layers": described}, tensors
 
 
 def load(
@@ -193,9 +198,7 @@ def load(
 
 def coded(codebook: Codebook, members: Mapping[str, ClusteredConv2d]) -> entropy_coding.Coded | None:
     """Return the entropy-coded indices of a group's layers, or None where fixed width takes fewer bytes."""
-    result = entropy_coding.coded([module.members() for module in members.values()], codebook.n_members)
-    fixed = sum(module.indices.numel() for module in members.values())
-    return result if result.index_bytes + result.table_bytes < fixed else None
+    return entropy_coding.smaller([module.members() for module in members.values()], codebook.n_members)
 
 
 def _stored_indices(group, codebook, members, indices: str) -> tuple[dict[str, Tensor], dict[str, str]]:

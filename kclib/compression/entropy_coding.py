@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import constriction
 import numpy as np
 
+from kclib.compression.packing import index_bits, index_bytes
 from kclib.errors import DamagedFileError, reason
 from kclib.kmeans import entropy
 
@@ -65,6 +66,13 @@ def coded(parts: Sequence[np.ndarray], n_symbols: int) -> Coded:
     return Coded(tuple(words), tuple(tables), np.empty(0, np.uint8) if shared else packed_counts(whole))
 
 
+def smaller(parts: Sequence[np.ndarray], n_symbols: int) -> Coded | None:
+    """Return the coded indices of a group's layers; None where fixed width takes no more bytes."""
+    result, bits = coded(parts, n_symbols), index_bits(n_symbols)
+    fixed = sum(index_bytes(len(part), bits) for part in parts)
+    return result if result.index_bytes + result.table_bytes < fixed else None
+
+
 def encode(indices: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
     """Return indices as the words of an asymmetric-numeral-systems coder, uint32.
 
@@ -115,12 +123,7 @@ def packed_counts(frequencies: np.ndarray) -> np.ndarray:
 
 
 def unpacked_counts(table: np.ndarray, n_symbols: int) -> np.ndarray:
-    """Return the int64 ``(n_symbols,)`` counts of a table.
-
-    Raises
-    ------
-    DamagedFileError
-    """
+    """Return the int64 ``(n_symbols,)`` counts of a table."""
     reader = zlib.decompressobj()
     try:
         planes = reader.decompress(table.tobytes(), 4 * n_symbols + 1)

@@ -35,10 +35,6 @@ def pack(indices: np.ndarray, bits: int) -> np.ndarray:
     -------
     numpy.ndarray
         uint8 ``(ceil(n * bits / 8),)``.
-
-    Raises
-    ------
-    InvalidValueError
     """
     indices = np.ascontiguousarray(indices)
     bits = _check_bits(bits)

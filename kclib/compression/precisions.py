@@ -19,12 +19,7 @@ PRECISIONS = (*_FLOATS, *_BITS)
 
 
 def float_type(precision: str) -> torch.dtype:
-    """Return the floating type that goes with a precision: of its values, or of what scales whole numbers.
-
-    Raises
-    ------
-    UnknownNameError
-    """
+    """Return the floating type that goes with a precision: of its values, or of what scales whole numbers."""
     checks.check_known("precision", precision, PRECISIONS)
     return _FLOATS.get(precision, torch.bfloat16)
 
@@ -131,12 +126,7 @@ def unpack(stored: Mapping[str, Tensor], precision: str, shape: tuple[int, ...])
 
 
 def checked(values: Tensor, precision: str) -> Tensor:
-    """Return values that a precision holds.
-
-    Raises
-    ------
-    InvalidValueError
-    """
+    """Return values that a precision holds."""
     if not np.isfinite(values.float().numpy()).all():
         raise InvalidValueError(
             f"a codebook, its scales or another weight has values that are no finite {precision}; "

@@ -48,12 +48,7 @@ _PREPARED = (
 
 
 def read(data) -> ImageSet:
-    """Return labelled images from what a user has; see `loader.as_image_set`.
-
-    Raises
-    ------
-    InvalidValueError, DamagedFileError
-    """
+    """Return labelled images from what a user has; see `loader.as_image_set`."""
     if isinstance(data, DataLoader):
         return _of_loader(data)
     if isinstance(data, pd.DataFrame):

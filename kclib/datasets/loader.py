@@ -34,10 +34,6 @@ def load_data(name: str = "fashion-mnist", split: str = "test", *, limit: int | 
         Keep so many images, drawn once without replacement (the same for every call; a smaller
         limit is a subset of a larger one), in their original order.
 
-    Raises
-    ------
-    UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
-
     Examples
     --------
     >>> import kclib
@@ -73,10 +69,6 @@ def train_and_test(name: str, *, limit: int | None = None) -> tuple[ImageSet, Im
         As `load` takes it.
     limit : int, optional
         Keep so many images to test by, as `load` does.
-
-    Raises
-    ------
-    UnknownNameError, MissingFileError, DamagedFileError, InvalidValueError
     """
     kind, _, path = name.partition(":") if isinstance(name, str) else ("", "", "")
     if kind == "folder" and path:
@@ -126,10 +118,6 @@ def select(data, indices: torch.Tensor) -> ImageSet:
     """Return the images at `indices` (int64 ``(m,)``) as a data set of their own.
 
     `data` is as for `as_image_set`.
-
-    Raises
-    ------
-    InvalidValueError
     """
     data = as_image_set(data)
     whole = torch.is_tensor(indices) and indices.dtype == torch.int64 and indices.ndim == 1

@@ -10,7 +10,7 @@ from torch import nn
 from kclib import clustering as clusterings
 from kclib import kernels, models
 from kclib._util import checks
-from kclib.clustering import Clustering, Group, kernel_errors, kernels_by_group
+from kclib.clustering import Clustering, Group, kernel_errors
 from kclib.datasets import ImageSet
 from kclib.evaluation import accuracy
 from kclib.kernels import KernelBank, Kernels
@@ -41,8 +41,9 @@ def by_cluster(bank: Kernels, clustering: Clustering, weights: np.ndarray | None
     InvalidValueError
         Another bank than was clustered; weights out of range.
     """
-    squares, costs = kernel_errors(kernels.bank_of(bank), clustering, weights)
-    tables = [_by_cluster(group, squares[rows], costs[rows]) for group, rows in kernels_by_group(clustering)]
+    bank = kernels.bank_of(bank)
+    squares, costs = kernel_errors(bank, clustering), kernel_errors(bank, clustering, weights)
+    tables = [_by_cluster(group, squares[group.rows], costs[group.rows]) for group in clustering.groups]
     table = pd.concat(tables, ignore_index=True)
     table["share"] = table.damage / (table.damage.sum() or 1)
     return table.sort_values("damage", ascending=False, kind="stable", ignore_index=True)
@@ -69,8 +70,8 @@ def restored(model: Model | nn.Module, clustering: Clustering, worst: pd.DataFra
     dense = bank_of(model.network, clustering).weights
     weights = clusterings.quantized(clustering)
     chosen = worst.groupby("group").cluster.agg(list) if len(worst) else {}
-    for group, rows in clusterings.kernels_by_group(clustering):
-        own = rows[np.isin(group.indices, chosen.get(group.name, []))]
+    for group in clustering.groups:
+        own = group.rows[np.isin(group.indices, chosen.get(group.name, []))]
         weights[own] = dense[own]
     network = kernels.insert(model.network, KernelBank(weights, clustering.layers, {}))
     return replace(model, network=network)

@@ -186,7 +186,9 @@ def son(network: Model | nn.Module, n_clusters: int, *, turned: bool, seed: int 
     halved = replace(group, codebook=formats.half(group.codebook), scales=formats.half(group.scales))
     small = compression.inserted(network, replace(found, groups=(halved,)))
     name = "Son et al. 2018" + ", turned" * turned
-    return Peer(name, f"K={n_clusters}", small, _ledger_bytes(network, found), found)
+    return Peer(
+        name, f"K={n_clusters}", small, byte_counts.clustered_bytes(network, found, coding="fixed"), found
+    )
 
 
 def at_bytes(network: Model | nn.Module, budget: int, *, seed: int = 0) -> list[Peer]:
@@ -271,11 +273,7 @@ def _son_bytes(network: nn.Module, bank: KernelBank, turned: bool, n_clusters: i
     codebook, scales = np.zeros((n_clusters, *bank.size), np.float32), np.zeros(n, np.float32)
     turns = np.zeros(n, np.uint8) if turned else None
     group = Group("global", bank.layers, codebook, np.zeros(n, np.int32), 0.0, scales, turns)
-    return _ledger_bytes(network, Clustering((group,), "global", 0))
-
-
-def _ledger_bytes(network: nn.Module, found: Clustering) -> int:
-    return int(compression.footprint(network, found, codings=("fixed",)).loc["convolutions", "fixed_fp16"])
+    return byte_counts.clustered_bytes(network, Clustering((group,), "global", 0), coding="fixed")
 
 
 def _total(network: nn.Module, bank: KernelBank, form: formats.Form) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from kclib import clustering, compression, datasets, evaluation, models, recovery
+from kclib import clustering, datasets, evaluation, models, recovery
 from kclib._util import checks
 from kclib.clustering import largest
 from kclib.compression import byte_counts
@@ -153,8 +153,7 @@ def budgets(model: Model, bank: KernelBank, shares: Iterable[float]) -> tuple[di
         checks.check_real("a share", share, lambda x: x >= 1, "a number, at least 1")
     dense = byte_counts.convolution_bytes(model.network)
     single = clustering.cluster(bank, 1, progress=False)
-    stored = compression.footprint(model.network, single, codings=["entropy"])
-    least = int(stored.loc["convolutions", "entropy_fp16"])
+    least = byte_counts.clustered_bytes(model.network, single)
     found = {share: dense / share for share in shares}
     above = [share for share in shares if found[share] < _ROOM * least]
     found |= {share: least + (dense - least) / share for share in above}

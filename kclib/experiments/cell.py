@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, Group, largest
 from kclib.compression import byte_counts
 from kclib.errors import InvalidValueError
-from kclib.evaluation import Evaluation, accuracy
+from kclib.evaluation.cells import Cells
 from kclib.experiments import provenance
 from kclib.experiments.profiles import ModelSource
 from kclib.kernels import KernelBank, Kernels, bank_of
@@ -59,24 +60,10 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What cells are computed from, and where they are kept.
+class Subject(Cells):
+    """A model and images whose cells are clusterings; the attributes are those of `Cells`."""
 
-    Attributes
-    ----------
-    model : Model
-        Dense; unchanged.
-    data : ImageSet
-    store : Store
-    precision, device : str
-        As in `evaluation.evaluate`.
-    """
-
-    model: models.Model
-    data: datasets.ImageSet
-    store: Store
-    precision: str = "fp32"
-    device: str = "cpu"
+    seconds: ClassVar[str] = "evaluate_seconds"
 
     @cached_property
     def bank(self) -> kernels.KernelBank:
@@ -154,15 +141,12 @@ class Subject:
             ``precision``, ``images`` (how many) and ``right`` (which are answered rightly, a bit each:
             `numpy.packbits`); ``made``, ``versions``, ``commit``, ``machine`` (`provenance.stamp`).
         """
-        answers = [_answers(entry) for entry in entries]
-        rows = []
-        for cell, entry, found in zip(cells, entries, answers, strict=True):
+        dense, rows = self.answers(entries[0]), []
+        for cell, entry in zip(cells, entries, strict=True):
             numbers = {name: value for name, value in entry.row.items() if name != "classes"}
             about = {name: entry.key[name] for name in ("model", "weights", "images_hash", "precision")}
-            about |= {"data": self.data.name, "right": np.packbits(found.correct).tobytes()}
-            rows.append(
-                asdict(cell) | byte_counts.DENSE | numbers | accuracy.accuracy(found, answers[0]) | about
-            )
+            compared = self.compared(entry, dense) | about | {"data": self.data.name}
+            rows.append(asdict(cell) | byte_counts.DENSE | numbers | compared)
         return pd.DataFrame(rows)
 
     def _computed(self, key: dict, cell: Cell, progress: bool, n_threads: int | None) -> Entry:
@@ -174,19 +158,8 @@ class Subject:
             )  # fmt: skip
             row = byte_counts.removed(model.network, found) | {"cluster_seconds": seconds}
             model = compression.replaced(model, found)
-        answers = evaluation.evaluate(
-            model, self.data, precision=self.precision, device=self.device, progress=progress
-        )
-        row |= provenance.stamp() | {
-            "data": self.data.name,
-            "images": len(answers.correct),
-            "top1": answers.top1.estimate,
-            "top5": answers.top5.estimate,
-            "evaluate_seconds": answers.seconds,
-            "classes": list(answers.classes),
-        }
-        arrays = {"predictions": answers.predictions, "labels": answers.labels, "in_top5": answers.in_top5}
-        return Entry(key, row, arrays)
+        row |= provenance.stamp() | {"data": self.data.name}
+        return self.evaluated(key, model, row, progress=progress)
 
 
 def sweep(
@@ -249,60 +222,6 @@ def sweep(
     cells = subject.cells(ks, scopes, methods, seeds)
     with tqdm(cells, desc="accuracy sweep", unit="cell") as bar:
         return subject.table(cells, [subject.entry(cell) for cell in bar])
-
-
-def stored_clustering(
-    bank: Kernels,
-    n_clusters: int,
-    *,
-    scope: str = "layer",
-    method: str = "plain",
-    seed: int = 0,
-    store: Store | None = None,
-    n_threads: int | None = None,
-    progress: bool = True,
-) -> tuple[Clustering, float]:
-    """Return the clustering of a bank, looked up if it was found before, and the seconds that took.
-
-    Parameters
-    ----------
-    bank, n_clusters, scope, seed, n_threads, progress
-        As in `clustering.cluster`.
-    method : {"plain", "scaled", "turned", "scaled-turned"}
-        Whether representatives stand for their multiples, and for their flips and rotations.
-    store : Store, optional
-        The default store if None.
-
-    Raises
-    ------
-    UnknownNameError, InvalidValueError, NotEnoughMemoryError
-        As in `clustering.cluster`; an unknown method.
-    StorageError
-    """
-    bank = bank_of(bank)
-    store, key = store or Store(), clustering_key(bank, n_clusters, scope=scope, method=method, seed=seed)
-    options = {"scope": scope, "seed": seed, "n_threads": n_threads, "progress": progress}
-
-    def compute() -> Entry:
-        start = time.perf_counter()
-        found = clustering.cluster(bank, n_clusters, **options, **METHODS[method])
-        return _clustering_entry(key, found, time.perf_counter() - start)
-
-    entry = store.once(key, compute)
-    return _clustering(entry, bank), entry.row["seconds"]
-
-
-def clustering_key(bank: KernelBank, n_clusters: int, *, scope: str, method: str, seed: int) -> dict:
-    """Return what a clustering depends on, as the store has it.
-
-    Raises
-    ------
-    UnknownNameError
-        An unknown method.
-    """
-    checks.check_known("method", method, METHODS)
-    levels = {"scope": scope, "k": n_clusters, "method": method, "seed": seed}
-    return {"kind": "clustering", "kernels": bank.fingerprint} | levels
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,6 @@ def broken(table: pd.DataFrame, max_drop: float) -> list[str]:
         From `compare`.
     max_drop : float
         Points of top-1 accuracy, at least 0.
-
-    Raises
-    ------
-    InvalidValueError
     """
     checks.check_real("max_drop", max_drop, lambda x: x >= 0, "a number of points, at least 0")
     found = []

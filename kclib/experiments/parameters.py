@@ -2,7 +2,6 @@
 
 import ast
 from collections.abc import Iterable, Mapping
-from numbers import Integral
 
 from kclib._util import checks
 from kclib.errors import InvalidValueError, UnknownNameError
@@ -78,7 +77,7 @@ def _fits(value: object, wanted: ast.expr) -> bool:
         case ast.Constant(value=None):
             return value is None
         case ast.Name(id="int"):
-            return isinstance(value, Integral) and not isinstance(value, bool)
+            return checks.is_whole(value)
         case ast.Name(id="float"):
             return checks.is_real(value)
         case ast.Name(id="str"):

@@ -28,10 +28,6 @@ class Workers:
         joblib's: processes of this machine, or a cluster's.
     scheduler : str
         Address of the cluster's scheduler; by default one on this machine is started.
-
-    Raises
-    ------
-    InvalidValueError, UnknownNameError
     """
 
     n_jobs: int = 1

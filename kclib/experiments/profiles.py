@@ -162,12 +162,7 @@ def load(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
 
 
 def declared(notebook: Path) -> dict[str, str]:
-    """Return the names of a notebook's parameters and their types, as they are written.
-
-    Raises
-    ------
-    MissingFileError, DamagedFileError
-    """
+    """Return the names of a notebook's parameters and their types, as they are written."""
     if not notebook.is_file():
         raise MissingFileError(f"notebook {notebook} does not exist.")
     try:

@@ -10,14 +10,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Generic, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from kclib.errors import InvalidValueError, KclibError, StoppedError, UnknownNameError
+from kclib._util import checks
+from kclib.errors import KclibError, StoppedError
 from kclib.kernels import KernelBank
 from kclib.kmeans.fit_progress import FitStep
 
@@ -245,17 +245,9 @@ class Progress:
             raise StoppedError("a newer question came.")
 
 
-def known(kind: str, name: str, names: Iterable[str]) -> None:
-    """Raise UnknownNameError if `name` is none of `names`."""
-    if name not in names:
-        raise UnknownNameError(kind, name, names)
-
-
-def between(n_clusters: int, largest: int) -> None:
+def check_k(n_clusters: int, largest: int) -> None:
     """Raise InvalidValueError unless a number of clusters is from 2 (1, of one kernel) to `largest`."""
-    least = min(2, largest)
-    if not isinstance(n_clusters, Integral) or not least <= n_clusters <= largest:
-        raise InvalidValueError(f"K is {n_clusters}; it must be from {least} to {largest:,}.")
+    checks.check_whole("K", n_clusters, min(2, largest), largest)
 
 
 def called(bank: KernelBank, layers: tuple[str, ...]) -> str:

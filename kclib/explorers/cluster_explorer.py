@@ -13,6 +13,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from kclib import compression, datasets, evaluation, kernels, kmeans, plots
+from kclib._util import checks
 from kclib.clustering import Clustering, by_use, grouping, of_fits
 from kclib.compression import byte_counts
 from kclib.compression.byte_counts import Count
@@ -27,9 +28,8 @@ from kclib.explorers.background import (
     Progress,
     Stale,
     attempted,
-    between,
     called,
-    known,
+    check_k,
 )
 from kclib.kernels import KernelBank
 from kclib.kmeans import symmetric
@@ -93,10 +93,10 @@ class Clusterer:
     def check(self, question: ClusterQuestion) -> None:
         """Raise a KclibError for what cannot be clustered."""
         self.bank.only(*question.layers)
-        known("scope", question.scope, SCOPES)
-        known("distance that can be clustered by", question.distance, METHODS)
-        known("colour", question.colour, COLOURS)
-        between(question.n_clusters, self.largest(question))
+        checks.check_known("scope", question.scope, SCOPES)
+        checks.check_known("distance that can be clustered by", question.distance, METHODS)
+        checks.check_known("colour", question.colour, COLOURS)
+        check_k(question.n_clusters, self.largest(question))
 
     def largest(self, question: ClusterQuestion) -> int:
         """Return the most clusters that a question's largest codebook can have: one for each kernel."""

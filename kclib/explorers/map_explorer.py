@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kclib import kmeans, plots
+from kclib._util import checks
 from kclib.explorers import background
 from kclib.explorers.background import Answer, Explorer, Stale
 from kclib.kernels import KernelBank
@@ -67,9 +68,9 @@ class MapExplorer(Explorer[MapQuestion]):
     def check(self, question: MapQuestion) -> None:
         """Raise a KclibError for what is not there."""
         self.bank.only(*question.layers)
-        background.known("kind of map", question.kind, self.graphs)
-        background.known("colour", question.colour, COLOURS)
-        background.between(question.n_clusters, self.largest)
+        checks.check_known("kind of map", question.kind, self.graphs)
+        checks.check_known("colour", question.colour, COLOURS)
+        background.check_k(question.n_clusters, self.largest)
 
     def answered(self, question: MapQuestion, stale: Stale) -> Answer[MapQuestion]:
         """Return the map."""

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "matched",
             "bank_of",
             "sample",
+            "rows_of",
             "Layer",
             "KernelBank",
             "Kernels",

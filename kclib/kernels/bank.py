@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -57,6 +56,11 @@ class Layer:
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Return those rows of the bank, int ``(m,)``, that are this layer's kernels."""
         return rows[(rows >= self.rows.start) & (rows < self.rows.stop)]
+
+
+def rows_of(layers: Iterable[Layer]) -> np.ndarray:
+    """Return the rows of a bank that hold the kernels of some layers, int64 ``(n,)``, layer after layer."""
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(x.rows.start, x.rows.stop) for x in layers)])
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class KernelBank:
             return self
         chosen = [layer for layer in self.layers if layer.name in wanted]
         starts = np.cumsum([0, *(layer.n_kernels for layer in chosen)]).tolist()
-        weights = np.concatenate([self.weights[layer.rows] for layer in chosen])
+        weights = self.weights[rows_of(chosen)]
         weights.flags.writeable = False
         layers = tuple(replace(x, start=start) for x, start in zip(chosen, starts, strict=False))
         return KernelBank(weights, layers, {})
@@ -291,7 +295,7 @@ def bank_of(given: Kernels) -> KernelBank:
     if isinstance(given, (Model, nn.Module)):
         return extract(given)
     arrays = (np.ndarray, torch.Tensor, pd.DataFrame, list, tuple)
-    advice = "; kmeans.kmeans clusters points (n, d) of any kind" if isinstance(given, arrays) else ""
+    advice = "; kmeans.fit clusters points (n, d) of any kind" if isinstance(given, arrays) else ""
     raise InvalidValueError(
         f"the kernels are a {type(given).__name__}; they must be a KernelBank (of kernels.extract), "
         f"a Model or a torch.nn.Module{advice}."
@@ -352,7 +356,7 @@ def _wanted_size(network: nn.Module, found: Mapping[str, nn.Module], left_out, s
     larger = [s for s, _ in counts.most_common() if s != (1, 1)]
     if size is None and larger:
         return larger[0]
-    wanted = (size, size) if isinstance(size, Integral) and not isinstance(size, bool) else size
+    wanted = (size, size) if checks.is_whole(size) else size
     if isinstance(wanted, (tuple, list)) and tuple(wanted) in counts:
         return tuple(wanted)
     kind = "2D kernels larger than 1×1" if size is None else f"{_times(wanted)} kernels"

@@ -10,6 +10,7 @@ from kclib._util.compiled import njit
 from kclib.kmeans import lloyd, nearest, settings
 from kclib.kmeans.fit_progress import FitStep, Progress
 from kclib.kmeans.fitting import fit as unpriced
+from kclib.kmeans.inner_loops import square
 from kclib.kmeans.rescaling import Frame
 from kclib.kmeans.settings import Options
 
@@ -163,8 +164,7 @@ class _Market:
 
     def priced(self, centres: np.ndarray, labels: np.ndarray) -> Priced:
         """Return a partition with what it costs, without unused and double centres."""
-        kept, labels = np.unique(lloyd.merged(centres, labels), return_inverse=True)
-        centres, labels = centres[kept], labels.astype(np.int32)
+        centres, labels = lloyd.used(centres, lloyd.merged(centres, labels))
         inertia = lloyd.total(
             nearest.errors(self.points, centres, labels, n_threads=self.n_threads), self.weights
         )
@@ -234,19 +234,19 @@ def _search(points, prices, centres, lengths, order, starts, first, last, dims, 
         mine = order[starts[j] : starts[j + 1]]
         reach, costs = _opening(points, prices, centres, lengths, mine, j, shortest, dims, result)
         for c in range(len(centres)):
-            apart[c] = np.sqrt(_square(centres[c], centres[j], dims)) * np.float32(0.9995)  # for rounding
+            apart[c] = np.sqrt(square(centres[c], centres[j], dims)) * np.float32(0.9995)  # for rounding
         near = np.flatnonzero(apart <= reach)
         near = near[np.argsort(apart[near])]
         far, extra, rows = apart[near], lengths[near], centres[near]
         for place, row in enumerate(mine):
-            radius, best = np.sqrt(_square(points[row], centres[j], dims)), costs[place]
+            radius, best = np.sqrt(square(points[row], centres[j], dims)), costs[place]
             limit = radius + np.sqrt(best)
             for i in range(len(near)):
                 if far[i] > limit:
                     break
                 cost = prices[row] * extra[i]
                 if cost < best:
-                    cost += _square(points[row], rows[i], dims)
+                    cost += square(points[row], rows[i], dims)
                     if cost < best:
                         best, result[row] = cost, near[i]
                         limit = radius + np.sqrt(best)
@@ -257,19 +257,10 @@ def _opening(points, prices, centres, lengths, mine, j, shortest, dims, result):
     """Take the better of centre j and the most frequent one; return how far to look on, and the costs."""
     reach, costs = np.float32(0), np.empty(len(mine), np.float32)
     for place, row in enumerate(mine):
-        square = _square(points[row], centres[j], dims)
-        costs[place], result[row] = square + prices[row] * lengths[j], j
-        other = _square(points[row], centres[shortest], dims)
+        distance = square(points[row], centres[j], dims)
+        costs[place], result[row] = distance + prices[row] * lengths[j], j
+        other = square(points[row], centres[shortest], dims)
         if other < costs[place]:
             costs[place], result[row] = other, shortest
-        reach = max(reach, np.sqrt(square) + np.sqrt(costs[place]))
+        reach = max(reach, np.sqrt(distance) + np.sqrt(costs[place]))
     return reach, costs
-
-
-@njit(nogil=True, cache=True, fastmath=threads.FAST)
-def _square(a, b, dims):
-    total = np.float32(0)
-    for k in range(len(dims)):
-        difference = a[k] - b[k]
-        total += difference * difference
-    return total

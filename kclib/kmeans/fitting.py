@@ -155,10 +155,6 @@ def ladder(
         In any order; each 1 to n.
     progress : callable, optional
         Called with each `FitStep`; a true answer ends the ladder with the rung at hand.
-
-    Raises
-    ------
-    InvalidValueError, NotEnoughMemoryError
     """
     ks = checked_ks(ks)
     options = Options(max_iter, tol, reach, seed, n_threads)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -41,18 +42,15 @@ def fit(
     progress : Progress
     """
     reach, n_threads = None if len(centres) <= FLAT else options.reach, options.threads
-    before, iterations, converged = math.inf, 0, False
+    rounds = Rounds(options, len(centres), progress)
     for _ in range(options.max_iter):
         part = progress.part(ROUND_SHARE * progress.left)
         near = reach if guess is not None else None  # a guess for want of a better is looked up in full
         found = nearest.nearest(points, centres, guess=guess, reach=near, n_threads=n_threads, done=part)
         centres, found = filled(points, weights, centres, found, n_threads)
-        guess, inertia = found.labels, total(found.errors, weights)
-        progress.inertia = inertia
-        converged = before - inertia <= options.tolerance(len(centres)) * inertia
-        if converged or progress.stopped:
+        guess = found.labels
+        if not rounds.another(total(found.errors, weights)):
             break
-        before, iterations = inertia, iterations + 1
         centres = means(points, weights, guess, centres, n_threads)
     part = progress.part(progress.left)
     found = nearest.nearest(points, centres, guess=guess, n_threads=n_threads, done=part)
@@ -60,7 +58,28 @@ def fit(
     centres, found = filled(points, weights, centres, found, n_threads)
     progress.inertia = total(found.errors, weights)
     progress(progress.left)
-    return KMeans(centres, found.labels, progress.inertia, iterations, converged)
+    return KMeans(centres, found.labels, progress.inertia, rounds.made, rounds.converged)
+
+
+@dataclass
+class Rounds:
+    """Lloyd's rounds: how many were made, and whether another one is worth it."""
+
+    options: Options
+    n_clusters: int
+    progress: Progress
+    made: int = 0
+    converged: bool = False
+    before: float = math.inf
+
+    def another(self, inertia: float) -> bool:
+        """Note the inertia of an assignment; tell whether the centres shall be moved once more."""
+        self.progress.inertia = inertia
+        self.converged = self.before - inertia <= self.options.tolerance(self.n_clusters) * inertia
+        if self.converged or self.progress.stopped or self.made >= self.options.max_iter:
+            return False
+        self.before, self.made = inertia, self.made + 1
+        return True
 
 
 def is_flat(n: int, n_clusters: int) -> bool:
@@ -191,11 +210,11 @@ def filled(
     Each move lowers the inertia, so this ends; it gives up centres only when every point lies on one.
     """
     labels, errors = found.labels, found.errors
-    while len(empty := np.flatnonzero(np.bincount(labels, minlength=len(centres)) == 0)):
+    while len(empty := unused(centres, labels)):
         worst = _worst(points, errors, weights, len(empty))
         if not len(worst):
-            kept = np.unique(labels)
-            return centres[kept], nearest.Found(np.searchsorted(kept, labels).astype(np.int32), errors)
+            centres, labels = used(centres, labels)
+            break
         moved, centres = empty[: len(worst)], centres.copy()
         centres[moved] = points[worst]
         challenge = nearest.nearest(points, centres[moved], n_threads=n_threads)
@@ -206,6 +225,23 @@ def filled(
     return centres, nearest.Found(labels, errors)
 
 
+def unused(centres: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the centres that no point has, int64 ``(m,)``."""
+    return np.flatnonzero(np.bincount(labels, minlength=len(centres)) == 0)
+
+
+def used(centres: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the centres that some point has, and the labels, int32 ``(n,)``, numbered anew."""
+    kept = np.unique(labels)
+    return centres[kept], np.searchsorted(kept, labels).astype(np.int32)
+
+
+def distinct(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return those of the rows whose points no row before them has."""
+    _, first = np.unique(points[rows], axis=0, return_index=True)
+    return rows[np.sort(first)]
+
+
 def _worst(points: np.ndarray, errors: np.ndarray, weights: np.ndarray | None, count: int) -> np.ndarray:
     """Return up to `count` rows of distinct points that lie on no centre, those that cost most first."""
     loss = errors
@@ -213,6 +249,4 @@ def _worst(points: np.ndarray, errors: np.ndarray, weights: np.ndarray | None, c
         loss = errors * np.maximum(weights, 1e-6 * weights[weights > 0].min())
     rows = np.argpartition(-loss, min(4 * count, len(loss) - 1))[: 4 * count]
     rows = rows[errors[rows] > 0]
-    rows = rows[np.argsort(-loss[rows], kind="stable")]
-    _, first = np.unique(points[rows], axis=0, return_index=True)
-    return rows[np.sort(first)][:count]
+    return distinct(points, rows[np.argsort(-loss[rows], kind="stable")])[:count]

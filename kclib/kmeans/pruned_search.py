@@ -8,8 +8,8 @@ from scipy.spatial import cKDTree
 
 from kclib._util import threads
 from kclib._util.compiled import njit
+from kclib.kmeans.inner_loops import TILE, scanned, square
 
-_TILE = 64  # centres that one loop of vector instructions looks at
 _BUNCH = 16  # tiles under one outer box
 _SHELLS = 64  # distance classes that a cluster's candidates are sorted into
 _PARTS = 64  # pieces of work a pass is cut into, whatever the number of threads: same bits for any
@@ -51,9 +51,9 @@ def pruned(
 class _Tiles:
     """Centres in a k-d order, in tiles that vector instructions read, with their bounding boxes."""
 
-    ids: np.ndarray  # int32 (tiles * _TILE,): the centre in each place; the last is repeated as padding
-    rows: np.ndarray  # float32 (tiles * _TILE, d)
-    columns: np.ndarray  # float32 (tiles, d, _TILE); padding is infinitely far away
+    ids: np.ndarray  # int32 (tiles * TILE,): the centre in each place; the last is repeated as padding
+    rows: np.ndarray  # float32 (tiles * TILE, d)
+    columns: np.ndarray  # float32 (tiles, d, TILE); padding is infinitely far away
     turned: np.ndarray  # float32 (K, d): the centres in the boxes' axes
     boxes: np.ndarray  # float32 (2, d, tiles): lower and upper corners
     outer: np.ndarray  # float32 (2, d, tiles / _BUNCH)
@@ -64,19 +64,19 @@ def _tiles(centres: np.ndarray) -> _Tiles:
     k, d = centres.shape
     axes = np.linalg.eigh(np.cov(centres, rowvar=False).reshape(d, d))[1][:, ::-1]
     turned = np.ascontiguousarray(centres @ axes.astype(np.float32))
-    ids = cKDTree(turned, leafsize=_TILE // 2 + 1).indices.astype(np.int32)
-    padding = -k % (_TILE * _BUNCH)
+    ids = cKDTree(turned, leafsize=TILE // 2 + 1).indices.astype(np.int32)
+    padding = -k % (TILE * _BUNCH)
     ids = np.pad(ids, (0, padding), mode="edge")
     rows = centres[ids]
     columns = rows.copy()
     columns[k:] = np.inf
-    corners = turned[ids].reshape(-1, _TILE, d)
+    corners = turned[ids].reshape(-1, TILE, d)
     boxes = np.stack([corners.min(1).T, corners.max(1).T])
     bunches = boxes.reshape(2, d, -1, _BUNCH)
     return _Tiles(
         ids,
         rows,
-        np.ascontiguousarray(columns.reshape(-1, _TILE, d).transpose(0, 2, 1)),
+        np.ascontiguousarray(columns.reshape(-1, TILE, d).transpose(0, 2, 1)),
         turned,
         boxes,
         np.stack([bunches[0].min(2), bunches[1].max(2)]),
@@ -89,14 +89,14 @@ def _search(
     first, last, reach, dims, labels, errors,
 ):  # fmt: skip
     """Search for the points of guesses `first` to `last`."""
-    room = len(ids) + _TILE
+    room = len(ids) + TILE
     place, sorted_place = np.empty(room, np.int32), np.empty(room, np.int32)
     distance = np.empty(room, np.float32)
-    tiles = np.empty((room // _TILE, len(dims), _TILE), np.float32)
-    halves = np.empty((room // _TILE, _TILE), np.float32)
-    low = np.empty(room // _TILE, np.float32)
+    tiles = np.empty((room // TILE, len(dims), TILE), np.float32)
+    halves = np.empty((room // TILE, TILE), np.float32)
+    low = np.empty(room // TILE, np.float32)
     near, inside = np.empty(outer.shape[2], np.float32), np.empty(_BUNCH, np.float32)
-    scratch = np.empty(_TILE, np.float32)
+    scratch = np.empty(TILE, np.float32)
     for j in range(first, last):
         mine = order[starts[j] : starts[j + 1]]
         if len(mine) == 0:
@@ -129,11 +129,11 @@ def _radii(points, mine, centre, dims):
     """Return the largest and the mean squared distance of the points to their guess."""
     largest, total = np.float32(0), np.float32(0)
     for row in mine:
-        square = np.float32(0)
+        distance = np.float32(0)
         for k in range(len(dims)):
-            square += (points[row, k] - centre[k]) ** 2
-        largest = max(largest, square)
-        total += square
+            distance += (points[row, k] - centre[k]) ** 2
+        largest = max(largest, distance)
+        total += distance
     return largest, total / np.float32(len(mine))
 
 
@@ -149,7 +149,7 @@ def _candidates(centre, turned, limit, columns, boxes, outer, dims, near, inside
         for i in range(_BUNCH):
             if inside[i] <= limit:
                 tile = bunch * _BUNCH + i
-                n = _from_tile(centre, limit, columns[tile], tile * _TILE, dims, scratch, place, distance, n)
+                n = _from_tile(centre, limit, columns[tile], tile * TILE, dims, scratch, place, distance, n)
     return n
 
 
@@ -169,16 +169,16 @@ def _to_boxes(turned, boxes, first, dims, result):
 def _from_tile(centre, limit, columns, first, dims, scratch, place, distance, n):
     """Append the centres of one tile that are within the limit; return the new length."""
     hits = 0
-    for c in range(_TILE):
+    for c in range(TILE):
         total = np.float32(0)
         for k in range(len(dims)):
             difference = columns[k, c] - centre[k]
             total += difference * difference
         scratch[c] = total
-    for c in range(_TILE):
+    for c in range(TILE):
         hits += np.int32(scratch[c] <= limit)
     if hits > 0:
-        for c in range(_TILE):
+        for c in range(TILE):
             if scratch[c] <= limit:
                 place[n], distance[n] = first + c, scratch[c]
                 n += 1
@@ -199,8 +199,8 @@ def _sort(place, distance, n, limit, sorted_place, low):
         sorted_place[ends[shell]] = place[i]
         ends[shell] += 1
     shell = 0
-    for tile in range((n + _TILE - 1) // _TILE):
-        while ends[shell] <= tile * _TILE:
+    for tile in range((n + TILE - 1) // TILE):
+        while ends[shell] <= tile * TILE:
             shell += 1
         low[tile] = np.sqrt(shell / scale) * np.float32(0.9995)
 
@@ -208,8 +208,8 @@ def _sort(place, distance, n, limit, sorted_place, low):
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
 def _fill(tile, centre, rows, sorted_place, n, dims, tiles, halves):
     """Copy one tile of candidates, seen from the guess: small differences of small numbers lose no digits."""
-    for c in range(_TILE):
-        i = tile * _TILE + c
+    for c in range(TILE):
+        i = tile * TILE + c
         total = np.float32(0)
         for k in range(len(dims)):
             difference = rows[sorted_place[i], k] - centre[k] if i < n else np.float32(0)
@@ -228,30 +228,21 @@ def _scan(
     for row in mine:
         for k in range(len(dims)):
             x[k] = points[row, k] - centre[k]
-        square = _dot(x, x, dims)
-        radius = np.sqrt(square) * np.float32(1.0005)
+        length = _dot(x, x, dims)
+        radius = np.sqrt(length) * np.float32(1.0005)
         best, where, limit = np.float32(0), -1, 2 * radius
-        for tile in range((n + _TILE - 1) // _TILE):
+        for tile in range((n + TILE - 1) // TILE):
             if low[tile] > limit:
                 break
             if tile == filled:
                 _fill(tile, centre, rows, sorted_place, n, dims, tiles, halves)
                 filled += 1
-            hits = 0
-            for c in range(_TILE):
-                value = halves[tile, c]
-                for k in range(len(dims)):
-                    value -= x[k] * tiles[tile, k, c]
-                score[c] = value
-            for c in range(_TILE):
-                hits += np.int32(score[c] < best)
-            if hits > 0:
-                for c in range(_TILE):
-                    if score[c] < best:
-                        best, where = score[c], tile * _TILE + c
-                limit = radius + np.sqrt(max(square + 2 * best, np.float32(0))) * np.float32(1.0005)
-        distance = max(square + 2 * best, np.float32(0))
-        if distance < np.float32(0.125) * square:  # far nearer than the guess: the sums above lost its digits
+            least, at = scanned(x, tiles, halves, tile, score, dims, best, where)
+            if least < best:
+                best, where = least, at
+                limit = radius + np.sqrt(max(length + 2 * best, np.float32(0))) * np.float32(1.0005)
+        distance = max(length + 2 * best, np.float32(0))
+        if distance < np.float32(0.125) * length:  # far nearer than the guess: the sums above lost its digits
             distance, where = _rescan(points[row], radius, rows, sorted_place, n, low, dims)
         labels[row] = ids[sorted_place[where]] if where >= 0 else guess
         errors[row] = distance
@@ -261,15 +252,12 @@ def _scan(
 def _rescan(point, radius, rows, sorted_place, n, low, dims):
     """Find the nearest candidate by plain differences; return its squared distance and where it is listed."""
     best, where, limit = np.float32(np.inf), -1, 2 * radius
-    for tile in range((n + _TILE - 1) // _TILE):
+    for tile in range((n + TILE - 1) // TILE):
         if low[tile] > limit:
             break
-        for i in range(tile * _TILE, min(n, (tile + 1) * _TILE)):
-            total = np.float32(0)
-            for k in range(len(dims)):
-                difference = point[k] - rows[sorted_place[i], k]
-                total += difference * difference
-            if total < best:
-                best, where = total, i
+        for i in range(tile * TILE, min(n, (tile + 1) * TILE)):
+            distance = square(point, rows[sorted_place[i]], dims)
+            if distance < best:
+                best, where = distance, i
         limit = min(limit, radius + np.sqrt(best) * np.float32(1.0005))
     return best, where

@@ -5,8 +5,7 @@ import numpy as np
 from kclib._util import threads
 from kclib._util.compiled import njit
 from kclib.kmeans import nearest
-
-_TILE = 64
+from kclib.kmeans.inner_loops import TILE, scanned
 
 
 def shares(inertias: np.ndarray, sizes: np.ndarray, n_clusters: int, d: int) -> np.ndarray:
@@ -205,9 +204,9 @@ def _draw(mass, target):
 def _lloyd(x, w, centres, labels, rounds, dims):
     n, k = x.shape[1], len(centres)
     errors = np.empty(n, np.float32)
-    tiles = np.empty(((k + _TILE - 1) // _TILE, len(dims), _TILE), np.float32)
-    halves = np.empty((len(tiles), _TILE), np.float32)
-    score = np.empty(_TILE, np.float32)
+    tiles = np.empty(((k + TILE - 1) // TILE, len(dims), TILE), np.float32)
+    halves = np.empty((len(tiles), TILE), np.float32)
+    score = np.empty(TILE, np.float32)
     for _ in range(rounds):
         changed = _assign(x, centres, tiles, halves, score, labels, errors, dims)
         _means(x, w, labels, centres, errors, dims)
@@ -220,13 +219,13 @@ def _lloyd(x, w, centres, labels, rounds, dims):
 def _assign(x, centres, tiles, halves, score, labels, errors, dims):
     """Label points with the nearest of the cell's centres, seen from its first; tell if a label changed."""
     k = len(centres)
-    for j in range(len(tiles) * _TILE):
+    for j in range(len(tiles) * TILE):
         square = np.float32(0)
         for a in range(len(dims)):
             value = centres[j, a] - centres[0, a] if j < k else np.float32(0)
-            tiles[j // _TILE, a, j % _TILE] = value
+            tiles[j // TILE, a, j % TILE] = value
             square += value * value
-        halves[j // _TILE, j % _TILE] = np.float32(0.5) * square if j < k else np.float32(np.inf)
+        halves[j // TILE, j % TILE] = np.float32(0.5) * square if j < k else np.float32(np.inf)
     point = np.empty(len(dims), np.float32)
     changed = False
     for i in range(x.shape[1]):
@@ -235,22 +234,11 @@ def _assign(x, centres, tiles, halves, score, labels, errors, dims):
             point[a] = x[a, i] - centres[0, a]
             square += point[a] * point[a]
         where = labels[i]
-        best = halves[where // _TILE, where % _TILE]
+        best = halves[where // TILE, where % TILE]
         for a in range(len(dims)):
-            best -= point[a] * tiles[where // _TILE, a, where % _TILE]
+            best -= point[a] * tiles[where // TILE, a, where % TILE]
         for tile in range(len(tiles)):
-            hits = 0
-            for c in range(_TILE):
-                value = halves[tile, c]
-                for a in range(len(dims)):
-                    value -= point[a] * tiles[tile, a, c]
-                score[c] = value
-            for c in range(_TILE):
-                hits += np.int32(score[c] < best)
-            if hits > 0:
-                for c in range(_TILE):
-                    if score[c] < best:
-                        best, where = score[c], tile * _TILE + c
+            best, where = scanned(point, tiles, halves, tile, score, dims, best, where)
         changed = changed or labels[i] != where
         labels[i] = where
         errors[i] = max(square + 2 * best, np.float32(0))

@@ -43,12 +43,7 @@ class KMeans:
 
 @dataclass(frozen=True)
 class Options:
-    """How a fit is made; the parameters of `fitting.fit` that have no part in what is fitted.
-
-    Raises
-    ------
-    InvalidValueError
-    """
+    """How a fit is made; the parameters of `fitting.fit` that have no part in what is fitted."""
 
     max_iter: int
     tol: float | None
@@ -78,12 +73,7 @@ class Options:
 
 def check_k(n_clusters: int, n: int) -> int:
     """Return K as Python's own number; raise InvalidValueError unless it is a whole one from 1 to n."""
-    whole = isinstance(n_clusters, (int, np.integer)) and not isinstance(n_clusters, bool)
-    if not (whole and 1 <= n_clusters <= n):
-        raise InvalidValueError(
-            f"n_clusters is {checks.said(n_clusters)}; with {n} kernels it must be 1 to {n}."
-        )
-    return int(n_clusters)
+    return checks.check_whole("n_clusters", n_clusters, 1, n, "the number of kernels")
 
 
 def checked_points(points) -> np.ndarray:

@@ -1,6 +1,5 @@
 """k-means past one machine's memory: points in blocks, each a task for joblib or a torch device."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,10 +29,6 @@ class Parts:
     ----------
     parts : array ``(n, d)``, or iterable of arrays ``(m, d)`` or of objects with `points` (kernel banks)
         Read several times: an iterator, which can be read once only, is refused.
-
-    Raises
-    ------
-    InvalidValueError
     """
 
     def __init__(self, parts: np.ndarray | Iterable):
@@ -142,17 +137,14 @@ def fit(
     if init is None:
         centres = _from_sample(parts, n_clusters, weights, options)
     progress(_SAMPLE_SHARE)
-    labels, before, iterations, converged = None, math.inf, 0, False
+    labels, rounds = None, lloyd.Rounds(options, n_clusters, progress)
     reach = None if n_clusters <= FLAT else options.reach
     run = _Pass(parts, weights, options.threads, device, progress)
     for _ in range(options.max_iter):
         near = reach if labels is not None else None
         labels, step = run(centres, labels, near, lloyd.ROUND_SHARE * progress.left)
-        progress.inertia = step.inertia
-        converged = before - step.inertia <= options.tolerance(n_clusters) * step.inertia
-        if converged or progress.stopped:
+        if not rounds.another(step.inertia):
             break
-        before, iterations = step.inertia, iterations + 1
         centres = np.where(
             step.mass[:, None] > 0, step.sums / np.maximum(step.mass, 1e-300)[:, None], centres
         )
@@ -160,20 +152,18 @@ def fit(
     while True:
         labels, step = run(centres, labels, None, progress.left / 2)
         labels = lloyd.merged(centres, labels)
-        empty = np.flatnonzero(np.bincount(labels, minlength=len(centres)) == 0)
-        if not len(empty):
+        if not len(empty := lloyd.unused(centres, labels)):
             break
         worst = _distinct_worst(step, len(empty))
         if not len(worst):
-            kept = np.unique(labels)
-            centres, labels = centres[kept], np.searchsorted(kept, labels).astype(np.int32)
+            centres, labels = lloyd.used(centres, labels)
             break
         centres = centres.copy()
         centres[empty[: len(worst)]] = worst
     progress.inertia = step.inertia
     progress(progress.left)
     how = "streamed" if device == "cpu" else device
-    return KMeans(centres, labels, step.inertia, iterations, converged, how)
+    return KMeans(centres, labels, step.inertia, rounds.made, rounds.converged, how)
 
 
 def memory(n: int, d: int, n_clusters: int, n_threads: int) -> int:
@@ -279,6 +269,4 @@ def nearest_on_device(points: np.ndarray, centres: np.ndarray, device: str) -> n
 def _distinct_worst(step: _Step, count: int) -> Sequence[np.ndarray]:
     """Return up to `count` of the points that lie furthest from their centres, the worst first."""
     order = np.argsort(-step.loss, kind="stable")
-    order = order[step.loss[order] > 0]
-    _, first = np.unique(step.worst[order], axis=0, return_index=True)
-    return step.worst[order[np.sort(first)][:count]]
+    return step.worst[lloyd.distinct(step.worst, order[step.loss[order] > 0])[:count]]

@@ -105,23 +105,21 @@ def fit(
     report = Progress(progress)
     report.unit = frame.inertia_unit
     centres = _start(orbits, n_clusters, options)
-    before, iterations, converged = math.inf, 0, False
+    rounds = lloyd.Rounds(options, n_clusters, report)
     found = orbits.assigned(centres, None, options.threads)
     while True:
         report(lloyd.ROUND_SHARE * report.left)
         centres, found = _filled(orbits, centres, found, options.threads)
-        report.inertia = found.inertia
-        converged = before - found.inertia <= options.tolerance(n_clusters) * found.inertia
-        if converged or report.stopped or iterations >= max_iter:
+        if not rounds.another(found.inertia):
             break
-        before, iterations = found.inertia, iterations + 1
         centres = orbits.moved(centres, found, options.threads)
         found = orbits.assigned(centres, found.members, options.threads)
     report(report.left)
     turns = found.members % orbits.size % len(orbits.turns)
     result = SymmetricKMeans(
-        centres, found.labels, turns.astype(np.uint8), found.scales, found.inertia, iterations, converged
-    )
+        centres, found.labels, turns.astype(np.uint8), found.scales, found.inertia, rounds.made,
+        rounds.converged,
+    )  # fmt: skip
     if not scaled:
         return frame.out_of(result)
     scales = np.ldexp(result.scales, frame.exponent)
@@ -226,8 +224,7 @@ def _start(orbits: _Orbits, n_clusters: int, options: Options) -> np.ndarray:
 def _filled(orbits, centres, found: _Assigned, n_threads: int) -> tuple[np.ndarray, _Assigned]:
     """Move centres that serve nobody to the worst served kernels; give them up if every kernel is met."""
     for _ in range(len(centres)):
-        empty = np.flatnonzero(np.bincount(found.labels, minlength=len(centres)) == 0)
-        if not len(empty):
+        if not len(empty := lloyd.unused(centres, found.labels)):
             return centres, found
         worst = np.argsort(-found.errors, kind="stable")[: len(empty)]
         least = 1e-10 * orbits.weights[worst] * np.square(orbits.points[worst]).sum(1)
@@ -237,10 +234,9 @@ def _filled(orbits, centres, found: _Assigned, n_threads: int) -> tuple[np.ndarr
         centres = centres.copy()
         centres[empty[: len(worst)]] = orbits.shapes[worst]
         found = orbits.assigned(centres, found.members, n_threads)
-    kept = np.unique(found.labels)
-    labels = np.searchsorted(kept, found.labels)
-    members = labels * orbits.size + found.members % orbits.size
-    return centres[kept], replace(found, members=members.astype(np.int32), labels=labels.astype(np.int32))
+    centres, labels = lloyd.used(centres, found.labels)
+    members = labels.astype(np.int64) * orbits.size + found.members % orbits.size
+    return centres, replace(found, members=members.astype(np.int32), labels=labels)
 
 
 @njit(nogil=True, cache=True)

@@ -37,12 +37,7 @@ _BUILDER_ARGUMENTS = {
 
 
 def architecture(name: str) -> model.Model:
-    """Return a network by name as it is before weights are loaded; a user's own factory may bring them.
-
-    Raises
-    ------
-    UnknownNameError, InvalidValueError
-    """
+    """Return a network by name as it is before weights are loaded; a user's own factory may bring them."""
     if isinstance(name, str) and ":" in name:
         return _from_factory(name)
     if name == "vgg16-fashion":

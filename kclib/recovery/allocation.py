@@ -241,8 +241,8 @@ class _Trials:
             if key in self.rows:
                 return None
             network, made = self.build(plan.resolved, n_clusters)
-            table = compression.footprint(self.model.network, made, codings=[self.coding])
-            n_bytes = int(table.loc["convolutions", f"{self.coding}_{self.precision}"])
+            how = {"coding": self.coding, "precision": self.precision}
+            n_bytes = byte_counts.clustered_bytes(self.model.network, made, **how)
             if n_bytes <= limit:
                 lost = self._drop(network)
                 found = Allocation(
@@ -261,14 +261,14 @@ class _Trials:
         return evaluation.drop(self.dense, answers)
 
     def _row(self, plan: _Plan, found: Allocation) -> dict:
-        errors = np.square(self.bank.weights - clusterings.quantized(found.clustering)).sum(axis=(1, 2))
+        errors = clusterings.kernel_errors(self.bank, found.clustering, self.weights)
         return {
             "scope": plan.name,
             "choice": "uniform" if plan.uniform else "solved",
             "n_clusters": found.n_clusters,
             "clusters": found.clustering.n_clusters,
             "bytes": found.n_bytes,
-            "damage": float(errors @ self.weights.astype(float)),
+            "damage": float(errors.sum()),
             "top1": self.dense.top1.estimate - found.drop.points.estimate,
             "drop": found.drop.points.estimate,
         }

@@ -11,7 +11,7 @@ from torch import nn
 from kclib import compression, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import Clustering, kernel_errors, kernels_by_group
+from kclib.clustering import Clustering, kernel_errors, with_inertia
 from kclib.compression import byte_counts, precisions
 from kclib.errors import InvalidValueError
 from kclib.evaluation import damage
@@ -90,13 +90,13 @@ def restore_worst(
     _check(clustering, budget, precision)
     dense = models.network_of(model)
     bank = damage.bank_of(dense, clustering)
-    _, before = kernel_errors(bank, clustering, weights)
+    before = kernel_errors(bank, clustering, weights)
     bought = _Market.of(bank, clustering, weights, precision).bought(budget, progress)
     made, n_bytes = _affordable(dense, bank, clustering, bought, budget, precision)
-    _, after = kernel_errors(bank, made, weights)
+    after = kernel_errors(bank, made, weights)
     rows = [
-        (new.name, new.n_clusters - old.n_clusters, before[mine].sum(), after[mine].sum())
-        for (old, mine), new in zip(kernels_by_group(clustering), made.groups, strict=True)
+        (new.name, new.n_clusters - old.n_clusters, before[new.rows].sum(), after[new.rows].sum())
+        for old, new in zip(clustering.groups, made.groups, strict=True)
     ]
     table = pd.DataFrame(rows, columns=["group", "clusters", "before", "after"])
     network = compression.inserted(dense, tradeoff.stored(made, precision))
@@ -150,7 +150,7 @@ class _Market:
     @classmethod
     def of(cls, bank: KernelBank, clustering: Clustering, weights, precision: str) -> "_Market":
         weights = np.ones(len(bank), np.float32) if weights is None else np.asarray(weights, np.float32)
-        rows = [rows for _, rows in kernels_by_group(clustering)]
+        rows = [group.rows for group in clustering.groups]
         price = precisions.codebook_bytes(1, bank.points.shape[1], precision)
         return cls(clustering, [bank.points[x] for x in rows], [weights[x] for x in rows], price)
 
@@ -257,11 +257,10 @@ def _affordable(
     precision: str,
 ) -> tuple[Clustering, int]:
     """Return the clustering after as many splits as the bytes that a file takes allow, and these bytes."""
-    column = f"entropy_{precision}"
     cumulated = np.cumsum([0, *(split.n_bytes for split in bought)])
 
     def stored(made: Clustering) -> int:
-        return int(compression.footprint(network, made, codings=["entropy"]).loc["convolutions", column])
+        return byte_counts.clustered_bytes(network, made, precision=precision)
 
     before, n = stored(clustering), len(bought)
     while n:
@@ -284,12 +283,7 @@ def _after(bank: KernelBank, clustering: Clustering, bought: list[_Split]) -> Cl
             indices[split.moves] = new
             codebook[[split.cluster, new]] = split.centres.reshape(2, *size)
         groups.append(replace(group, codebook=codebook, indices=indices))
-    made = replace(clustering, groups=tuple(groups))
-    errors, _ = kernel_errors(bank, made, None)
-    return replace(
-        made,
-        groups=tuple(replace(x, inertia=float(errors[rows].sum())) for x, rows in kernels_by_group(made)),
-    )
+    return with_inertia(replace(clustering, groups=tuple(groups)), bank)
 
 
 def _check(clustering: Clustering, budget: float, precision: str) -> None:

@@ -1,5 +1,6 @@
 """Cluster layer by layer, each layer making good what those before it lost: no training, no labels."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from kclib._util import checks
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, Group, grouping
 from kclib.compression import precisions
-from kclib.kernels import KernelBank, Layer, convolutions, copying, extract, matched
+from kclib.kernels import KernelBank, Layer, convolutions, copying, extract, matched, rows_of
 from kclib.kmeans import settings
 from kclib.recovery import calibration, moments
 from kclib.recovery.moments import Moments
@@ -173,9 +174,9 @@ class _Books:
         result = cls(bank, members, wanted, {}, scope, precision, seed, frozenset(measured))
         for name, layers in members.items():
             if len(layers) > 1 or layers[0].name not in measured:
-                points = np.concatenate([bank.points[x.rows] for x in layers])
-                counted = None if weights is None else np.concatenate([weights[x.rows] for x in layers])
-                result.shared[name] = result.found(name, points, settings.counted(counted))
+                rows = rows_of(layers)
+                counted = settings.counted(None if weights is None else weights[rows])
+                result.shared[name] = result.found(name, bank.points[rows], counted)
         return result
 
     def group(self, layer: Layer) -> str:
@@ -223,10 +224,8 @@ class _Books:
             # representatives that were fitted may have been rounded to the same values
             codebook, same = np.unique(codebook[used], axis=0, return_inverse=True)
             codebook, indices = codebook.reshape(-1, *self.bank.size), same.reshape(-1)[indices]
-            points = np.concatenate([self.bank.weights[layer.rows] for layer in layers])
-            inertia = float(np.square(points - codebook[indices]).sum(dtype=np.float64))
-            groups.append(Group(name, layers, codebook, indices.reshape(-1).astype(np.int32), inertia))
-        return Clustering(tuple(groups), self.scope, self.seed)
+            groups.append(Group(name, layers, codebook, indices.reshape(-1).astype(np.int32), math.nan))
+        return clusterings.with_inertia(Clustering(tuple(groups), self.scope, self.seed), self.bank)
 
 
 def _clustered(

@@ -12,10 +12,10 @@ from kclib import clustering, kmeans
 from kclib._util import checks, threads
 from kclib.clustering import Clustering
 from kclib.compression import checkpoint, entropy_coding, precisions
-from kclib.compression.packing import index_bits, index_bytes
+from kclib.compression.byte_counts import Count
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank, Kernels, Layer, bank_of
-from kclib.kmeans import fit_progress, fitting, nearest, settings
+from kclib.kernels import KernelBank, Kernels, Layer, bank_of, rows_of
+from kclib.kmeans import fit_progress, fitting, lloyd, nearest, settings
 from kclib.store import Entry, Store
 
 # A fixed-width index takes ceil(log2 K) bits: between powers of two only the codebook grows.
@@ -179,12 +179,11 @@ class _Members:
 
     @classmethod
     def of(cls, bank: KernelBank, weights: np.ndarray, name: str, layers, ks) -> "_Members":
-        points = np.concatenate([bank.points[x.rows] for x in layers])
-        own = np.concatenate([weights[x.rows] for x in layers])
-        ks = sorted({min(k, len(points)) for k in ks})
+        rows = rows_of(layers)
+        ks = sorted({min(k, len(rows)) for k in ks})
         for k in ks:
-            settings.check_k(k, len(points))
-        return cls(name, layers, points, own, tuple(map(int, ks)))
+            settings.check_k(k, len(rows))
+        return cls(name, layers, bank.points[rows], weights[rows], tuple(map(int, ks)))
 
     @property
     def key(self) -> dict:
@@ -209,18 +208,18 @@ class _Members:
     def _damage(self, rung: kmeans.KMeans, precision: str, n_threads: int) -> float:
         centres = rounded(rung.centres, precision)
         errors = nearest.errors(self.points, centres, rung.labels, n_threads=n_threads)
-        return float(errors @ self.weights.astype(float))
+        return lloyd.total(errors, self.weights)
 
     def _bytes(self, rung: kmeans.KMeans, precision: str, how: str) -> int:
         """Return the bytes of codebook and indices, as `compression.footprint` counts them."""
         k = len(rung.centres)
-        indices = sum(index_bytes(layer.n_kernels, index_bits(k)) for layer in self.layers)
         if how == "entropy":
             ranks = np.argsort(np.argsort(-np.bincount(rung.labels), kind="stable"))
             ends = np.cumsum([layer.n_kernels for layer in self.layers])[:-1]
-            words = entropy_coding.coded(np.split(ranks[rung.labels], ends), k)
-            indices = min(indices, words.index_bytes + words.table_bytes)
-        return precisions.codebook_bytes(k, self.points.shape[1], precision) + indices
+            if words := entropy_coding.smaller(np.split(ranks[rung.labels], ends), k):
+                codebook = precisions.codebook_bytes(k, self.points.shape[1], precision)
+                return codebook + words.index_bytes + words.table_bytes
+        return int(Count(precision).bytes(self.layers, k))
 
 
 def _bar(groups: list[_Members], shown: bool) -> fit_progress.Fits:

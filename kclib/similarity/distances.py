@@ -77,12 +77,7 @@ class Distance:
 
 
 def named(name: str) -> Distance:
-    """Return the distance called `name`.
-
-    Raises
-    ------
-    UnknownNameError
-    """
+    """Return the distance called `name`."""
     checks.check_known("distance", name, named_distances)
     return named_distances[name]
 

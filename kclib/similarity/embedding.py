@@ -117,10 +117,6 @@ def layout(
         How close points may lie, 0 to 1.
     seed : int
     store : Store, optional
-
-    Raises
-    ------
-    InvalidValueError
     """
     _check_settings(graph, n_neighbors, min_dist, seed)
     if len(graph.points) < _FEWEST:

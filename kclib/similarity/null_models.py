@@ -46,10 +46,6 @@ def drawn(name: str, points: np.ndarray, *, seed: int = 0) -> np.ndarray:
     -------
     numpy.ndarray
         float32 ``(n, d)``.
-
-    Raises
-    ------
-    UnknownNameError, InvalidValueError
     """
     checks.check_known("null model", name, named_nulls)
     checks.check_seed(seed)

@@ -94,7 +94,7 @@ def notebook(tmp_path_factory):
     """A notebook that has parameters, checks them, and does nothing else."""
     path = tmp_path_factory.mktemp("notebook") / "one.ipynb"
     cells = [
-        nbformat.v4.new_code_cell(""),
+        nbformat.v4.new_code_cell("from kclib.experiments import parameters"),
         nbformat.v4.new_code_cell(
             "limit: int = 3\nscopes: list[str] = ['layer']", metadata={"tags": ["parameters"]}
         ),

@@ -19,7 +19,6 @@ from kclib.evaluation import accuracy
 from kclib.explorers import ClusterExplorer, ClusterQuestion, cluster_explorer
 from kclib.explorers.background import Explorer
 from kclib.explorers.cluster_explorer import COLOURS, METHODS, Running
-from kclib.kmeans import fitting
 from kclib.kmeans import symmetric as kmeans_symmetric
 from kclib.models import Model
 from kclib.store import Store
@@ -336,9 +335,9 @@ def test_a_ladder_is_made_once_for_each_choice_of_layers(explorer, monkeypatch):
 @pytest.mark.parametrize(
     ("owner", "name", "changes", "made"),
     [  # the one that is stopped; that of the newer question, if it takes one of its own; the whole one
-        (fitting, "ladder", {"n_clusters": 16}, 2),
+        (kmeans, "ladder", {"n_clusters": 16}, 2),
         (kmeans.Ladder, "at", {"n_clusters": 100}, 3),
-        (kmeans_symmetric, "kmeans", {"n_clusters": 30, "distance": "symmetric"}, 3),
+        (kmeans_symmetric, "fit", {"n_clusters": 30, "distance": "symmetric"}, 3),
     ],
     ids=["ladder", "K of a ladder", "symmetric"],
 )

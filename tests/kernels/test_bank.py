@@ -126,6 +126,12 @@ def test_origin_is_layer_out_and_in_of_each_row():
     assert frame["in"].tolist() == [0, 1, 1, 0, 1, 0, 1, 0]
 
 
+def test_rows_of_layers_follow_one_another_in_the_order_given():
+    layers = kernels.Layer("a", (2, 1, 3, 3), 0), kernels.Layer("b", (1, 3, 3, 3), 2)
+    assert kernels.rows_of(reversed(layers)).tolist() == [2, 3, 4, 0, 1]
+    assert kernels.rows_of([]).tolist() == []
+
+
 def test_only_is_the_bank_of_one_layer_with_rows_from_zero():
     bank = kernels.extract(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3)))
     alone = bank.only("1")

@@ -318,13 +318,13 @@ def test_blocks_of_channels_change_nothing(monkeypatch):
 
 def test_codebooks_weigh_kernels_by_the_energy_of_what_they_read(monkeypatch):
     seen = []
-    kmeans = sequential.kmeans.kmeans
+    kmeans = sequential.kmeans.fit
 
     def listening(points, k, *, weights, seed):
         seen.append(weights)
         return kmeans(points, k, weights=weights, seed=seed)
 
-    monkeypatch.setattr(sequential.kmeans, "kmeans", listening)
+    monkeypatch.setattr(sequential.kmeans, "fit", listening)
     net, data = network(), images()
     data.images[:, 1] = (data.images[:, 1].float() / 10 + 115).to(torch.uint8)
     sequential.correct(model_of(net), data, 5, progress=False)
