@@ -1,9 +1,5 @@
 """Evaluate clusterings of a model as cells of an experiment: a scope, K, a method and a seed each.
 
-`sweep` evaluates the cells of a grid one after the other. Clusterings and answers are kept in the store;
-`Source` says where a worker finds the model and the images.
-"""
-
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -224,6 +220,60 @@ def sweep(
         return subject.table(cells, [subject.entry(cell) for cell in bar])
 
 
+def stored_clustering(
+    bank: Kernels,
+    n_clusters: int,
+    *,
+    scope: str = "layer",
+    method: str = "plain",
+    seed: int = 0,
+    store: Store | None = None,
+    n_threads: int | None = None,
+    progress: bool = True,
+) -> tuple[Clustering, float]:
+    """Return the clustering of a bank, looked up if it was found before, and the seconds that took.
+
+    Parameters
+    ----------
+    bank, n_clusters, scope, seed, n_threads, progress
+        As in `clustering.cluster`.
+    method : {"plain", "scaled", "turned", "scaled-turned"}
+        Whether representatives stand for their multiples, and for their flips and rotations.
+    store : Store, optional
+        The default store if None.
+
+    Raises
+    ------
+    UnknownNameError, InvalidValueError, NotEnoughMemoryError
+        As in `clustering.cluster`; an unknown method.
+    StorageError
+    """
+    bank = bank_of(bank)
+    store, key = store or Store(), clustering_key(bank, n_clusters, scope=scope, method=method, seed=seed)
+    options = {"scope": scope, "seed": seed, "n_threads": n_threads, "progress": progress}
+
+    def compute() -> Entry:
+        start = time.perf_counter()
+        found = clustering.cluster(bank, n_clusters, **options, **METHODS[method])
+        return _clustering_entry(key, found, time.perf_counter() - start)
+
+    entry = store.once(key, compute)
+    return _clustering(entry, bank), entry.row["seconds"]
+
+
+def clustering_key(bank: KernelBank, n_clusters: int, *, scope: str, method: str, seed: int) -> dict:
+    """Return what a clustering depends on, as the store has it.
+
+    Raises
+    ------
+    UnknownNameError
+        An unknown method.
+    """
+    checks.check_known("method", method, METHODS)
+    levels = {"scope": scope, "k": n_clusters, "method": method, "seed": seed}
+    return {"kind": "clustering", "kernels": bank.fingerprint} | levels
+
+
 @dataclass(frozen=True)
 class Source:
     """Where the workers take a `Subject` from, each for itself.
@@ -293,13 +343,6 @@ def _clustering(entry: Entry, bank: KernelBank) -> Clustering:
     )
 
 
-def _answers(entry: Entry) -> Evaluation:
-    arrays = entry.arrays
-    right = arrays["predictions"], arrays["labels"], arrays["in_top5"].astype(bool)
-    return Evaluation(*right, tuple(entry.row["classes"]), entry.row["evaluate_seconds"])
-
-
-# Models take much memory and seconds to load, data sets little and, to hash a folder, minutes.
 @lru_cache(maxsize=2)
 def _subject(source: Source) -> Subject:
     model, data = _model(source.model, source.folder), _data(source.data, source.folder, source.limit)
