@@ -1,5 +1,9 @@
 """Evaluate clusterings of a model as cells of an experiment: a scope, K, a method and a seed each.
 
+`sweep` evaluates the cells of a grid one after the other. Clusterings and answers are kept in the store;
+`Source` says where a worker finds the model and the images.
+"""
+
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
