@@ -282,6 +282,10 @@ def compress(
         str | None,
         typer.Option(help="Of codebooks: fp32, fp16, bf16, int8 or int4; the model's own by default."),
     ] = None,
+    linear: Annotated[
+        str | None,
+        typer.Option(help="Of linear layers' weights in the file: int8 or int4; by default they stay."),
+    ] = None,
     indices: Annotated[str, typer.Option(help="entropy or fixed: how indices are coded.")] = "entropy",
     scaled: Annotated[bool, typer.Option("--scaled", help="Each kernel has a scale.")] = False,
     turned: Annotated[bool, typer.Option("--turned", help="Kernels may be flipped and rotated.")] = False,
@@ -302,7 +306,7 @@ def compress(
     )
     for note in result.notes:
         typer.echo(note)
-    small = kclib.compress(loaded, result, precision=precision)
+    small = kclib.compress(loaded, result, precision=precision, linear=linear)
     accuracy, write = (
         None,
         functools.partial(kclib.save, small, out, architecture=model, indices=indices),

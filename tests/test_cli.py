@@ -39,6 +39,10 @@ def tied():
     network = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
     network[1].weight = network[0].weight
     return network
+
+def headed():
+    torch.manual_seed(0)
+    return nn.Sequential(*make(), nn.Linear(10, 1000))
 """
 
 
@@ -249,6 +253,24 @@ def test_the_options_of_compress_reach_the_file(made, tmp_path, factories):
     assert "0: 1 clusters in place of 5" in out
     loaded = compression.load(path, architecture=f"{factories}:make", resident="dense")
     assert all((value == 1).all() for value in loaded.network.state_dict().values())
+
+
+def test_linear_weights_are_rounded_as_asked_and_a_part_of_their_own(made, kclib):
+    for options, n_bytes in (
+        ((), 4 * 10_000),
+        (("--linear", "int8", "--indices", "fixed"), 10_000 + 2 * 1000),
+        (("--linear", "int4", "--indices", "fixed"), 5000 + 2 * 1000),
+    ):
+        out, path = made(*options, name="headed")
+        assert printed_bytes(out)["linear weights"] == n_bytes
+        assert printed_bytes(kclib("inspect", path)[1])["linear weights"] == n_bytes
+    assert container.inspect(made("--linear", "int4", name="headed")[1]).bytes["linear weights"] <= n_bytes
+    code, _, said = kclib(
+        "compress", "kclib_test_factories:headed", "--clusters", 5, "-o", path, "--linear", "int9"
+    )
+    assert code == 2
+    assert said.startswith("kclib: unknown precision of linear layers 'int9'")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(("coding", "found"), [("entropy", {"group", "layer"}), ("fixed", {"fixed"})])

@@ -12,7 +12,9 @@ from kclib.compression import layers, precisions
 from kclib.errors import DamagedFileError, InvalidValueError
 from kclib.kernels import copying
 
-STATE, STEPS = "state ", "steps "
+# How a file calls the parts of a tensor, before its name; until format 3 linear weights were as all others.
+_STATE = {"values": "state ", "steps": "steps "}
+_LINEAR = {part: f"linear {part} " for part in ("values", "steps", "frequencies")}
 
 
 def of(path: Path, named: object, given: str | nn.Module | models.Model | None) -> models.Model:
@@ -62,18 +64,25 @@ def others(network: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in named if id(value) not in own}
 
 
-def stored(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """Return these as a file holds them, and what it says of those that have a precision of their own."""
+def stored(network: nn.Module, *, entropy_coded: bool = True) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """Return these as a file holds them, and what it says of those that have a precision of their own.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+    entropy_coded : bool
+        Whether linear weights that are whole numbers are entropy-coded, where that takes fewer bytes.
+    """
     tensors, described = {}, {}
-    chosen = precisions.precisions(network)
+    chosen, linear = precisions.precisions(network), precisions.linear_weights(network)
     for name, value in others(network).items():
         parts, precision = {"values": value}, chosen.get(id(value))
         if precision is not None:
-            parts = precisions.pack(precisions.store(value, precision), precision)
+            pack = precisions.coded if entropy_coded else precisions.pack
+            parts = pack(precisions.store(value, precision), precision)
             described[name] = {"precision": precision, "dtype": str(value.dtype).removeprefix("torch.")}
-        tensors[f"{STATE}{name}"] = parts["values"]
-        if "steps" in parts:
-            tensors[f"{STEPS}{name}"] = parts["steps"]
+        places = _LINEAR if id(value) in linear else _STATE
+        tensors |= {f"{places[part]}{name}": held for part, held in parts.items()}
     return tensors, described
 
 
@@ -88,7 +97,10 @@ def fill(
         They are not whole; they are not those of this architecture; an unknown precision.
     """
     places = others(network)
-    if wrong := {x.removeprefix(STATE) for x in tensors if x.startswith(STATE)} ^ set(places):
+    held = {
+        x.removeprefix(y["values"]) for y in (_STATE, _LINEAR) for x in tensors if x.startswith(y["values"])
+    }
+    if wrong := held ^ set(places):
         raise InvalidValueError(
             f"{path} does not fit this architecture; only one of them has: {', '.join(sorted(wrong)[:5])}."
         )
@@ -111,11 +123,10 @@ def fill(
 
 
 def _restored(name: str, shape: torch.Size, tensors: Mapping[str, Tensor], how: dict | None) -> Tensor:
-    parts = {"values": tensors[f"{STATE}{name}"]}
+    named = ((part, f"{start}{name}") for x in (_STATE, _LINEAR) for part, start in x.items())
+    parts = {part: tensors[called] for part, called in named if called in tensors}
     if how is None:
         return parts["values"]
-    if f"{STEPS}{name}" in tensors:
-        parts["steps"] = tensors[f"{STEPS}{name}"]
     parts = precisions.unpack(parts, how["precision"], tuple(shape))
     return precisions.restore(parts).to(precisions.named(how["dtype"]))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kclib import models
 from kclib.clustering import Clustering, Group, checked, grouping
-from kclib.compression import checkpoint, entropy_coding
+from kclib.compression import checkpoint, entropy_coding, precisions
 from kclib.compression.container import Contents
 from kclib.compression.layers import N_TURNS, ClusteredConv2d, by_codebook
 from kclib.compression.packing import index_bits, index_bytes
@@ -86,10 +86,12 @@ def orbit(group: Group) -> int:
 PRECISIONS = ("fp32", "fp16", "int8")
 _ITEMS = (
     "indices", "frequency tables", "codebooks", "scales", "other convolution weights", "convolution biases",
-    "rest",
+    "linear weights", "rest",
 )  # fmt: skip
 # What the first word of a tensor's name in a file says it is, where it says enough.
 _NAMED = dict(zip(("indices", "frequencies", "codebook", "scales"), _ITEMS, strict=False))
+_NAMED["linear"] = "linear weights"
+_NOT_CONVOLUTIONS = ["linear weights", "rest"]
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,20 @@ class Savings:
 
 
 def footprint(
-    network: Model | nn.Module, clustering: Clustering, *, codings: Iterable[str] = ("fixed", "entropy")
+    network: Model | nn.Module,
+    clustering: Clustering,
+    *,
+    codings: Iterable[str] = ("fixed", "entropy"),
+    linear: str | None = None,
 ) -> pd.DataFrame:
-    """Return where the bytes go, dense and clustered, as `checkpoint.save` writes them.
+    """Return where the bytes go, dense and clustered, as `checkpoint.save` writes them, and in memory.
 
     Parameters
     ----------
     codings : iterable of {"fixed", "entropy"}
-        How indices are coded. Entropy coding them takes a moment.
+        How indices, and linear weights of whole numbers, are coded. Entropy coding them takes a moment.
+    linear : {"int8", "int4", "fp16", "bf16", "fp32"}, optional
+        What linear weights are rounded to, as in `replacement.compress`.
 
     Returns
     -------
@@ -129,8 +137,10 @@ def footprint(
         Indexed by item, in bytes: a column ``dense``, and for each coding and precision of the codebook one
         like ``fixed_fp32`` or ``entropy_int8``. The items: ``kernels`` (the clustered kernels, dense),
         ``indices``, ``frequency tables`` (of entropy coding), ``codebooks``, ``scales``, ``other convolution
-        weights`` (the sizes left out), ``convolution biases``, ``rest`` (all other parameters and buffers);
-        then the sums ``convolutions`` and ``model``. Shared tensors count once.
+        weights`` (the sizes left out), ``convolution biases``, ``linear weights``, ``rest`` (all other
+        parameters and buffers); then the sums ``convolutions`` and ``model``. Last, ``model in memory``: what
+        the loaded network holds, with packed indices of fixed width, and codebooks, scales and linear weights
+        in its own floating type, however few bytes these take in the file. Shared tensors count once.
 
     Examples
     --------
@@ -148,26 +158,32 @@ def footprint(
     owners = matched(network, checked(clustering).layers)
     dense = sum(x.n_kernels * int(np.prod(x.shape[2:])) * x.itemsize for x in clustering.layers)
     values = [value for owner in owners.values() for value in parameters(owner)]
-    other, biases, rest = _others(network, values)
-    columns = {"dense": (dense, 0, 0, 0, 0, other, biases, rest)}
+    other, biases, dense_linear, rest = _others(network, values)
+    columns = {"dense": (dense, 0, 0, 0, 0, other, biases, dense_linear, rest)}
     if unknown := set(codings) - set(checkpoint.CODINGS):
         raise UnknownNameError("coding of indices", min(unknown), checkpoint.CODINGS)
     copies = _copies(network, clustering)
     shapes = [(g.n_clusters, g.codebook[0].size) for g in clustering.groups]
     scaled = {layer.name for group in clustering.groups if group.scales is not None for layer in group.layers}
     n_scales = sum(copies[x.name] * x.n_kernels for x in clustering.layers if x.name in scaled)
+    fixed = _fixed(clustering, copies)
     for name in codings:
-        indices, tables = _fixed(clustering, copies), 0
+        indices, tables, linear_bytes = fixed, 0, dense_linear
+        if linear is not None:
+            linear_bytes = precisions.linear_bytes(network, linear, entropy_coded=name == "entropy")
         if name == "entropy":
             indices, tables = _entropy_coded(network, clustering)
         for precision in PRECISIONS:
             books = sum(codebook_bytes(*shape, precision) for shape in shapes)
             scales = n_scales * scale_type(precision).itemsize
-            columns[f"{name}_{precision}"] = (0, indices, tables, books, scales, other, biases, rest)
+            parts = (0, indices, tables, books, scales, other, biases, linear_bytes, rest)
+            columns[f"{name}_{precision}"] = parts
     table = pd.DataFrame(columns, index=["kernels", *_ITEMS], dtype="int64")
     model = table.sum()
-    table.loc["convolutions"] = table.drop(index="rest").sum()
+    table.loc["convolutions"] = table.drop(index=_NOT_CONVOLUTIONS).sum()
     table.loc["model"] = model
+    held = fixed + _floats(clustering, owners, copies) + other + biases + dense_linear + rest
+    table.loc["model in memory"] = [model["dense"], *[held] * (len(columns) - 1)]
     return table
 
 
@@ -192,7 +208,7 @@ def dense_bytes(network: Model | nn.Module) -> int:
 def convolution_bytes(network: Model | nn.Module) -> int:
     """Return the bytes of all convolutions' weights and biases, dense; shared tensors count once."""
     network = models.network_of(network)
-    return sum(_others(network, ())[:2])
+    return sum(_others(network, ())[:2])  # weights and biases
 
 
 def stored(network: Model | nn.Module) -> pd.Series:
@@ -213,7 +229,7 @@ def stored(network: Model | nn.Module) -> pd.Series:
 
 def stored_bytes(network: Model | nn.Module) -> int:
     """Return the bytes of a network's convolutions, compressed or not, as `checkpoint.save` writes them."""
-    return int(stored(network).drop("rest").sum())
+    return int(stored(network).drop(_NOT_CONVOLUTIONS).sum())
 
 
 def entropy_bound(clustering: Clustering) -> float:
@@ -262,6 +278,7 @@ def ways(
     *,
     file: Contents | None = None,
     resident: Mapping[str, int] | None = None,
+    linear: str | None = None,
 ) -> pd.DataFrame:
     """Return every way to count what a clustering saves, side by side.
 
@@ -274,6 +291,8 @@ def ways(
         Of a file that was written of it.
     resident : mapping of str to int, optional
         Bytes that a process was seen to hold, ``dense`` and ``packed`` (`residence.measure`).
+    linear : str, optional
+        What linear weights are rounded to, as in `footprint`.
 
     Returns
     -------
@@ -286,7 +305,7 @@ def ways(
         Son et al. 2018 count a 32-bit codebook and, for each kernel, log2 K bits and a 16-bit scale (as we
         read them), whether or not the clustering has scales.
     """
-    table = footprint(network, clustering)
+    table = footprint(network, clustering, linear=linear)
     groups = [group.layers for group in clustering.groups]
     most = max(len(group.indices) for group in clustering.groups)
     n_kernels, n_clusters = clustering.n_kernels, clustering.n_clusters
@@ -337,6 +356,15 @@ def _fixed(clustering: Clustering, copies: Mapping[str, int]) -> int:
     )
 
 
+def _floats(clustering: Clustering, owners: Mapping[str, nn.Module], copies: Mapping[str, int]) -> int:
+    """Return the bytes of codebooks and scales in the floating types of the weights that they stand for."""
+    total = 0
+    for group in clustering.groups:
+        n_scales = sum(copies[x.name] * x.n_kernels for x in group.layers) * (group.scales is not None)
+        total += (group.codebook.size + n_scales) * parameters(owners[group.layers[0].name])[0].element_size()
+    return total
+
+
 def _entropy_coded(network: nn.Module, clustering: Clustering) -> tuple[int, int]:
     """Return the bytes of all indices and of all frequency tables, as a file codes them."""
     indices = tables = 0
@@ -349,8 +377,9 @@ def _entropy_coded(network: nn.Module, clustering: Clustering) -> tuple[int, int
     return indices, tables
 
 
-def _others(network: nn.Module, clustered: Iterable[Tensor]) -> tuple[int, int, int]:
-    """Return bytes of convolution weights not clustered, of convolution biases, and of the rest."""
+def _others(network: nn.Module, clustered: Iterable[Tensor]) -> tuple[int, int, int, int]:
+    """Return bytes of convolution weights not clustered, convolution biases, linear weights, and the rest."""
+    linear = precisions.linear_weights(network)
     convolutions = {
         name
         for name, module in network.named_modules(remove_duplicate=False)
@@ -361,8 +390,9 @@ def _others(network: nn.Module, clustered: Iterable[Tensor]) -> tuple[int, int, 
     for name, value in (*network.named_parameters(), *network.named_buffers()):
         if id(value) not in seen:
             seen.add(id(value))
-            parts[_item(name, convolutions)] += value.numel() * value.element_size()
-    return tuple(parts[item] for item in _ITEMS[-3:])
+            item = "linear weights" if id(value) in linear else _item(name, convolutions)
+            parts[item] += value.numel() * value.element_size()
+    return tuple(parts[item] for item in _ITEMS[-4:])
 
 
 def _item(name: str, convolutions: set[str]) -> str:

@@ -53,8 +53,8 @@ def save(
         A name that `loading.load_model` knows, from which `load` can build the network; a Model's own by
         default, where it is such a name.
     indices : {"entropy", "fixed"}
-        Entropy-coded, or ceil(log2 K) bits each. A group that entropy-coded indices would make larger is
-        written in fixed width.
+        Entropy-coded, or ceil(log2 K) bits each; linear weights that are whole numbers likewise, or in 8 or 4
+        bits each. A group, or such a weight, that entropy coding would make larger is written in fixed width.
     accuracy : float, optional
         In percent, if known.
 
@@ -102,7 +102,7 @@ def encoded(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict
     """
     checks.check_known("coding of indices", indices, CODINGS)
     groups, described = {}, {}
-    tensors, stored = architectures.stored(network)
+    tensors, stored = architectures.stored(network, entropy_coded=indices == "entropy")
     kept, extra = extra_state.stored(network)
     tensors |= kept
     for codebook, members in layers.by_codebook(network):

@@ -17,13 +17,15 @@ from kclib._util import files
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, reason
 from kclib.models import checkpoint_files
 
-FORMAT = 3  # 1 knew neither int4, nor tensors in a precision of their own; 2 no extra state
+# 1 knew neither int4, nor tensors in a precision of their own; 2 no extra state; 3 no entropy-coded weights
+FORMAT = 4
 # What the first word of a tensor's name says it is.
 _PARTS = {
     "indices": "indices",
     "frequencies": "frequency tables",
     "codebook": "codebooks",
     "scales": "scales",
+    "linear": "linear weights",
     "state": "other parameters and buffers",
     "steps": "other parameters and buffers",
     "extra": "other parameters and buffers",

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from kclib import models
 from kclib._util import checks
-from kclib.compression import packing
+from kclib.compression import entropy_coding, packing
 from kclib.compression.layers import ClusteredConv2d
 from kclib.errors import DamagedFileError, InvalidValueError
-from kclib.kernels import copying
+from kclib.kernels import convolutions, copying
+from kclib.kmeans import entropy
 
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _BITS = {"int8": 8, "int4": 4}  # of whole numbers
@@ -81,7 +82,7 @@ def store(values: Tensor, precision: str) -> dict[str, Tensor]:
     values = values.detach().to("cpu").contiguous()
     if precision not in _BITS:
         return {"values": checked(values.to(kind), precision)}
-    most = 2 ** (_BITS[precision] - 1) - 1
+    most = _most(precision)
     values = checked(values.float(), precision)
     rows = values.flatten(1)
     steps = (rows.abs().amax(1) / most).to(kind)
@@ -112,8 +113,29 @@ def pack(stored: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
     return dict(stored) | {"values": torch.from_numpy(packing.pack(halves, 4))}
 
 
+def coded(stored: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
+    """Return whole numbers entropy-coded where that takes fewer bytes than `pack`, else what `pack` returns.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Entropy-coded: ``values``, the coder's words, and ``frequencies``, their table, both uint8 ``(m,)``;
+        and ``steps``.
+    """
+    packed = pack(stored, precision)
+    if precision not in _BITS:
+        return packed
+    symbols = stored["values"].flatten().numpy().astype(np.int32) + _most(precision)
+    frequencies = entropy.counts(symbols, 2 * _most(precision) + 1)
+    words, table = entropy_coding.encode(symbols, frequencies), entropy_coding.packed_counts(frequencies)
+    if words.nbytes + table.nbytes >= packed["values"].nbytes:
+        return packed
+    parts = {"values": words.view(np.uint8), "frequencies": table}
+    return dict(stored) | {part: torch.from_numpy(value.copy()) for part, value in parts.items()}
+
+
 def unpack(stored: Mapping[str, Tensor], precision: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Return what was stored from what `pack` made of it; its shape is known from elsewhere.
+    """Return what was stored from what `pack` or `coded` made of it; its shape is known from elsewhere.
 
     Raises
     ------
@@ -121,9 +143,11 @@ def unpack(stored: Mapping[str, Tensor], precision: str, shape: tuple[int, ...])
         It has not as many values as the shape; an unknown precision.
     """
     float_type(precision)
+    values, n = stored["values"], int(np.prod(shape))
+    if "frequencies" in stored:
+        return {"values": _decoded(stored, precision, n).reshape(shape), "steps": stored["steps"]}
     if precision != "int4":
         return dict(stored)
-    values, n = stored["values"], int(np.prod(shape))
     if values.dtype != torch.uint8 or values.shape != (packing.index_bytes(n, 4),):
         raise DamagedFileError(f"int4 weights of shape {tuple(shape)} are not stored in {-(-n // 2)} bytes.")
     signed = (packing.unpack(values, 4, 0, n) ^ 8) - 8
@@ -150,6 +174,9 @@ def quantize(
 ) -> models.Model | nn.Module:
     """Return a copy whose linear layers and biases are rounded to fewer bytes, and stored in these.
 
+    They are so small in a file. While it runs, the network computes with dense weights of the rounded values,
+    in its own floating type: it takes no less memory.
+
     How a parameter is stored is kept beside it, in its module's attribute ``stored_as``, a mapping of its
     name to its precision, which copies keep and `checkpoint.save` reads. `replacement.compress` rounds
     codebooks by itself: compress first. Batch norms and all else stay as they are.
@@ -159,7 +186,8 @@ def quantize(
     network : torch.nn.Module
         Compressed or not; what is rounded must be float32.
     linear : {"fp32", "fp16", "bf16", "int8", "int4"}, optional
-        Of the weights of linear layers; int8 and int4 have a scale for each output, as in `store`.
+        Of the weights of linear layers; int8 and int4 have a scale for each output, as in `store`. A weight
+        that is computed from others, by weight norm for example, stays as it is.
     biases : {"fp32", "fp16", "bf16"}, optional
         Of the biases, and other parameters ``(n,)``, of linear layers and convolutions.
 
@@ -168,14 +196,9 @@ def quantize(
     InvalidValueError, UnknownNameError
         Parameters of another type, or beyond what the precision holds; an unknown precision.
     """
-    if linear is not None:
-        float_type(linear)
-    if biases is not None:
-        checks.check_known("precision of biases", biases, _FLOATS)
+    _roundable(models.network_of(network), linear, biases)
     result, wanted = copying.copied(models.network_of(network)), {}
-    for name, value, precision in _chosen(result, linear, biases):
-        if value.dtype != torch.float32:
-            raise InvalidValueError(f"{name} is {value.dtype}; call .float() on the network first.")
+    for _, value, precision in _chosen(result, linear, biases):
         with torch.no_grad():
             value.copy_(rounded(value, precision))
         wanted[id(value)] = precision
@@ -200,6 +223,21 @@ def mark(network: nn.Module, wanted: Mapping[int, str]) -> None:
             module.stored_as = getattr(module, "stored_as", {}) | found
 
 
+def _roundable(
+    network: nn.Module, linear: str | None, biases: str | None
+) -> list[tuple[str, nn.Parameter, str]]:
+    """Return what `_chosen` does, once it can be rounded."""
+    if linear is not None:
+        checks.check_known("precision of linear layers", linear, PRECISIONS)
+    if biases is not None:
+        checks.check_known("precision of biases", biases, _FLOATS)
+    result = _chosen(network, linear, biases)
+    for name, value, _ in result:
+        if value.dtype != torch.float32:
+            raise InvalidValueError(f"{name} is {value.dtype}; call .float() on the network first.")
+    return result
+
+
 def _chosen(
     network: nn.Module, linear: str | None, biases: str | None
 ) -> list[tuple[str, nn.Parameter, str]]:
@@ -213,4 +251,46 @@ def _chosen(
                 found[id(value)] = (name, value, linear)
             elif value.dim() == 1 and value is not getattr(module, "scales", None):
                 found[id(value)] = (name, value, biases)
-    return [each for each in found.values() if each[2] is not None]
+    return [each for each in found.values() if each[2] is not None and each[1].numel()]
+
+
+def linear_weights(network: nn.Module) -> dict[int, Tensor]:
+    """Return the weights of linear layers, or what they are computed from, each once, by their ``id``."""
+    linear = (module for module in network.modules() if isinstance(module, nn.Linear))
+    values = (value for module in linear for value in convolutions.parameters(module))
+    return {id(value): value for value in values if isinstance(value, nn.Parameter)}
+
+
+def linear_bytes(network: nn.Module, precision: str, *, entropy_coded: bool) -> int:
+    """Return the bytes of a network's linear weights, rounded to a precision, in a file.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        As `quantize`.
+    """
+    rounded_ids = {id(value) for _, value, _ in _roundable(network, precision, None)}
+    total = 0
+    for key, value in linear_weights(network).items():
+        parts = {"values": value}
+        if key in rounded_ids:
+            parts = (coded if entropy_coded else pack)(store(value, precision), precision)
+        total += sum(part.nbytes for part in parts.values())
+    return total
+
+
+def _most(precision: str) -> int:
+    """Return the largest whole number of a precision."""
+    return 2 ** (_BITS[precision] - 1) - 1
+
+
+def _decoded(stored: Mapping[str, Tensor], precision: str, n: int) -> Tensor:
+    """Return n entropy-coded whole numbers, int8 ``(n,)``."""
+    if precision not in _BITS:
+        raise DamagedFileError(f"{precision} weights are entropy-coded; only whole numbers are.")
+    most = _most(precision)
+    frequencies = entropy_coding.unpacked_counts(stored["frequencies"].numpy(), 2 * most + 1)
+    if frequencies.sum() != n:
+        raise DamagedFileError(f"{n} entropy-coded weights have a table of {frequencies.sum()}.")
+    symbols = entropy_coding.decode(stored["values"].numpy().view(np.uint32), frequencies, n)
+    return torch.from_numpy((symbols - most).astype(np.int8))

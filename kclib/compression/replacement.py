@@ -39,6 +39,7 @@ def compress(
     clustering: Clustering,
     *,
     precision: str | None = None,
+    linear: str | None = None,
     block_bytes: int = BLOCK_BYTES,
     inputs: example_inputs.Inputs = None,
 ) -> Model | nn.Module:
@@ -60,6 +61,10 @@ def compress(
     precision : {"fp32", "fp16", "bf16", "int8", "int4"}, optional
         What the codebooks' values (and scales) are rounded to, so that a file holds what runs; the network's
         own by default. int8 and int4 need a float32 network.
+    linear : {"int8", "int4", "fp16", "bf16", "fp32"}, optional
+        What the weights of linear layers are rounded to (`precisions.quantize`), with a scale for each output
+        where it is int8 or int4; by default they stay as they are. A file is smaller by it. The network is
+        not while it runs: its linear layers have dense weights of the rounded values.
     block_bytes : int
         What a layer may take above its packed form while it runs.
     inputs : torch.Tensor or tuple or mapping or False, optional
@@ -84,6 +89,8 @@ def compress(
     torch.Size([1, 16, 4, 4])
     """
     dense = network_of(network)
+    if linear is not None:
+        dense = precisions.quantize(dense, linear=linear, biases=None)
     check_origin(dense, clustering)
     modules = dict(dense.named_modules())
     packed = packed_layers(dense, clustering, precision=precision, block_bytes=block_bytes)

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 def byte_bars(ledger: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Draw columns of a footprint ledger as stacked bars in megabytes, a bar for each way to keep a model."""
     ax = ax or plt.gca()
-    parts = ledger.drop(index=["convolutions", "model"]).rename(columns=_way)
+    sums = ["convolutions", "model", "model in memory"]
+    parts = ledger.drop(index=sums, errors="ignore").rename(columns=_way)
     colours = dict(zip(parts.index, sns.color_palette(), strict=False))
     shown = parts[(parts > 0).any(axis=1)].T / 1e6
     shown.plot.barh(stacked=True, ax=ax, width=0.6, color=colours)

@@ -84,10 +84,10 @@ def test_a_stored_combination_answers_to_the_bit_and_takes_the_bytes_it_says(ste
     contents = found.save(tmp_path / "small")
     loaded = compression.load(tmp_path / "small", architecture=network_of(1)).network
     assert torch.equal(answers(loaded), answers(found.network))
-    parts = contents.bytes.drop(["header", "other parameters and buffers"]).sum()
-    linear = 5 * 3 + 3 * 2 + 3 * 2  # whole numbers, a bfloat16 step each, biases
-    norms = 4 * 6 * 4 + 8
-    other = contents.bytes["other parameters and buffers"] - linear - norms
+    parts = contents.bytes.drop(["header", "linear weights", "other parameters and buffers"]).sum()
+    assert contents.bytes["linear weights"] == 5 * 3 + 3 * 2  # whole numbers, a bfloat16 step each output
+    norms, linear_biases = 4 * 6 * 4 + 8, 3 * 2
+    other = contents.bytes["other parameters and buffers"] - linear_biases - norms
     assert other == 8 * 5 * 4 + (6 + 8 + 5) * 2
     assert found.n_bytes == parts + other == found.table.bytes.iloc[-1]
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())

@@ -30,7 +30,7 @@ ROW = {"fp32": lambda area: 4 * area, "fp16": lambda area: 2 * area, "bf16": lam
 SCALE = {"fp32": 4, "fp16": 2, "int8": 2}
 ITEMS = [
     "kernels", "indices", "frequency tables", "codebooks", "scales", "other convolution weights",
-    "convolution biases", "rest", "convolutions", "model",
+    "convolution biases", "linear weights", "rest", "convolutions", "model", "model in memory",
 ]  # fmt: skip
 
 
@@ -99,13 +99,14 @@ def networks(draw):
 def test_ledger_of_a_tiny_network_is_as_by_hand():
     network = tiny()
     table = footprint(network, cluster(extract(network), 3))
-    rest = 4 * 4 * 4 + 8 + 4 * (2 * 3 + 3)  # batch norm, its counter of batches, linear
+    linear, rest = 4 * 2 * 3, 4 * 4 * 4 + 8 + 4 * 3  # batch norm, its counter of batches, the linear bias
     books = {"fp32": 3 * 9 * 4, "fp16": 3 * 9 * 2, "int8": 3 * (9 + 2)}
-    expected = {"dense": [288, 0, 0, 0, 0, 32, 24, rest, 288 + 32 + 24, 288 + 32 + 24 + rest]}
+    whole = 288 + 32 + 24 + linear + rest
+    expected = {"dense": [288, 0, 0, 0, 0, 32, 24, linear, rest, 288 + 32 + 24, whole, whole]}
     for name in ("fixed", "entropy"):  # so few indices are never smaller coded
         for precision, book in books.items():
-            sums = [2 + book + 56, 2 + book + 56 + rest]
-            expected[f"{name}_{precision}"] = [0, 2, 0, book, 0, 32, 24, rest, *sums]
+            sums = [2 + book + 56, 2 + book + 56 + linear + rest, 2 + 3 * 9 * 4 + 56 + linear + rest]
+            expected[f"{name}_{precision}"] = [0, 2, 0, book, 0, 32, 24, linear, rest, *sums]
     assert table.index.tolist() == ITEMS
     assert table.to_dict("list") == expected
     assert list(table.columns) == list(expected)
@@ -154,6 +155,10 @@ def test_ledger_is_what_a_file_takes_but_for_its_header(
                 assert parts[item] == column[item]
             others = column[["other convolution weights", "convolution biases", "rest"]].sum()
             assert parts["other parameters and buffers"] == others
+            assert parts["linear weights"] == column["linear weights"]
+            held = {id(x): x.nbytes for x in (*compressed.parameters(), *compressed.buffers())}
+            turns = {id(x) for name, x in compressed.named_buffers() if name.endswith("codebook.turns")}
+            assert column["model in memory"] == sum(held[x] for x in held.keys() - turns)
             assert column["model"] == parts.sum() - parts["header"] == path.stat().st_size - parts["header"]
     for precision in PRECISIONS:
         assert table.loc["model", f"entropy_{precision}"] <= table.loc["model", f"fixed_{precision}"]
@@ -477,7 +482,7 @@ def test_stored_bytes_of_a_tiny_network_are_as_by_hand():
     assert stored(packed).to_dict() == {
         "indices": 2, "frequency tables": 0, "codebooks": 14 + 3 * 2, "scales": 8 * 2,
         "other convolution weights": 32, "convolution biases": 2 * (4 + 2),
-        "rest": 4 * 4 * 4 + 8 + 3 * 2 + 3 * 2 + 3 * 2,  # batch norm; linear, its scales and biases
+        "linear weights": 3 * 2 + 3 * 2, "rest": 4 * 4 * 4 + 8 + 3 * 2,  # with scales; batch norm, biases
     }  # fmt: skip
     assert stored_bytes(packed) == 2 + 20 + 16 + 32 + 12
     assert stored_bytes(network) == convolution_bytes(network)
@@ -504,7 +509,12 @@ def test_stored_bytes_are_what_a_file_takes_but_for_its_header(
     packed = precisions.quantize(plain, linear=others[0], biases=others[1])
     found = stored(packed)
     parts = compression.save(packed, tmp_path_factory.mktemp("file") / "model").bytes
-    assert stored_bytes(packed) + found["rest"] == found.sum() == parts.sum() - parts["header"]
+    apart = found[["linear weights", "rest"]].sum()
+    assert stored_bytes(packed) + apart == found.sum() == parts.sum() - parts["header"]
+    assert found["linear weights"] == parts["linear weights"]
+    if others[0] is not None:
+        table = footprint(network, result, codings=("entropy",), linear=others[0])
+        assert table.loc["linear weights", "entropy_fp32"] == found["linear weights"]
     for item in ("indices", "frequency tables", "codebooks", "scales"):
         assert found[item] == parts[item]
     books = [(g.n_clusters, g.codebook[0].size) for g in result.groups]
@@ -513,3 +523,39 @@ def test_stored_bytes_are_what_a_file_takes_but_for_its_header(
         column = footprint(network, result)[f"entropy_{precision}"]
         assert stored(plain).to_dict() == column[found.index].to_dict()
         assert stored_bytes(plain) == column["convolutions"]
+
+
+@pytest.mark.parametrize(
+    ("linear", "n_bytes"), [("int8", 3 * 2 + 3 * 2), ("int4", 3 + 3 * 2), ("bf16", 3 * 4)]
+)
+def test_rounded_linear_weights_are_in_the_ledger_and_dense_in_memory(linear, n_bytes):
+    network = tiny()
+    result = cluster(extract(network), 3)
+    plain, rounded = footprint(network, result), footprint(network, result, linear=linear)
+    ways_to_keep = list(plain.columns.drop("dense"))
+    assert (rounded.loc["linear weights", ways_to_keep] == n_bytes).all()
+    assert rounded["dense"].equals(plain["dense"])
+    change = (rounded - plain)[ways_to_keep]
+    assert (change.loc[["linear weights", "model"]] == n_bytes - 4 * 2 * 3).all(axis=None)
+    assert (change.drop(index=["linear weights", "model"]) == 0).all(axis=None)
+
+
+def test_linear_weights_that_layers_share_or_compute_count_once():
+    shared, normed = nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2, bias=False))
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), shared, nn.Linear(4, 4, bias=False), normed)
+    network[2].weight = shared.weight
+    result = cluster(extract(network), 2)
+    table = footprint(network, result, linear="int8", codings=("fixed",))
+    kept = 4 * (2 + 8)  # magnitudes and directions are not rounded
+    assert table.loc["linear weights", ["dense", "fixed_fp32"]].tolist() == [4 * 16 + kept, 16 + 4 * 2 + kept]
+    assert table.loc["rest", "dense"] == 4 * 4
+    made = stored(compress(network, result, linear="int8", inputs=False))
+    assert made["linear weights"] == 16 + 4 * 2 + kept
+
+
+def test_ways_count_rounded_linear_weights_in_the_model_alone():
+    network = tiny()
+    result = cluster(extract(network), 3)
+    change = ways(network, result, linear="int4").kept - (plain := ways(network, result)).kept
+    expected = np.where((plain.of == "model"), 3 + 3 * 2 - 24, 0)
+    np.testing.assert_array_equal(change, expected)

@@ -34,6 +34,7 @@ from kclib.errors import (
 )
 from kclib.kernels import extract
 from kclib.kernels.copying import copied
+from kclib.kmeans import entropy as kmeans_entropy
 
 
 class Odd(nn.Module):
@@ -484,7 +485,7 @@ def test_no_dense_weight_is_made_on_the_way(path, monkeypatch, indices, given):
     save(by_hand(large, 8), path, indices=indices)
     architecture = large
     if given == "factory":  # one of the names that are built on the meta device
-        monkeypatch.setattr(models, "vgg16_fashion", lambda: nn.Conv2d(128, 4096, 3))
+        monkeypatch.setattr("kclib.models.loading.vgg16_fashion", lambda: nn.Conv2d(128, 4096, 3))
         architecture = "vgg16-fashion"
     with measured() as packed:
         load(path, architecture=architecture, inputs=False)
@@ -529,7 +530,8 @@ def test_inspect_tells_groups_layers_and_bytes_without_the_network(path):
         "frequency tables": 0,
         "codebooks": 2 * 3 * (9 + 2),
         "scales": 0,
-        "other parameters and buffers": 4 * (4 * 4 + 4 * 4 + 16 + 2 * 4) + 8,
+        "linear weights": 4 * 4 * 4,
+        "other parameters and buffers": 4 * (4 * 4 + 16 + 2 * 4) + 8,
         "header": path.stat().st_size - 25 - 66 - 4 * 56 - 8,
     }
     assert found.bytes.equals(written.bytes)
@@ -540,7 +542,7 @@ def test_entropy_coded_bytes_are_counted_as_what_they_are(path):
     fixed, entropy = (save(network, path, indices=kind).bytes for kind in ("fixed", "entropy"))
     assert fixed["indices"] == packing.index_bytes(512, 3) + packing.index_bytes(2048, 3)
     assert entropy["frequency tables"] > 0
-    best = sum(checkpoint.coding.entropy_bytes(np.bincount(x.members())) for x in network)
+    best = sum(kmeans_entropy.entropy_bytes(np.bincount(x.members())) for x in network)
     assert best * 0.98 < entropy["indices"] < best * 1.02 + 16
     assert entropy["indices"] + entropy["frequency tables"] < 0.8 * fixed["indices"]
 
@@ -761,7 +763,7 @@ REFUSED = {
     "state missing": without("state 0.bias"),
     "state of another shape": tensor("state 1.weight", lambda old: old[:2]),
     "state of another name": lambda _, tensors: tensors.update({"state elsewhere": tensors["state 0.bias"]}),
-    "format newer": setting("format", to=4),
+    "format newer": setting("format", to=5),
 }
 
 
@@ -796,10 +798,38 @@ def quantized():
 def test_each_tensor_takes_the_bytes_of_its_precision(path, quantized):
     parts = save(quantized[1], path, indices="fixed").bytes
     assert parts["codebooks"] == 14 + 3 * 2  # 27 halves of a byte, and scales
-    linear, biases, norm = 8 + 5 * 2, 2 * (3 + 5), 4 * 4 * 3 + 8
-    assert parts["other parameters and buffers"] == linear + biases + norm
+    assert parts["linear weights"] == 8 + 5 * 2
+    assert parts["other parameters and buffers"] == 2 * (3 + 5) + 4 * 4 * 3 + 8  # biases, batch norm
     assert inspect(path).bytes.equals(parts)
     assert set(inspect(path).description["stored"]) == {"0.bias", "4.bias", "4.weight"}
+
+
+@pytest.mark.parametrize("linear", ["int8", "int4"])
+def test_entropy_coded_linear_weights_come_back_to_the_bit_once_where_shared(path, linear):
+    torch.manual_seed(0)
+    head = nn.Linear(128, 128)
+    again = tied(nn.Linear(128, 128), head, "weight")
+    dense = nn.Sequential(nn.Conv2d(1, 128, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head, again)
+    nn.init.normal_(head.weight)
+    network = quantize(compressed(dense), linear=linear, biases=None).eval()
+    coded, fixed = (save(network, path, indices=kind).bytes for kind in ("entropy", "fixed"))
+    assert fixed["linear weights"] == 128 * (128 if linear == "int8" else 64) + 2 * 128
+    assert coded["linear weights"] < fixed["linear weights"]
+    for kind in ("fixed", "entropy"):
+        save(network, path, indices=kind)
+        found, images = load(path, architecture=dense).network, torch.randn(4, 1, 6, 6)
+        assert_same(found, network)
+        assert found[3].weight is found[4].weight
+        assert noted(found) == noted(network)
+        assert torch.equal(found(images), network(images))
+        rewritten(path, without("linear steps 3.weight"))
+        with pytest.raises(KclibError):
+            load(path, architecture=dense)
+    whole = save(network, path) and path.read_bytes()
+    for place in range(len(whole) - 6000, len(whole), 500):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(DamagedFileError):
+            load(path, architecture=dense)
 
 
 def test_what_is_noted_comes_back_and_acts(path, quantized):
@@ -834,6 +864,20 @@ def test_files_of_format_1_are_read(path, dense, small):
     assert_same(load(path, architecture=dense).network, small)
 
 
+def test_files_of_format_3_that_round_linear_weights_are_read(path, quantized):
+    def as_format_3(description, tensors):
+        description["format"] = 3
+        for old, new in (("linear values ", "state "), ("linear steps ", "steps ")):
+            tensors[f"{new}4.weight"] = tensors.pop(f"{old}4.weight")
+
+    dense, network = quantized
+    save(network, path, indices="fixed")
+    rewritten(path, as_format_3)
+    found = load(path, architecture=dense).network
+    assert_same(found, network)
+    assert noted(found) == noted(network)
+
+
 def test_files_that_could_round_activations_and_do_not_are_read(path, dense, small):
     rewritten(path, setting("activations", to={}))
     assert_same(load(path, architecture=dense).network, small)
@@ -861,9 +905,9 @@ NOT_NOTED = {
     "precision unheard of": setting(*STATED, "precision", to="int3"),
     "dtype of whole numbers": setting(*STATED, "dtype", to="int8"),
     "not said to be stored so": removing(*STATED),
-    "weight short": tensor("state 4.weight", lambda old: old[:-1]),
-    "steps missing": without("steps 4.weight"),
-    "steps short": tensor("steps 4.weight", lambda old: old[:-1]),
+    "weight short": tensor("linear values 4.weight", lambda old: old[:-1]),
+    "steps missing": without("linear steps 4.weight"),
+    "steps short": tensor("linear steps 4.weight", lambda old: old[:-1]),
     "codebook short": tensor("codebook values 0", lambda old: old[:-1]),
     "codebook of fewer": tensor("codebook steps 0", lambda old: old[:-1]),
     "codebook without steps": without("codebook steps 0"),

@@ -101,7 +101,7 @@ def test_one_thing_is_written_to_the_same_bytes_each_time(path):
 
 def test_bytes_are_told_by_what_they_hold(path):
     sizes = {"indices a": 5, "frequencies layer a": 7, "codebook values g": 11, "codebook steps g": 2}
-    sizes |= {"scales a": 13, "state b": 17, "state c": 1}
+    sizes |= {"scales a": 13, "state b": 17, "state c": 1, "linear values d": 3, "linear steps d": 2}
     write(path, DESCRIPTION, {name: torch.zeros(n, dtype=torch.uint8) for name, n in sizes.items()})
     found = inspect(path).bytes.to_dict()
     assert found.pop("header") == path.stat().st_size - sum(sizes.values())
@@ -110,6 +110,7 @@ def test_bytes_are_told_by_what_they_hold(path):
         "frequency tables": 7,
         "codebooks": 13,
         "scales": 13,
+        "linear weights": 5,
         "other parameters and buffers": 18,
     }
 
@@ -138,7 +139,7 @@ def test_the_hash_changes_with_a_bit_a_name_a_shape_a_type_and_the_description(t
 def test_a_file_says_its_format_and_who_wrote_it(path):
     from kclib import __version__
 
-    assert inspect(path).description == {"format": 3, "kclib": __version__} | DESCRIPTION
+    assert inspect(path).description == {"format": 4, "kclib": __version__} | DESCRIPTION
 
 
 @pytest.mark.parametrize("mask", [0xFF, 0x01])
@@ -194,7 +195,7 @@ def test_a_folder_and_a_file_that_is_not_there_are_missing(tmp_path):
             read(path)
 
 
-@pytest.mark.parametrize("version", [4, 10**30, 1.5, "1", None, [1]])
+@pytest.mark.parametrize("version", [5, 10**30, 1.5, "1", None, [1]])
 def test_another_format_is_refused_and_named(path, version):
     write(path, DESCRIPTION | {"format": version}, {})
     with pytest.raises(InvalidValueError) as caught:

@@ -262,7 +262,7 @@ def test_what_is_noted_is_kept_by_copies_and_added_to():
 
 
 def test_unknown_precisions_and_other_types_are_refused():
-    with pytest.raises(UnknownNameError, match="unknown precision 'int5'"):
+    with pytest.raises(UnknownNameError, match="unknown precision of linear layers 'int5'"):
         precisions.quantize(network(), linear="int5")
     with pytest.raises(UnknownNameError, match="biases 'int8'"):
         precisions.quantize(network(), biases="int8")
@@ -272,3 +272,102 @@ def test_unknown_precisions_and_other_types_are_refused():
     nn.init.constant_(large.bias, 1e6)
     with pytest.raises(InvalidValueError, match="no finite fp16"):
         precisions.quantize(large)
+
+
+# ---- Linear weights, entropy-coded
+
+ROWS = torch.tensor([[0.0, 0, 0, 0], [-3, -3, -3, -3], [7, -7, 3.4, -3.6], [1e-3, 0, -1e-3, 0]])
+
+
+def test_rows_of_linear_weights_are_rounded_as_by_hand():
+    network = precisions.quantize(layer_of(ROWS), linear="int4")
+    whole = [[0, 0, 0, 0], [-7, -7, -7, -7], [7, -7, 3, -4], [7, 0, -7, 0]]
+    steps = torch.tensor([0, 3 / 7, 1, 1e-3 / 7]).bfloat16()
+    stored = store(ROWS, "int4")
+    assert stored["values"].tolist() == whole
+    assert torch.equal(stored["steps"], steps)
+    assert torch.equal(network.weight, torch.tensor(whole) * steps.float()[:, None])
+    stored = store(ROWS, "int8")
+    assert stored["values"].tolist() == [[0] * 4, [-127] * 4, [127, -127, 62, -65], [127, 0, -127, 0]]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.zeros(300, 40), torch.full((300, 40), -2.5), torch.eye(200), ROWS, torch.ones(1, 1),
+        torch.randn(64, 500, generator=torch.Generator().manual_seed(0)),
+    ],
+    ids=["zeros", "one value", "eye", "rows", "one", "normal"],
+)  # fmt: skip
+def test_coded_weights_come_back_to_the_bit_and_take_no_more_than_packed_ones(precision, values):
+    stored = store(values, precision)
+    packed, found = pack(stored, precision), precisions.coded(stored, precision)
+    taken = [sum(x.nbytes for x in parts.values()) for parts in (found, packed)]
+    assert taken[0] <= taken[1]
+    assert ("frequencies" in found) == (taken[0] < taken[1]) == (values.numel() > 16)
+    assert_same_bits(unpack(found, precision, tuple(values.shape)), stored)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["int8", "int4"]), st.floats(0.05, 3))
+@settings(deadline=None, max_examples=25)
+def test_coded_weights_take_about_their_entropy(n_out, n_in, precision, skew):
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(n_out, n_in)) * (draw.random((n_out, n_in)) < skew)
+    stored = store(torch.from_numpy(values.astype("f")), precision)
+    found = precisions.coded(stored, precision)
+    assert_same_bits(unpack(found, precision, (n_out, n_in)), stored)
+    if "frequencies" in found:
+        counts = np.unique(stored["values"].numpy(), return_counts=True)[1]
+        bound = -(counts * np.log2(counts / counts.sum())).sum() / 8
+        assert bound <= found["values"].numel() <= 1.01 * bound + 8
+
+
+def test_coded_weights_that_are_damaged_are_refused():
+    stored = precisions.coded(store(torch.eye(100), "int8"), "int8")
+    with pytest.raises(DamagedFileError, match="table of 10000"):
+        unpack(stored, "int8", (100, 101))
+    with pytest.raises(DamagedFileError, match="fp16 weights"):
+        unpack(stored, "fp16", (100, 100))
+    for part in ("values", "frequencies"):
+        with pytest.raises(DamagedFileError, match="damaged"):
+            unpack(stored | {part: stored[part][:-4]}, "int8", (100, 100))
+
+
+def test_compressing_rounds_linear_weights_alone_where_asked():
+    dense = network_of_two_kinds()
+    found = clustering.cluster(kernels.extract(dense), 3, n_threads=1, progress=False)
+    plain = compression.compress(dense, found)
+    assert torch.equal(plain[3].weight, dense[3].weight)
+    assert not precisions.precisions(plain)
+    small = compression.compress(dense, found, linear="int8")
+    assert torch.equal(small[3].weight, precisions.rounded(dense[3].weight, "int8"))
+    assert torch.equal(small[3].bias, dense[3].bias)
+    assert precisions.precisions(small) == {id(small[3].weight): "int8"}
+    assert not precisions.precisions(dense)
+
+
+def test_compressing_refuses_linear_weights_that_cannot_be_rounded():
+    dense = network_of_two_kinds()
+    found = clustering.cluster(kernels.extract(dense), 3, n_threads=1, progress=False)
+    with pytest.raises(UnknownNameError, match="unknown precision of linear layers 'int5'"):
+        compression.compress(dense, found, linear="int5")
+    half = network_of_two_kinds().half()
+    found = clustering.cluster(kernels.extract(half), 3, n_threads=1, progress=False)
+    with pytest.raises(InvalidValueError, match=r"3\.weight is torch\.float16; call \.float\(\)"):
+        compression.compress(half, found, linear="int8")
+    nn.init.constant_(dense[3].weight, torch.nan)
+    with pytest.raises(InvalidValueError, match="no finite int8"):
+        precisions.quantize(dense, linear="int8")
+
+
+def layer_of(weights):
+    result = nn.Linear(weights.shape[1], weights.shape[0], bias=False)
+    with torch.no_grad():
+        result.weight.copy_(weights)
+    return result
+
+
+def network_of_two_kinds():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
