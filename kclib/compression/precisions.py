@@ -247,6 +247,8 @@ def _chosen(
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, ClusteredConv2d)):
             continue
         for name, value in module.named_parameters(prefix=owner, recurse=False):
+            if isinstance(value, nn.parameter.UninitializedTensorMixin):
+                raise InvalidValueError(f"{name} has no shape yet (lazy); run the network once first.")
             if isinstance(module, nn.Linear) and value is module.weight:
                 found[id(value)] = (name, value, linear)
             elif value.dim() == 1 and value is not getattr(module, "scales", None):

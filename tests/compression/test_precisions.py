@@ -356,6 +356,8 @@ def test_compressing_refuses_linear_weights_that_cannot_be_rounded():
     found = clustering.cluster(kernels.extract(half), 3, n_threads=1, progress=False)
     with pytest.raises(InvalidValueError, match=r"3\.weight is torch\.float16; call \.float\(\)"):
         compression.compress(half, found, linear="int8")
+    with pytest.raises(InvalidValueError, match="weight has no shape yet"):
+        precisions.quantize(nn.Sequential(nn.LazyLinear(3)), linear="int8")
     nn.init.constant_(dense[3].weight, torch.nan)
     with pytest.raises(InvalidValueError, match="no finite int8"):
         precisions.quantize(dense, linear="int8")
