@@ -394,7 +394,9 @@ def export(
     ] = None,
 ) -> None:
     """Write a compressed file for other runtimes."""
+    from kclib.compression import exporting
 
+    exporting.kind_of(out)
     files.check_output(out, binary=True)
     loaded = kclib.load(file, architecture=model)
     kclib.export(loaded, out, shape=shape, dense=dense)

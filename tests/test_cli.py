@@ -284,7 +284,7 @@ def test_indices_are_coded_as_asked_for(made, coding, found):
 
 def test_the_accuracy_on_a_data_set_is_kept_in_the_file(kclib, made, monkeypatch, factories):
     whole = datasets.load_data
-    monkeypatch.setattr(datasets, "load_data", lambda name, limit=None: whole(name, limit=40))
+    monkeypatch.setattr("kclib.load_data", lambda name, limit=None: whole(name, limit=40))
     out, path = made("--data", "fashion-mnist")
     top1 = container.inspect(path).description["accuracy"]
     loaded = compression.load(path, architecture=f"{factories}:make")
@@ -385,8 +385,8 @@ def test_shape_and_dense_reach_the_exporter(kclib, made, factories, monkeypatch,
         asked.append((shape, options))
         path.write_text("12345")
 
-    monkeypatch.setattr(compression, "to_onnx", write)
-    monkeypatch.setattr(compression, "to_program", write)
+    monkeypatch.setattr("kclib.compression.exporting.to_onnx", write)
+    monkeypatch.setattr("kclib.compression.exporting.to_program", write)
     _, path = made()
     model = ("--model", f"{factories}:make")
     assert kclib("export", path, tmp_path / "a.onnx", "--shape", 3, 9, 8, "--dense", *model)[0] == 0
@@ -468,7 +468,7 @@ def test_what_was_compressed_is_written_before_it_is_evaluated(kclib, factories,
     def fails(*_, **__):
         raise InvalidValueError("no answers.")
 
-    monkeypatch.setattr(evaluation, "evaluate", fails)
+    monkeypatch.setattr("kclib.evaluate", fails)
     path = tmp_path / "model.safetensors"
     options = ["--clusters", 5, "-o", path, "--data", "fashion-mnist"]
     code, out, said = kclib("compress", f"{factories}:make", *options)

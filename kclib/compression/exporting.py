@@ -58,11 +58,22 @@ def export(
     ...     path.stat().st_size < network.weight.nbytes / 10
     True
     """
+    kind, shape = kind_of(path), shape or input_shape(model)
+    return to_onnx(model, path, shape, dense=dense) if kind == ".onnx" else to_program(model, path, shape)
+
+
+def kind_of(path: str | Path) -> str:
+    """Return ``.onnx`` or ``.pt2``, as the path ends; a stream is ONNX.
+
+    Raises
+    ------
+    InvalidValueError
+        Another suffix.
+    """
     kind = Path(path).suffix or (".onnx" if files.is_stream(path) else "")
     if kind not in (".onnx", ".pt2"):
         raise InvalidValueError(f"{path} ends in {Path(path).suffix!r}; it must end in .onnx or .pt2.")
-    shape = shape or input_shape(model)
-    return to_onnx(model, path, shape, dense=dense) if kind == ".onnx" else to_program(model, path, shape)
+    return kind
 
 
 def to_onnx(

@@ -77,14 +77,14 @@ def test_what_another_process_is_at_is_left_to_the_end_and_then_waited_for(tmp_p
 
 
 def test_threads_are_shared_out_among_the_jobs(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool.parallel, "threads", lambda: 6)
+    monkeypatch.setattr(pool.threads, "threads", lambda: 6)
     assert [Workers(n).n_threads for n in (1, 2, 4, 9)] == [6, 3, 1, 1]
     ended(tmp_path, ("a", "b"), n_jobs=4)
     assert {line.split(maxsplit=1)[1] for (line,) in calls(tmp_path).values()} == {"1 1"}
 
 
 def test_a_worker_of_a_smaller_machine_uses_no_more_threads_than_that_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool.parallel, "threads", lambda: 1)
+    monkeypatch.setattr(pool.threads, "threads", lambda: 1)
     monkeypatch.setattr(Workers, "n_threads", 64)
     ended(tmp_path, "a")
     assert [line.split(maxsplit=1)[1] for line in calls(tmp_path)["a"]] == ["1 1"]

@@ -597,7 +597,7 @@ def test_a_failing_evaluation_says_so_and_keeps_the_rows(evaluating, gate, capsy
     assert "no such device" in evaluating.evaluation_status
     assert (evaluating.rows, evaluating.running, evaluating.status) == (rows, None, "")
     with monkeypatch.context() as patch:  # what nobody foresaw
-        patch.setattr("kclib.evaluation.accuracy.evaluate", lambda *_, **__: broken())
+        patch.setattr("kclib.evaluation.evaluate", lambda *_, **__: broken())
         evaluating.evaluate(50)
         assert evaluating.wait(PATIENCE)
     assert evaluating.evaluation_status == "failed: OSError: no such device"

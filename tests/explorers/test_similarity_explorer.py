@@ -170,9 +170,11 @@ def test_similarity_of_what_is_not_there_is_refused_and_changes_nothing(bank, ch
 
 def test_similarity_stops_between_null_models_once_a_newer_question_has_come(bank, monkeypatch):
     explorer, measured = SimilarityExplorer(bank, sampled(bank)), []
-    genuine = similarity_explorer.pairs.pair_histogram
+    genuine = similarity_explorer.similarity.pair_histogram
     monkeypatch.setattr(
-        similarity_explorer.pairs, "pair_histogram", lambda *a, **k: measured.append(1) or genuine(*a, **k)
+        similarity_explorer.similarity,
+        "pair_histogram",
+        lambda *a, **k: measured.append(1) or genuine(*a, **k),
     )
     with pytest.raises(StoppedError):
         explorer.answered(explorer.question, lambda: len(measured) == 2)

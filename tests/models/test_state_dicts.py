@@ -423,7 +423,7 @@ def test_what_is_no_path_is_refused(wrong):
         state_dicts.found(wrong)
 
 
-FACTORY = "from test_state_dicts import Net\ndef make():\n    return Net()\n"
+FACTORY = "from tests.models.test_state_dicts import Net\ndef make():\n    return Net()\n"
 
 
 @pytest.fixture

@@ -337,7 +337,7 @@ def test_equal_kernels_have_the_same_map_again_for_any_number_of_threads(kind, o
     points = np.concatenate([np.ones((40, 9), np.float32), cloud(others, 0)])
     found = []
     for n_threads in (1, 2):
-        monkeypatch.setattr(embedding.neighbours.parallel, "threads", lambda *_, n=n_threads: n)
+        monkeypatch.setattr(embedding.neighbours.threads, "threads", lambda *_, n=n_threads: n)
         new = Store(tmp_path / str(n_threads))
         with threadpool_limits(n_threads):
             graph = embedding.graph(points, kind=kind, store=new)

@@ -150,14 +150,14 @@ def test_kernels_of_which_nearly_half_have_doubles_are_told_without_a_warning(do
 @pytest.mark.parametrize("distance", ["cosine", "correlation"])
 def test_real_kernels_and_null_kernels_without_a_shape_are_compared_in_equal_number(monkeypatch, distance):
     sparse = cloud(300, 0) * (np.random.default_rng(1).random((300, 9)) < 0.2)  # shuffled, some are all zeros
-    compared, whole = [], similarity.nearest_distances
+    compared, whole = [], measures.nearest_distances
 
     def counted(points, **options):
         found = whole(points, **options)
         compared.append(len(found))
         return found
 
-    monkeypatch.setattr(similarity, "nearest_distances", counted)
+    monkeypatch.setattr(measures, "nearest_distances", counted)
     measures.closeness(bank_of(sparse), np.arange(300), distance=distance, progress=False)
     assert len(compared) >= 4
     assert len(set(compared)) == 1
