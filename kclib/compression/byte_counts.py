@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 from kclib import models
 from kclib.clustering import Clustering, Group, checked, grouping
-<<<<<<< HEAD
 from kclib.compression import architectures, checkpoint, entropy_coding, precisions
-=======
-from kclib.compression import checkpoint, entropy_coding, precisions
->>>>>>> linear
 from kclib.compression.container import Contents
 from kclib.compression.layers import N_TURNS, ClusteredConv2d, by_codebook
 from kclib.compression.packing import index_bits, index_bytes
@@ -232,7 +228,6 @@ def stored(network: Model | nn.Module) -> pd.Series:
 
 def stored_bytes(network: Model | nn.Module) -> int:
     """Return the bytes of a network's convolutions, compressed or not, as `checkpoint.save` writes them."""
-<<<<<<< HEAD
     network = models.network_of(network)
     convolutions, chosen = _convolutions(network), precisions.precisions(network)
     total = sum(value.nbytes for value in checkpoint.encoded_layers(network)[1].values())
@@ -249,9 +244,6 @@ def clustered_bytes(
     """Return the bytes of a dense network's convolutions after clustering, as `footprint` counts them."""
     table = footprint(network, clustering, codings=[coding])
     return int(table.loc["convolutions", f"{coding}_{precision}"])
-=======
-    return int(stored(network).drop(_NOT_CONVOLUTIONS).sum())
->>>>>>> linear
 
 
 def entropy_bound(clustering: Clustering) -> float:
@@ -402,15 +394,7 @@ def _entropy_coded(network: nn.Module, clustering: Clustering) -> tuple[int, int
 def _others(network: nn.Module, clustered: Iterable[Tensor]) -> tuple[int, int, int, int]:
     """Return bytes of convolution weights not clustered, convolution biases, linear weights, and the rest."""
     linear = precisions.linear_weights(network)
-<<<<<<< HEAD
     convolutions = _convolutions(network)
-=======
-    convolutions = {
-        name
-        for name, module in network.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.modules.conv._ConvNd)
-    }
->>>>>>> linear
     parts = dict.fromkeys(_ITEMS, 0)
     seen = {id(value) for value in clustered}
     for name, value in (*network.named_parameters(), *network.named_buffers()):
@@ -419,14 +403,11 @@ def _others(network: nn.Module, clustered: Iterable[Tensor]) -> tuple[int, int, 
             item = "linear weights" if id(value) in linear else _item(name, convolutions)
             parts[item] += value.numel() * value.element_size()
     return tuple(parts[item] for item in _ITEMS[-4:])
-<<<<<<< HEAD
 
 
 def _convolutions(network: nn.Module) -> set[str]:
     kinds = (nn.modules.conv._ConvNd, ClusteredConv2d)
     return {name for name, x in network.named_modules(remove_duplicate=False) if isinstance(x, kinds)}
-=======
->>>>>>> linear
 
 
 def _item(name: str, convolutions: set[str]) -> str:

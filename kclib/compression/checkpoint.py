@@ -101,10 +101,6 @@ def encoded(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict
         Values that a precision does not hold; an unknown coding.
     """
     checks.check_known("coding of indices", indices, CODINGS)
-<<<<<<< HEAD
-=======
-    groups, described = {}, {}
->>>>>>> linear
     tensors, stored = architectures.stored(network, entropy_coded=indices == "entropy")
     kept, extra = extra_state.stored(network)
     described, clustered = encoded_layers(network, indices=indices)
