@@ -334,8 +334,8 @@ def test_kernels_that_are_not_square_are_clustered_without_turns(d, scaled):
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"n_clusters": 0}, "n_clusters is 0; with 4 kernels"),
-        ({"n_clusters": 5}, "n_clusters is 5; with 4 kernels"),
+        ({"n_clusters": 0}, "n_clusters is 0; .* 1 to 4,"),
+        ({"n_clusters": 5}, "n_clusters is 5; .* 1 to 4,"),
         ({"points": np.full((4, 4), np.nan)}, "NaN or infinite"),
         ({"points": np.ones(4)}, "the points have shape"),
         ({"weights": np.ones(3)}, "weights have shape"),
