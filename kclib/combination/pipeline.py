@@ -9,11 +9,10 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from kclib import clustering as clusterings
 from kclib import compression, datasets, models, recovery
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import Clustering
+from kclib.clustering import Clustering, cluster, with_inertia
 from kclib.combination import pruning, sparse_clustering, stages
 from kclib.combination.stages import Stage
 from kclib.compression import precisions
@@ -78,7 +77,7 @@ class Combined:
     @classmethod
     def of(cls, stage: Stage, network: nn.Module, given: Given, table: pd.DataFrame) -> "Combined":
         """Return the last stage, of a final network."""
-        found = stage.clustering and clusterings.with_inertia(stage.clustering, Stage.of(given.model).bank)
+        found = stage.clustering and with_inertia(stage.clustering, Stage.of(given.model).bank)
         return cls(models.like(given.model, network), found, int(table.bytes.iloc[-1]), table)
 
     def save(self, path: str | Path, *, architecture: str | None = None) -> Contents:
@@ -192,7 +191,7 @@ class Cluster(Step):
             options |= {"dense": given.model.network, "precision": stage.precision, "device": given.device}
             found = sequential.correct(stage.model, given.images, self.n_clusters, **options)
             return stage.on(found.network, clustering=found.clustering).as_stored()
-        method = clusterings.cluster if stage.held is None else sparse_clustering.cluster
+        method = cluster if stage.held is None else sparse_clustering.cluster
         return replace(stage, clustering=method(stage.bank, self.n_clusters, **options)).as_stored()
 
 

@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from kclib import clustering as clusterings
 from kclib import kernels, models
 from kclib._util import checks
-from kclib.clustering import Clustering, Group, kernel_errors
+from kclib.clustering import Clustering, Group, checked, kernel_errors, quantized
 from kclib.datasets import ImageSet
 from kclib.evaluation import accuracy
 from kclib.kernels import KernelBank, Kernels
@@ -68,7 +67,7 @@ def restored(model: Model | nn.Module, clustering: Clustering, worst: pd.DataFra
     checks.check_columns(worst, ("group", "cluster"))
     model = models.as_model(model)
     dense = bank_of(model.network, clustering).weights
-    weights = clusterings.quantized(clustering)
+    weights = quantized(clustering)
     chosen = worst.groupby("group").cluster.agg(list) if len(worst) else {}
     for group in clustering.groups:
         own = group.rows[np.isin(group.indices, chosen.get(group.name, []))]
@@ -129,7 +128,7 @@ def bank_of(network: nn.Module, clustering: Clustering) -> KernelBank:
     InvalidValueError
         The clustering comes from another architecture.
     """
-    kernels.matched(network, clusterings.checked(clustering).layers)
+    kernels.matched(network, checked(clustering).layers)
     bank = kernels.extract(network, size=clustering.groups[0].codebook.shape[1:])
     return bank.only(*(layer.name for layer in clustering.layers))
 

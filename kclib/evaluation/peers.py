@@ -15,11 +15,10 @@ import pandas as pd
 from scipy import stats
 from torch import nn
 
-from kclib import clustering as clusterings
 from kclib import compression, datasets, kernels, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import Clustering, Group
+from kclib.clustering import Clustering, Group, cluster
 from kclib.compression import byte_counts, formats
 from kclib.datasets import ImageSet
 from kclib.evaluation import accuracy
@@ -181,7 +180,7 @@ def son(network: Model | nn.Module, n_clusters: int, *, turned: bool, seed: int 
     """
     network = models.network_of(network)
     bank = kernels.extract(network)
-    found = clusterings.cluster(bank, n_clusters, scope="global", scaled=True, turned=turned, seed=seed)
+    found = cluster(bank, n_clusters, scope="global", scaled=True, turned=turned, seed=seed)
     (group,) = found.groups
     halved = replace(group, codebook=formats.half(group.codebook), scales=formats.half(group.scales))
     small = compression.inserted(network, replace(found, groups=(halved,)))

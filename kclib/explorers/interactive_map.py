@@ -24,7 +24,7 @@ from PIL import Image
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 
-_WEIGHTS = colormaps["RdBu_r"]  # as in figures.kernel_sheet
+_WEIGHTS = colormaps["RdBu_r"]  # as in plots.kernel_sheet
 PALETTE = _WEIGHTS(np.arange(256), bytes=True)[:, :3]  # uint8 (256, 3), from negative to positive
 
 
