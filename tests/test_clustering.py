@@ -406,5 +406,5 @@ def test_number_of_clusters_of_another_kind_is_one_short_sentence(k):
 
 @pytest.mark.parametrize("make", [np.asarray, torch.tensor, pd.DataFrame, lambda x: x.tolist()])
 def test_points_are_not_clustered_as_a_bank_but_sent_to_kmeans(make):
-    with pytest.raises(InvalidValueError, match=r"KernelBank.*kmeans\.kmeans"):
+    with pytest.raises(InvalidValueError, match=r"KernelBank.*kmeans\.fit"):
         cluster(make(random_bank(12).points), 3)

@@ -53,7 +53,7 @@ def test_the_shipped_recipe_sees_the_training_split_alone_and_leaves_halves(tmp_
     )
     monkeypatch.setenv("KCLIB_DATA", str(tmp_path))
     monkeypatch.setattr(models, "vgg16_fashion", lambda: net)
-    monkeypatch.setattr(datasets, "load_data", load := Mock(return_value=images))
+    monkeypatch.setattr("kclib.load_data", load := Mock(return_value=images))
     out = tmp_path / "out.safetensors"
     trained = train.train_fashion(out, tmp_path / "start.safetensors", RECIPE)
     load.assert_called_once_with("fashion-mnist", "train")

@@ -7,8 +7,8 @@ import torch
 from statsmodels.formula.api import ols
 from torch import nn
 
-from kclib import clustering, evaluation
-from kclib.combination import Cluster, Prune, Quantize, Train, factorial, orthogonality, pruning
+from kclib import evaluation
+from kclib.combination import Cluster, Prune, Quantize, Train, factorial, orthogonality, pipeline, pruning
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.evaluation import intervals
@@ -68,7 +68,7 @@ def counted(monkeypatch):
         monkeypatch.setattr(module, name, called)
 
     count(evaluation, "evaluate")
-    count(clustering, "cluster")
+    count(pipeline, "cluster")
     return calls
 
 
