@@ -17,8 +17,6 @@ from kclib.models import factories
 
 _PROFILE = Annotated[str, typer.Argument(help="smoke, full, imagenet, or the path of a YAML file.")]
 _OUT = Annotated[Path, typer.Option(help="Folder of the reports.")]
-
-
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Cluster the 2D kernels of a CNN and see what it saves and costs.",

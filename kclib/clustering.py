@@ -14,77 +14,12 @@ from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Kernels, Layer, bank_of, rows_of
 from kclib.kmeans import entropy, fit_progress, fitting, settings, symmetric
 
-
-def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tuple[Layer, ...]]:
-    """Return the layers of each group, in bank order.
-
-    Raises
-    ------
-    InvalidValueError, UnknownNameError
-        A layer that is missing or unknown; a scope that is neither ``layer`` nor ``global`` nor a mapping.
-    """
-    names = [layer.name for layer in bank.layers]
-    if scope == "layer":
-        scope = {name: name for name in names}
-    elif scope == "global":
-        scope = dict.fromkeys(names, "global")
-    elif isinstance(scope, str):
-        raise UnknownNameError("scope", scope, ("layer", "global"))
-    if not isinstance(scope, Mapping) or not all(isinstance(group, str) for group in scope.values()):
-        raise InvalidValueError(
-            f"scope is {checks.said(scope)}; it must be layer, global, or group names by layer."
-        )
-    if wrong := set(scope) ^ set(names):
-        raise InvalidValueError(
-            "scope must give every layer of the bank a group; "
-            f"not matching: {', '.join(sorted(map(str, wrong)))}."
-        )
-    groups: dict[str, tuple[Layer, ...]] = {}
-    for layer in bank.layers:
-        groups[scope[layer.name]] = (*groups.get(scope[layer.name], ()), layer)
-    return groups
-
-
-def largest(bank: KernelBank, scope: str | Mapping[str, str]) -> int:
-    """Return the kernels of the largest group: the most clusters that one number for all can be.
-
-    Raises
-    ------
-    InvalidValueError, UnknownNameError
-        As `grouping`.
-    """
-    return max(sum(layer.n_kernels for layer in layers) for layers in grouping(bank, scope).values())
-
-
-def wanted(
-    members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[str, int] | pd.Series
-) -> dict[str, int]:
-    """Return the clusters that each group of `grouping` is asked for, checked.
-
-    Raises
-    ------
-    InvalidValueError
-        K below 1 or above the number of kernels; a group that is missing or unknown.
-    """
-    counts = {name: sum(x.n_kernels for x in layers) for name, layers in members.items()}
-    if isinstance(n_clusters, pd.Series):
-        n_clusters = n_clusters.to_dict()
-    if isinstance(n_clusters, Mapping):
-        if wrong := set(n_clusters) ^ set(counts):
-            raise InvalidValueError(
-                f"n_clusters must name every group; not matching: {', '.join(sorted(map(str, wrong)))}."
-            )
-        return {
-            name: checks.check_whole("n_clusters", k, 1, counts[name], f"the kernels of group {name}")
-            for name, k in n_clusters.items()
-        }
-    most = max(counts.values())
-    return dict.fromkeys(
-        counts, checks.check_whole("n_clusters", n_clusters, 1, most, "the kernels of the largest group")
-    )
-
-
 Fit = kmeans.KMeans | symmetric.SymmetricKMeans | entropy.Priced
+
+
+SCOPES = ("layer", "global", "mixed")
+
+Scope = str | Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -317,47 +252,92 @@ def of_fits(
     return Clustering(groups, scope if isinstance(scope, str) else "mapping", seed, notes, origin_of(bank))
 
 
-def origin_of(bank: KernelBank) -> dict[str, str]:
-    """Return the SHA-256 of each layer's kernels, by its name."""
-    return {layer.name: digest(bank.weights[layer.rows]) for layer in bank.layers}
+def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tuple[Layer, ...]]:
+    """Return the layers of each group, in bank order.
 
-
-def digest(kernels: np.ndarray) -> str:
-    """Return the SHA-256 of kernels, float32 ``(n, kh, kw)``."""
-    return hashlib.sha256(np.ascontiguousarray(kernels)).hexdigest()
-
-
-def _method(bank: KernelBank, scaled: bool, turned: bool, price: float) -> Callable[..., Fit]:
-    if turned and bank.size[0] != bank.size[1]:
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        A layer that is missing or unknown; a scope that is neither ``layer`` nor ``global`` nor a mapping.
+    """
+    names = [layer.name for layer in bank.layers]
+    if scope == "layer":
+        scope = {name: name for name in names}
+    elif scope == "global":
+        scope = dict.fromkeys(names, "global")
+    elif isinstance(scope, str):
+        raise UnknownNameError("scope", scope, ("layer", "global"))
+    if not isinstance(scope, Mapping) or not all(isinstance(group, str) for group in scope.values()):
         raise InvalidValueError(
-            f"kernels of {bank.size[0]}×{bank.size[1]} cannot be turned; they must be square."
+            f"scope is {checks.said(scope)}; it must be layer, global, or group names by layer."
         )
-    if price and (scaled or turned):
-        raise InvalidValueError(f"price is {price}; it must be 0 where kernels are scaled or turned.")
-    if scaled or turned:
-        return functools.partial(symmetric.fit, scaled=scaled, turned=turned)
-    return functools.partial(entropy.fit, price=price) if price else kmeans.fit
-
-
-def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], weights, price: float) -> dict:
-    """Check weights and return them by group; None for each if there are none, or all of its are 0."""
-    weights = settings.checked_weights(weights, len(bank))
-    if weights is None:
-        return dict.fromkeys(members)
-    shares = {name: weights[rows_of(layers)] for name, layers in members.items()}
-    if price and (empty := [name for name, share in shares.items() if not share.any()]):
+    if wrong := set(scope) ^ set(names):
         raise InvalidValueError(
-            f"with a price, weights must not be all 0 in a group; they are in {', '.join(empty)}."
+            "scope must give every layer of the bank a group; "
+            f"not matching: {', '.join(sorted(map(str, wrong)))}."
         )
-    return {name: settings.counted(share) for name, share in shares.items()}
+    groups: dict[str, tuple[Layer, ...]] = {}
+    for layer in bank.layers:
+        groups[scope[layer.name]] = (*groups.get(scope[layer.name], ()), layer)
+    return groups
 
 
-def _group(
-    bank: KernelBank, name: str, layers: tuple[Layer, ...], found: Fit, scaled: bool, turned: bool
-) -> Group:
-    codebook = found.centres.reshape(-1, *bank.size)
-    scales, turns = found.scales if scaled else None, found.transforms if turned else None
-    return Group(name, layers, codebook, found.labels, found.inertia, scales, turns)
+def largest(bank: KernelBank, scope: str | Mapping[str, str]) -> int:
+    """Return the kernels of the largest group: the most clusters that one number for all can be.
+
+    Raises
+    ------
+    InvalidValueError, UnknownNameError
+        As `grouping`.
+    """
+    return max(sum(layer.n_kernels for layer in layers) for layers in grouping(bank, scope).values())
+
+
+def wanted(
+    members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[str, int] | pd.Series
+) -> dict[str, int]:
+    """Return the clusters that each group of `grouping` is asked for, checked.
+
+    Raises
+    ------
+    InvalidValueError
+        K below 1 or above the number of kernels; a group that is missing or unknown.
+    """
+    counts = {name: sum(x.n_kernels for x in layers) for name, layers in members.items()}
+    if isinstance(n_clusters, pd.Series):
+        n_clusters = n_clusters.to_dict()
+    if isinstance(n_clusters, Mapping):
+        if wrong := set(n_clusters) ^ set(counts):
+            raise InvalidValueError(
+                f"n_clusters must name every group; not matching: {', '.join(sorted(map(str, wrong)))}."
+            )
+        return {
+            name: checks.check_whole("n_clusters", k, 1, counts[name], f"the kernels of group {name}")
+            for name, k in n_clusters.items()
+        }
+    most = max(counts.values())
+    return dict.fromkeys(
+        counts, checks.check_whole("n_clusters", n_clusters, 1, most, "the kernels of the largest group")
+    )
+
+
+def mixed(bank: KernelBank) -> dict[str, str]:
+    """Return the scope in which consecutive layers of equal width (output channels) share a codebook."""
+    runs: list[list[Layer]] = []
+    for layer in bank.layers:
+        if runs and _width(runs[-1][0]) == _width(layer):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    names = [run[0].name if len(run) == 1 else f"{run[0].name}..{run[-1].name}" for run in runs]
+    return {layer.name: name for name, run in zip(names, runs, strict=True) for layer in run}
+
+
+def resolved(bank: KernelBank, scope: Scope) -> Scope:
+    """Return a scope of `SCOPES`, or a mapping, as one that `cluster` knows."""
+    if isinstance(scope, str) and scope not in SCOPES:
+        raise UnknownNameError("scope", scope, SCOPES)
+    return mixed(bank) if scope == "mixed" else scope
 
 
 def checked(clustering: Clustering) -> Clustering:
@@ -402,34 +382,6 @@ def error_share(bank: KernelBank, clustering: Clustering) -> list[float]:
     return [float(error[x.rows].sum() / (weight[x.rows].sum() or 1)) for x in bank.layers]
 
 
-SCOPES = ("layer", "global", "mixed")
-
-Scope = str | Mapping[str, str]
-
-
-def mixed(bank: KernelBank) -> dict[str, str]:
-    """Return the scope in which consecutive layers of equal width (output channels) share a codebook."""
-    runs: list[list[Layer]] = []
-    for layer in bank.layers:
-        if runs and _width(runs[-1][0]) == _width(layer):
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    names = [run[0].name if len(run) == 1 else f"{run[0].name}..{run[-1].name}" for run in runs]
-    return {layer.name: name for name, run in zip(names, runs, strict=True) for layer in run}
-
-
-def resolved(bank: KernelBank, scope: Scope) -> Scope:
-    """Return a scope of `SCOPES`, or a mapping, as one that `cluster` knows."""
-    if isinstance(scope, str) and scope not in SCOPES:
-        raise UnknownNameError("scope", scope, SCOPES)
-    return mixed(bank) if scope == "mixed" else scope
-
-
-def _width(layer: Layer) -> int:
-    return layer.shape[1 if layer.transposed else 0]
-
-
 def kernel_errors(bank: KernelBank, clustering: Clustering, weights=None) -> np.ndarray:
     """Return each kernel's squared error, times its weight if there are any, float64 ``(n,)``."""
     if bank.layers != checked(clustering).layers:
@@ -439,6 +391,53 @@ def kernel_errors(bank: KernelBank, clustering: Clustering, weights=None) -> np.
     weights = settings.checked_weights(weights, len(bank))
     squares = np.square(bank.weights - quantized(clustering), dtype=np.float64).sum(axis=(1, 2))
     return squares if weights is None else squares * weights
+
+
+def origin_of(bank: KernelBank) -> dict[str, str]:
+    """Return the SHA-256 of each layer's kernels, by its name."""
+    return {layer.name: digest(bank.weights[layer.rows]) for layer in bank.layers}
+
+
+def digest(kernels: np.ndarray) -> str:
+    """Return the SHA-256 of kernels, float32 ``(n, kh, kw)``."""
+    return hashlib.sha256(np.ascontiguousarray(kernels)).hexdigest()
+
+
+def _method(bank: KernelBank, scaled: bool, turned: bool, price: float) -> Callable[..., Fit]:
+    if turned and bank.size[0] != bank.size[1]:
+        raise InvalidValueError(
+            f"kernels of {bank.size[0]}×{bank.size[1]} cannot be turned; they must be square."
+        )
+    if price and (scaled or turned):
+        raise InvalidValueError(f"price is {price}; it must be 0 where kernels are scaled or turned.")
+    if scaled or turned:
+        return functools.partial(symmetric.fit, scaled=scaled, turned=turned)
+    return functools.partial(entropy.fit, price=price) if price else kmeans.fit
+
+
+def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], weights, price: float) -> dict:
+    """Check weights and return them by group; None for each if there are none, or all of its are 0."""
+    weights = settings.checked_weights(weights, len(bank))
+    if weights is None:
+        return dict.fromkeys(members)
+    shares = {name: weights[rows_of(layers)] for name, layers in members.items()}
+    if price and (empty := [name for name, share in shares.items() if not share.any()]):
+        raise InvalidValueError(
+            f"with a price, weights must not be all 0 in a group; they are in {', '.join(empty)}."
+        )
+    return {name: settings.counted(share) for name, share in shares.items()}
+
+
+def _group(
+    bank: KernelBank, name: str, layers: tuple[Layer, ...], found: Fit, scaled: bool, turned: bool
+) -> Group:
+    codebook = found.centres.reshape(-1, *bank.size)
+    scales, turns = found.scales if scaled else None, found.transforms if turned else None
+    return Group(name, layers, codebook, found.labels, found.inertia, scales, turns)
+
+
+def _width(layer: Layer) -> int:
+    return layer.shape[1 if layer.transposed else 0]
 
 
 def with_inertia(clustering: Clustering, bank: KernelBank) -> Clustering:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from kclib import models
+from kclib import compression, models
 from kclib._util import files
 from kclib.models import loading, state_dicts
 
@@ -46,8 +46,6 @@ def load_model(
     """
     model = models.told(models.architecture(name), input_shape=input_shape, classes=classes)
     if weights is not None and state_dicts.is_compressed(weights):
-        from kclib import compression
-
         return compression.load(files.expanded(weights), architecture=model, resident="dense", device=device)
     if weights is not None:
         source = "the mapping of weights" if isinstance(weights, Mapping) else str(weights)

@@ -20,67 +20,8 @@ from kclib.compression.replacement import output_order, packed_layers, users
 from kclib.errors import UnknownNameError
 from kclib.kernels import Kernels, Layer, bank_of, matched
 from kclib.kernels.convolutions import parameters
-from kclib.kmeans import entropy as kmeans_entropy
-from kclib.kmeans.entropy import entropy_bytes
+from kclib.kmeans.entropy import counts, entropy_bytes
 from kclib.models import Model
-
-
-def break_even(bank: Kernels, *, scope: str | Mapping[str, str] = "layer", precision: str = "fp32") -> int:
-    """Return the largest K a group at which codebooks and fixed-width indices take fewer bytes than dense.
-
-    Groups with fewer than K kernels have as many clusters as kernels. 0 if clustering never pays.
-
-    Parameters
-    ----------
-    precision : {"fp32", "fp16", "bf16", "int8", "int4"}
-        Of the codebook's values.
-    """
-    return pays_up_to(list(grouping(bank_of(bank), scope).values()), Count(precision))
-
-
-@dataclass(frozen=True)
-class Count:
-    """How many bytes a group of layers takes at K clusters."""
-
-    precision: str
-    exact: bool = True  # whole bits an index, whole bytes a layer
-    scale_bits: int = 0
-    orbit: int = 1
-
-    @classmethod
-    def of(cls, clustering: Clustering, precision: str, exact: bool) -> "Count":
-        """Return the count for groups with the scales and turns of a clustering's."""
-        group = clustering.groups[0]
-        bits = 0 if group.scales is None else 8 * scale_type(precision).itemsize
-        return cls(precision, exact, bits, orbit(group))
-
-    def bytes(self, layers: Iterable[Layer], k: int) -> float:
-        """Return codebook, indices and scales."""
-        total = codebook_bytes(k, math.prod(next(iter(layers)).shape[2:]), self.precision)
-        for layer in layers:
-            if self.exact:
-                total += index_bytes(layer.n_kernels, index_bits(k * self.orbit))
-            else:
-                total += layer.n_kernels * math.log2(k * self.orbit) / 8
-            total += layer.n_kernels * self.scale_bits / 8
-        return total
-
-
-def pays_up_to(groups: Sequence[Sequence[Layer]], count: Count) -> int:
-    """Return the largest K a group at which these groups of layers take fewer bytes than dense; 0 if none."""
-    counts = [sum(layer.n_kernels for layer in layers) for layers in groups]
-    dense = sum(math.prod(layer.shape) * layer.itemsize for layers in groups for layer in layers)
-
-    def clustered(k: int) -> float:
-        return sum(count.bytes(layers, min(k, n)) for layers, n in zip(groups, counts, strict=True))
-
-    return bisect.bisect_left(range(1, max(counts) + 1), dense, key=clustered)
-
-
-def orbit(group: Group) -> int:
-    """Return how many indices one representative of a group has."""
-    return 1 if group.turns is None else N_TURNS
-
 
 # Codebook precisions that are compared.
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -93,26 +34,10 @@ _NAMED = dict(zip(("indices", "frequencies", "codebook", "scales"), _ITEMS, stri
 _NAMED["linear"] = "linear weights"
 _NOT_CONVOLUTIONS = ["linear weights", "rest"]
 
-
-@dataclass(frozen=True)
-class Savings:
-    """Shares removed, 0 to 1; negative where codebook and indices take more than the dense kernels.
-
-    Attributes
-    ----------
-    kernels : float
-        1 - K/N, over the clustered kernels: what the IPSJ report calls removed.
-    bytes, bytes_fp16 : float
-        Of all convolutions (weights of every size, and biases), with fixed-width indices and an fp32 and an
-        fp16 codebook.
-    model_bytes : float
-        Of the whole model, with fixed-width indices and an fp32 codebook.
-    """
-
-    kernels: float
-    bytes: float
-    bytes_fp16: float
-    model_bytes: float
+# What the dense model has in place of a clustering's numbers.
+DENSE = dict.fromkeys(
+    ("kernels_removed", "bytes_removed", "bytes_removed_fp16", "model_bytes_removed"), 0.0
+) | {"clusters": 0, "inertia": 0.0, "cluster_seconds": 0.0}
 
 
 def footprint(
@@ -187,105 +112,6 @@ def footprint(
     return table
 
 
-def savings(network: Model | nn.Module, clustering: Clustering) -> Savings:
-    """Return what a clustering removes, from its `ledger`."""
-    table = footprint(network, clustering, codings=("fixed",)).loc[["convolutions", "model"]]
-    removed = 1 - table.div(table["dense"], axis=0)
-    return Savings(
-        float(clustering.kernels_removed),
-        float(removed.loc["convolutions", "fixed_fp32"]),
-        float(removed.loc["convolutions", "fixed_fp16"]),
-        float(removed.loc["model", "fixed_fp32"]),
-    )
-
-
-def dense_bytes(network: Model | nn.Module) -> int:
-    """Return the bytes of all parameters and buffers as they are; shared tensors count once."""
-    network = models.network_of(network)
-    return sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
-
-
-def convolution_bytes(network: Model | nn.Module) -> int:
-    """Return the bytes of all convolutions' weights and biases, dense; shared tensors count once."""
-    network = models.network_of(network)
-    return sum(_others(network, ())[:2])  # weights and biases
-
-
-def stored(network: Model | nn.Module) -> pd.Series:
-    """Return where the bytes of a network go, compressed or not, as `checkpoint.save` writes them.
-
-    Whatever the precisions of codebooks, linear layers and biases. The items are those of `ledger`, from
-    ``indices`` to ``rest``; a file has a header besides.
-    """
-    network = models.network_of(network)
-    parts = dict.fromkeys(_ITEMS, 0)
-    convolutions = _convolutions(network)
-    for name, value in checkpoint.encoded(network)[1].items():
-        kind, _, of = name.partition(" ")
-        parts[_NAMED.get(kind) or _item(of, convolutions)] += value.nbytes
-    return pd.Series(parts, dtype="int64", name="bytes")
-
-
-def stored_bytes(network: Model | nn.Module) -> int:
-    """Return the bytes of a network's convolutions, compressed or not, as `checkpoint.save` writes them."""
-    network = models.network_of(network)
-    convolutions, chosen = _convolutions(network), precisions.precisions(network)
-    total = sum(value.nbytes for value in checkpoint.encoded_layers(network)[1].values())
-    for name, value in architectures.others(network).items():
-        if _item(name, convolutions) != "rest":
-            precision = chosen.get(id(value))
-            total += value.nbytes if precision is None else value.numel() * float_type(precision).itemsize
-    return total
-
-
-def clustered_bytes(
-    network: Model | nn.Module, clustering: Clustering, *, coding: str = "entropy", precision: str = "fp16"
-) -> int:
-    """Return the bytes of a dense network's convolutions after clustering, as `footprint` counts them."""
-    table = footprint(network, clustering, codings=[coding])
-    return int(table.loc["convolutions", f"{coding}_{precision}"])
-
-
-def entropy_bound(clustering: Clustering) -> float:
-    """Return the bytes that the empirical entropy of the indices, each group's on its own, comes to."""
-    return sum(
-        entropy_bytes(kmeans_entropy.counts(_members(group), group.n_clusters * orbit(group)))
-        for group in clustering.groups
-    )
-
-
-def index_bits_by_layer(network: Model | nn.Module) -> pd.DataFrame:
-    """Return the bits a kernel that each layer's indices take.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-        From `replacement.compress`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``layer``; ``fixed``, ceil(log2 K); ``coded``, entropy-coded, with the layer's table of frequencies or
-        its share by kernels of the group's; ``entropy``, of the layer's indices alone.
-    """
-    network = models.network_of(network)
-    rows = []
-    for codebook, members in by_codebook(network):
-        coded = entropy_coding.coded([module.members() for module in members.values()], codebook.n_members)
-        alike = [
-            m.n_kernels for m, table in zip(members.values(), coded.tables, strict=True) if not table.size
-        ]
-        shared = coded.table.nbytes / max(1, sum(alike))
-        for (name, module), words, table in zip(members.items(), coded.words, coded.tables, strict=True):
-            n = module.n_kernels
-            entropy = kmeans_entropy.entropy_bytes(
-                kmeans_entropy.counts(module.members(), codebook.n_members)
-            )
-            own = (words.nbytes + table.nbytes) / n + shared * (table.size == 0)
-            rows.append((name, codebook.bits, 8 * own, 8 * entropy / n))
-    return pd.DataFrame(rows, columns=["layer", "fixed", "coded", "entropy"])
-
-
 def ways(
     network: Model | nn.Module,
     clustering: Clustering,
@@ -333,8 +159,7 @@ def ways(
     bound = table.loc["convolutions", "fixed_fp16"] - table.loc["indices", "fixed_fp16"]
     bound += entropy_bound(clustering)
     son = Count("fp32", exact=False, scale_bits=16)
-    counts = [group.n_clusters for group in clustering.groups]
-    kept = sum(son.bytes(layers, k) for layers, k in zip(groups, counts, strict=True))
+    kept = sum(son.bytes(group.layers, group.n_clusters) for group in clustering.groups)
     kernels, convolutions, model = table.loc[["kernels", "convolutions", "model"], "dense"]
     name = "entropy of the groups' indices, fp16 codebook"
     rows.append((name, "convolutions", convolutions, bound, None))
@@ -348,6 +173,194 @@ def ways(
     result.insert(4, "removed", 100 * (1 - result.kept / result.dense))
     result.insert(5, "ratio", result.dense / result.kept)
     return result.astype({"pays_up_to": "Int64"})
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Shares removed, 0 to 1; negative where codebook and indices take more than the dense kernels.
+
+    Attributes
+    ----------
+    kernels : float
+        1 - K/N, over the clustered kernels: what the IPSJ report calls removed.
+    bytes, bytes_fp16 : float
+        Of all convolutions (weights of every size, and biases), with fixed-width indices and an fp32 and an
+        fp16 codebook.
+    model_bytes : float
+        Of the whole model, with fixed-width indices and an fp32 codebook.
+    """
+
+    kernels: float
+    bytes: float
+    bytes_fp16: float
+    model_bytes: float
+
+
+def savings(network: Model | nn.Module, clustering: Clustering) -> Savings:
+    """Return what a clustering removes, from its `footprint`."""
+    table = footprint(network, clustering, codings=("fixed",)).loc[["convolutions", "model"]]
+    removed = 1 - table.div(table["dense"], axis=0)
+    return Savings(
+        float(clustering.kernels_removed),
+        float(removed.loc["convolutions", "fixed_fp32"]),
+        float(removed.loc["convolutions", "fixed_fp16"]),
+        float(removed.loc["model", "fixed_fp32"]),
+    )
+
+
+def removed(network: Model | nn.Module, result: Clustering) -> dict[str, float]:
+    """Return a clustering's columns of the table that `kclib.sweep` returns."""
+    saved = savings(network, result)
+    return {
+        "clusters": result.n_clusters,
+        "kernels_removed": 100 * saved.kernels,
+        "bytes": round(convolution_bytes(network) * (1 - saved.bytes)),
+        "bytes_removed": 100 * saved.bytes,
+        "bytes_removed_fp16": 100 * saved.bytes_fp16,
+        "model_bytes_removed": 100 * saved.model_bytes,
+        "inertia": result.inertia,
+    }
+
+
+def break_even(bank: Kernels, *, scope: str | Mapping[str, str] = "layer", precision: str = "fp32") -> int:
+    """Return the largest K a group at which codebooks and fixed-width indices take fewer bytes than dense.
+
+    Groups with fewer than K kernels have as many clusters as kernels. 0 if clustering never pays.
+
+    Parameters
+    ----------
+    precision : {"fp32", "fp16", "bf16", "int8", "int4"}
+        Of the codebook's values.
+    """
+    return pays_up_to(list(grouping(bank_of(bank), scope).values()), Count(precision))
+
+
+def dense_bytes(network: Model | nn.Module) -> int:
+    """Return the bytes of all parameters and buffers as they are; shared tensors count once."""
+    network = models.network_of(network)
+    return sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
+
+
+def convolution_bytes(network: Model | nn.Module) -> int:
+    """Return the bytes of all convolutions' weights and biases, dense; shared tensors count once."""
+    network = models.network_of(network)
+    return sum(_others(network, ())[:2])  # weights and biases
+
+
+def stored(network: Model | nn.Module) -> pd.Series:
+    """Return where the bytes of a network go, compressed or not, as `checkpoint.save` writes them.
+
+    Whatever the precisions of codebooks, linear layers and biases. The items are those of `footprint`, from
+    ``indices`` to ``rest``; a file has a header besides.
+    """
+    network = models.network_of(network)
+    parts = dict.fromkeys(_ITEMS, 0)
+    convolutions = _convolutions(network)
+    for name, value in checkpoint.encoded(network)[1].items():
+        kind, _, of = name.partition(" ")
+        parts[_NAMED.get(kind) or _item(of, convolutions)] += value.nbytes
+    return pd.Series(parts, dtype="int64", name="bytes")
+
+
+def stored_bytes(network: Model | nn.Module) -> int:
+    """Return the bytes of a network's convolutions, compressed or not, as `checkpoint.save` writes them."""
+    network = models.network_of(network)
+    convolutions, chosen = _convolutions(network), precisions.precisions(network)
+    total = sum(value.nbytes for value in checkpoint.encoded_layers(network)[1].values())
+    for name, value in architectures.others(network).items():
+        if _item(name, convolutions) != "rest":
+            precision = chosen.get(id(value))
+            total += value.nbytes if precision is None else value.numel() * float_type(precision).itemsize
+    return total
+
+
+def entropy_bound(clustering: Clustering) -> float:
+    """Return the bytes that the empirical entropy of the indices, each group's on its own, comes to."""
+    return sum(
+        entropy_bytes(counts(_members(group), group.n_clusters * orbit(group))) for group in clustering.groups
+    )
+
+
+def index_bits_by_layer(network: Model | nn.Module) -> pd.DataFrame:
+    """Return the bits a kernel that each layer's indices take.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        From `replacement.compress`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``layer``; ``fixed``, ceil(log2 K); ``coded``, entropy-coded, with the layer's table of frequencies or
+        its share by kernels of the group's; ``entropy``, of the layer's indices alone.
+    """
+    network = models.network_of(network)
+    rows = []
+    for codebook, members in by_codebook(network):
+        coded = entropy_coding.coded([module.members() for module in members.values()], codebook.n_members)
+        alike = [
+            m.n_kernels for m, table in zip(members.values(), coded.tables, strict=True) if not table.size
+        ]
+        shared = coded.table.nbytes / max(1, sum(alike))
+        for (name, module), words, table in zip(members.items(), coded.words, coded.tables, strict=True):
+            n = module.n_kernels
+            entropy = entropy_bytes(counts(module.members(), codebook.n_members))
+            own = (words.nbytes + table.nbytes) / n + shared * (table.size == 0)
+            rows.append((name, codebook.bits, 8 * own, 8 * entropy / n))
+    return pd.DataFrame(rows, columns=["layer", "fixed", "coded", "entropy"])
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many bytes a group of layers takes at K clusters."""
+
+    precision: str
+    exact: bool = True  # whole bits an index, whole bytes a layer
+    scale_bits: int = 0
+    orbit: int = 1
+
+    @classmethod
+    def of(cls, clustering: Clustering, precision: str, exact: bool) -> "Count":
+        """Return the count for groups with the scales and turns of a clustering's."""
+        group = clustering.groups[0]
+        bits = 0 if group.scales is None else 8 * scale_type(precision).itemsize
+        return cls(precision, exact, bits, orbit(group))
+
+    def bytes(self, layers: Iterable[Layer], k: int) -> float:
+        """Return codebook, indices and scales."""
+        total = codebook_bytes(k, math.prod(next(iter(layers)).shape[2:]), self.precision)
+        for layer in layers:
+            if self.exact:
+                total += index_bytes(layer.n_kernels, index_bits(k * self.orbit))
+            else:
+                total += layer.n_kernels * math.log2(k * self.orbit) / 8
+            total += layer.n_kernels * self.scale_bits / 8
+        return total
+
+
+def pays_up_to(groups: Sequence[Sequence[Layer]], count: Count) -> int:
+    """Return the largest K a group at which these groups of layers take fewer bytes than dense; 0 if none."""
+    sizes = [sum(layer.n_kernels for layer in layers) for layers in groups]
+    dense = sum(math.prod(layer.shape) * layer.itemsize for layers in groups for layer in layers)
+
+    def clustered(k: int) -> float:
+        return sum(count.bytes(layers, min(k, n)) for layers, n in zip(groups, sizes, strict=True))
+
+    return bisect.bisect_left(range(1, max(sizes) + 1), dense, key=clustered)
+
+
+def orbit(group: Group) -> int:
+    """Return how many indices one representative of a group has."""
+    return 1 if group.turns is None else N_TURNS
+
+
+def clustered_bytes(
+    network: Model | nn.Module, clustering: Clustering, *, coding: str = "entropy", precision: str = "fp16"
+) -> int:
+    """Return the bytes of a dense network's convolutions after clustering, as `footprint` counts them."""
+    table = footprint(network, clustering, codings=[coding])
+    return int(table.loc["convolutions", f"{coding}_{precision}"])
 
 
 def _members(group: Group) -> np.ndarray:
@@ -425,23 +438,3 @@ def _owner(name: str) -> tuple[str, str]:
         return owner, rest.partition(".")[0]
     owner, _, leaf = name.rpartition(".")
     return owner, leaf
-
-
-# What the dense model has in place of a clustering's numbers.
-DENSE = dict.fromkeys(
-    ("kernels_removed", "bytes_removed", "bytes_removed_fp16", "model_bytes_removed"), 0.0
-) | {"clusters": 0, "inertia": 0.0, "cluster_seconds": 0.0}
-
-
-def removed(network: Model | nn.Module, result: Clustering) -> dict[str, float]:
-    """Return a clustering's columns of the table that `run` returns: what it removes, and its inertia."""
-    saved = savings(network, result)
-    return {
-        "clusters": result.n_clusters,
-        "kernels_removed": 100 * saved.kernels,
-        "bytes": round(convolution_bytes(network) * (1 - saved.bytes)),
-        "bytes_removed": 100 * saved.bytes,
-        "bytes_removed_fp16": 100 * saved.bytes_fp16,
-        "model_bytes_removed": 100 * saved.model_bytes,
-        "inertia": result.inertia,
-    }

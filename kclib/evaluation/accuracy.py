@@ -325,7 +325,7 @@ def input_fingerprint(model: models.Model, data: datasets.ImageSet) -> str:
 
 
 def accuracy(result: Evaluation, dense: Evaluation) -> dict[str, float]:
-    """Return an evaluation's columns of the table that `run` returns."""
+    """Return an evaluation's columns of the table that `kclib.sweep` returns."""
     lost, top1 = drop(dense, result), result.top1
     return {
         "top1": top1.estimate,
