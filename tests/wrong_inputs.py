@@ -551,6 +551,7 @@ WRONG_INPUTS = [
     (compare.compare, lambda g: compare.compare(g.table(), pd.DataFrame()), WRONG, "no column 'model'"),
     (compare.compare, lambda g: compare.compare(g.table(), pd.concat([g.table()] * 2)), WRONG, "twice"),
     (compare.broken, lambda g: compare.broken(g.table(), -1), WRONG, "max_drop is -1"),
+    (reports.keep, lambda g: reports.keep(pd.DataFrame(), g.folder), STORAGE, "could not be written"),
     (reports.rebuild, lambda g: reports.rebuild(g.folder, "x"), MISSING, "has no report"),
     (batch.run, lambda g: batch.run(replace(profiles.load("smoke"), name="x"), g.path("file")), STORAGE, "could not be written"),
 ]  # fmt: skip

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 from IPython.display import display
+from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from PIL import Image
@@ -173,6 +174,28 @@ def headline(text: str, *, main: bool = False) -> None:
     """
     recorded = {"text": text, "main": main}
     display({_HEADLINE: recorded, "text/markdown": f"**{text}**", "text/plain": text}, raw=True)
+
+
+def keep(made: pd.DataFrame | Figure, path: str | Path) -> Path:
+    """Write a table as CSV, or a figure as PNG, whole or not at all, and return its path.
+
+    Parameters
+    ----------
+    made : pandas.DataFrame or matplotlib.figure.Figure
+        Of a table the index is left out; a figure has 150 dots an inch.
+    path : path
+
+    Raises
+    ------
+    StorageError
+        It could not be written; an older file of this name is then still whole.
+    """
+    with files.replacing(path) as temporary:
+        if isinstance(made, Figure):
+            made.savefig(temporary, format="png", dpi=150)
+        else:
+            made.to_csv(temporary, index=False)
+    return Path(path)
 
 
 def read_headline(notebook: NotebookNode) -> str | None:

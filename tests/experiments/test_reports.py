@@ -4,11 +4,13 @@ import re
 from importlib import metadata
 
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from nbformat import v4
 from PIL import Image
 
-from kclib.errors import MissingFileError
+from kclib.errors import MissingFileError, StorageError
 from kclib.experiments import provenance, reports
 from kclib.experiments.reports import Chapter, Failure, Report
 
@@ -209,3 +211,14 @@ def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(provenance, "_of_this_process", provenance._of_this_process.__wrapped__)
     assert provenance.stamp()["commit"] == "unknown"
+
+
+def test_tables_and_figures_are_kept_whole(tmp_path):
+    table = pd.DataFrame({"k": [2, 3]}, index=[7, 8])
+    assert reports.keep(table, tmp_path / "new" / "a.csv").read_text() == "k\n2\n3\n"
+    figure = Figure(figsize=(2, 1))
+    with Image.open(reports.keep(figure, tmp_path / "a.png")) as picture:
+        assert (picture.format, picture.size) == ("PNG", (300, 150))
+    with pytest.raises(StorageError):
+        reports.keep(table, tmp_path)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.png", "new"]
