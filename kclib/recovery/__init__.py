@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "shrinking": ["shrink"],
         "allocation": ["Allocation"],
+        "calibration": ["calibrate"],
         "finetuning": ["finetune", "RECIPE"],
     },
 )
