@@ -7,7 +7,7 @@ import yaml
 
 from benchmarks import tables
 from kclib import models
-from kclib.datasets import named_sets
+from kclib.datasets import _named_sets
 from kclib.experiments import profiles
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def test_the_checksums_of_the_data_are_those_the_code_checks():
             r"^\| `([^`]+)` \| `([0-9a-f]{64})` \|$", (ROOT / "data/README.md").read_text(), re.MULTILINE
         )
     )
-    expected = {f"FashionMNIST/raw/{name}": digest for name, digest in named_sets.FASHION_FILES.items()}
+    expected = {f"FashionMNIST/raw/{name}": digest for name, digest in _named_sets.FASHION_FILES.items()}
     assert listed == expected | {models.FASHION_FILE: models.FASHION_SHA256}
 
 

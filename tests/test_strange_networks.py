@@ -11,12 +11,12 @@ from strange import NETWORKS, model, network, one_kernel, pictures, raw, scaled
 
 from benchmarks import representatives
 from kclib import clustering, compression, kernels, kmeans, models, recovery, similarity
-from kclib.combination import orthogonality, pruning
+from kclib.combination import _pruning, orthogonality
 from kclib.compression import byte_counts
 from kclib.errors import InvalidValueError
 from kclib.evaluation import attribution, damage, peers
 from kclib.kmeans import symmetric
-from kclib.recovery import allocation, calibration, restoration, sensitivity, sequential
+from kclib.recovery import _calibration, allocation, restoration, sensitivity, sequential
 from kclib.similarity import distances, embedding, measures, null_models
 from kclib.store import Store
 
@@ -65,7 +65,7 @@ def test_calibrated_networks_answer_nearer_than_uncalibrated_ones(kind):
     given, data = model(kind), pictures()
     bank = kernels.extract(given.network)
     small = compression.compress(given.network, clustering.cluster(bank, 5, **QUIET), precision="fp32")
-    ours = calibration.calibrate(models.Model("small", small, scaled), given, data, **QUIET).network
+    ours = _calibration.calibrate(models.Model("small", small, scaled), given, data, **QUIET).network
     assert all(torch.isfinite(x).all() for x in ours.state_dict().values() if x.is_floating_point())
     first, rest = bank.layers[0].name, [layer.name for layer in bank.layers]
     assert (
@@ -316,7 +316,7 @@ def test_peers_and_pruned_networks_are_finite_and_within_their_bytes(kind):
             assert peer.bytes <= budget_
             assert torch.isfinite(answers(peer.network)).all()
     for way in ("kernels", "filters", "weights"):
-        pruned = pruning.prune(given, 0.5, kind=way)
+        pruned = _pruning.prune(given, 0.5, kind=way)
         assert torch.isfinite(answers(pruned.network)).all()
         assert 0 < pruned.kept <= 0.6
 

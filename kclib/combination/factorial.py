@@ -13,9 +13,9 @@ from kclib import datasets, evaluation, models, recovery
 from kclib._util import checks, threads
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import largest
-from kclib.combination import pruning
+from kclib.combination import _pruning
+from kclib.combination._stages import Stage
 from kclib.combination.pipeline import Cluster, Given, Pipeline, Prune, Quantize, Train
-from kclib.combination.stages import Stage
 from kclib.compression import byte_counts
 from kclib.evaluation import accuracy
 from kclib.evaluation.cells import Cells
@@ -72,7 +72,7 @@ def cells(
     names = ("pruned", "sparsities", "clusters", "scopes", "precisions", "orders", "seeds")
     levels = map(checks.several, names, (pruned, sparsities, clusters, scopes, precisions, orders, seeds))
     for kind, sparsity, k, scope, precision, order, seed in itertools.product(*levels):
-        checks.check_known("kind of pruning", kind, pruning.KINDS)
+        checks.check_known("kind of pruning", kind, _pruning.KINDS)
         checks.check_known("order", order, ORDERS)
         checks.check_share("sparsity", sparsity)
         order = order if sparsity and k is not None else None

@@ -13,8 +13,8 @@ from kclib import compression, datasets, models, recovery
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, cluster, with_inertia
-from kclib.combination import pruning, sparse_clustering, stages
-from kclib.combination.stages import Stage
+from kclib.combination import _pruning, _sparse_clustering, _stages
+from kclib.combination._stages import Stage
 from kclib.compression import precisions
 from kclib.compression.container import Contents
 from kclib.errors import InvalidValueError
@@ -58,7 +58,7 @@ class Combined:
     n_bytes : int
         Of all convolutions: `byte_counts.stored_bytes`, with entropy-coded indices, where kernels are
         clustered: a zero weight in a representative that is not all zero saves nothing there. Else
-        `pruning.sparse_bytes` of the kind that was pruned, with biases as they are rounded.
+        `_pruning.sparse_bytes` of the kind that was pruned, with biases as they are rounded.
     table : pandas.DataFrame
         One row a step, ``dense`` first: ``step``; ``bytes`` of all convolutions then; ``zero_kernels``, the
         share of kernels that are all zero, 0 to 1.
@@ -111,7 +111,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Prune(Step):
-    """Make the kernels, filters or weights of the smallest scores zero, as `pruning.prune` does.
+    """Make the kernels, filters or weights of the smallest scores zero, as `_pruning.prune` does.
 
     After `Cluster`, kernels and filters are scored as they stand, by their representatives. The pruned ones
     get one more, zero, the last of their group's; those that stand for none any more go. Of single weights,
@@ -135,7 +135,7 @@ class Prune(Step):
     weighted: bool = False
 
     def __post_init__(self):
-        checks.check_known("kind of pruning", self.kind, pruning.KINDS)
+        checks.check_known("kind of pruning", self.kind, _pruning.KINDS)
         checks.check_share("sparsity", self.sparsity)
 
     @property
@@ -147,15 +147,15 @@ class Prune(Step):
         """Return what this step makes of a stage."""
         weights = given.weights(stage) if self.weighted else None
         if stage.clustering is not None and self.kind == "weights":
-            stage = stage.clustered(stages.thinned(stage.clustering, self.sparsity, weights))
+            stage = stage.clustered(_stages.thinned(stage.clustering, self.sparsity, weights))
             return stage.pruned(stage.model.network, self.kind)
-        found = pruning.prune(stage.model, self.sparsity, kind=self.kind, weights=weights)
+        found = _pruning.prune(stage.model, self.sparsity, kind=self.kind, weights=weights)
         return stage.pruned(found.network, self.kind)
 
 
 @dataclass(frozen=True)
 class Cluster(Step):
-    """Cluster the kernels: all, or after `Prune` those that are not zero (`sparse_clustering.cluster`).
+    """Cluster the kernels: all, or after `Prune` those that are not zero (`_sparse_clustering.cluster`).
 
     Attributes
     ----------
@@ -191,7 +191,7 @@ class Cluster(Step):
             options |= {"dense": given.model.network, "precision": stage.precision, "device": given.device}
             found = sequential.correct(stage.model, given.images, self.n_clusters, **options)
             return stage.on(found.network, clustering=found.clustering).as_stored()
-        method = cluster if stage.held is None else sparse_clustering.cluster
+        method = cluster if stage.held is None else _sparse_clustering.cluster
         return replace(stage, clustering=method(stage.bank, self.n_clusters, **options)).as_stored()
 
 

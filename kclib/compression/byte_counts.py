@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kclib import models
 from kclib.clustering import Clustering, Group, checked, grouping
-from kclib.compression import architectures, checkpoint, entropy_coding, precisions
+from kclib.compression import _architectures, checkpoint, entropy_coding, precisions
 from kclib.compression.container import Contents
 from kclib.compression.layers import N_TURNS, ClusteredConv2d, by_codebook
 from kclib.compression.packing import index_bits, index_bytes
@@ -267,7 +267,7 @@ def stored_bytes(network: Model | nn.Module) -> int:
     network = models.network_of(network)
     convolutions, chosen = _convolutions(network), precisions.precisions(network)
     total = sum(value.nbytes for value in checkpoint.encoded_layers(network)[1].values())
-    for name, value in architectures.others(network).items():
+    for name, value in _architectures.others(network).items():
         if _item(name, convolutions) != "rest":
             precision = chosen.get(id(value))
             total += value.nbytes if precision is None else value.numel() * float_type(precision).itemsize

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from kclib import models
 from kclib._util import checks, files
 from kclib.compression import (
-    architectures,
+    _architectures,
+    _example_inputs,
+    _extra_state,
+    _trial_run,
     attributes,
     container,
     entropy_coding,
-    example_inputs,
-    extra_state,
     layers,
     packing,
     precisions,
     replacement,
-    trial_run,
 )
 from kclib.compression.container import Contents
 from kclib.compression.layers import ClusteredConv2d, Codebook
@@ -101,8 +101,8 @@ def encoded(network: nn.Module, *, indices: str = "entropy") -> tuple[dict, dict
         Values that a precision does not hold; an unknown coding.
     """
     checks.check_known("coding of indices", indices, CODINGS)
-    tensors, stored = architectures.stored(network, entropy_coded=indices == "entropy")
-    kept, extra = extra_state.stored(network)
+    tensors, stored = _architectures.stored(network, entropy_coded=indices == "entropy")
+    kept, extra = _extra_state.stored(network)
     described, clustered = encoded_layers(network, indices=indices)
     return described | {"stored": stored, "extra": extra}, tensors | kept | clustered
 
@@ -129,7 +129,7 @@ def load(
     resident: str = "packed",
     block_bytes: int = layers.BLOCK_BYTES,
     device: str | torch.device = "cpu",
-    inputs: example_inputs.Inputs = None,
+    inputs: _example_inputs.Inputs = None,
 ) -> models.Model:
     """Rebuild the network of a file, in eval mode; no dense weight is made on the way.
 
@@ -179,13 +179,13 @@ def load(
             f"{path} rounds activations, and this kclib does not; read it with the version that wrote it "
             f"({description.get('kclib')})."
         )
-    model = architectures.of(path, description.get("architecture"), architecture)
+    model = _architectures.of(path, description.get("architecture"), architecture)
     try:
         network = _with_layers(path, model.network, description, tensors, block_bytes)
-        architectures.fill(path, network, tensors, description.get("stored", {}))
-        extra_state.fill(path, network, tensors, description.get("extra", {}))
+        _architectures.fill(path, network, tensors, description.get("stored", {}))
+        _extra_state.fill(path, network, tensors, description.get("extra", {}))
         source = models.network_of(architecture) if not isinstance(architecture, str | None) else None
-        trial_run.check(network, layers.clustered(network), source=source, given=model, inputs=inputs)
+        _trial_run.check(network, layers.clustered(network), source=source, given=model, inputs=inputs)
         network = replacement.expand(network, inputs=False) if resident == "dense" else network
     except KclibError:
         raise

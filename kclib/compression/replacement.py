@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from kclib import kernels
 from kclib.clustering import Clustering, Group, checked, digest, quantized
-from kclib.compression import attributes, example_inputs, packing, precisions, trial_run
+from kclib.compression import _example_inputs, _trial_run, attributes, packing, precisions
 from kclib.compression.layers import BLOCK_BYTES, N_TURNS, ClusteredConv2d, Codebook, clustered, kind_of
 from kclib.errors import InvalidValueError
 from kclib.kernels import convolutions, copying
@@ -41,7 +41,7 @@ def compress(
     precision: str | None = None,
     linear: str | None = None,
     block_bytes: int = BLOCK_BYTES,
-    inputs: example_inputs.Inputs = None,
+    inputs: _example_inputs.Inputs = None,
 ) -> Model | nn.Module:
     """Return a copy of `network` that keeps indices and codebooks in place of the clustered kernels.
 
@@ -49,7 +49,7 @@ def compress(
     convolution has its class, hooks, attributes and further buffers, and a `weight` to be read
     (`layers.ClusteredConv2d`). A weight that is computed, by weight norm for example, is taken as it is.
 
-    The result is run once, hooks included, on one input (`trial_run.check`): each replaced layer must be
+    The result is run once, hooks included, on one input (`_trial_run.check`): each replaced layer must be
     used, and the answers must be those of dense weights, but for rounding.
 
     Parameters
@@ -108,12 +108,12 @@ def compress(
         reference = copying.copied(dense)
         for name, convolution in kernels.matched(reference, clustering.layers).items():
             convolutions.set_weight(convolution, packed[name].weight.detach(), name=name)
-        trial_run.check(result, packed, source=dense, reference=reference, given=network, inputs=inputs)
+        _trial_run.check(result, packed, source=dense, reference=reference, given=network, inputs=inputs)
     return like(network, result)
 
 
 def replaced(
-    network: Model | nn.Module, clustering: Clustering, *, inputs: example_inputs.Inputs = None
+    network: Model | nn.Module, clustering: Clustering, *, inputs: _example_inputs.Inputs = None
 ) -> Model | nn.Module:
     """Return a copy of `network` whose kernels are those that stand for them, in ordinary dense weights.
 
@@ -132,7 +132,7 @@ def replaced(
     check_origin(dense, clustering)
     result = inserted(dense, clustering)
     names = [layer.name for layer in clustering.layers]
-    trial_run.check(result, names, source=dense, given=network, inputs=inputs)
+    _trial_run.check(result, names, source=dense, given=network, inputs=inputs)
     return like(network, result)
 
 
@@ -201,7 +201,7 @@ def packed_layers(
     return result
 
 
-def expand(network: Model | nn.Module, *, inputs: example_inputs.Inputs = None) -> Model | nn.Module:
+def expand(network: Model | nn.Module, *, inputs: _example_inputs.Inputs = None) -> Model | nn.Module:
     """Return a copy of `network` whose clustered convolutions are ordinary ones with dense weights.
 
     They are of the class that they were of, with all that they had. A weight that was computed, by weight
@@ -238,7 +238,7 @@ def expand(network: Model | nn.Module, *, inputs: example_inputs.Inputs = None) 
     if inputs is not False and clustered(packed):
         reference = copying.copied(packed)
         names = list(clustered(packed))
-        trial_run.check(result, names, source=packed, reference=reference, given=network, inputs=inputs)
+        _trial_run.check(result, names, source=packed, reference=reference, given=network, inputs=inputs)
     return like(network, result)
 
 

@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import Subset
 
 from kclib._util import checks
-from kclib.datasets import class_names, labelled, named_sets, preprocessing
+from kclib.datasets import _class_names, _labelled, _named_sets, _preprocessing
+from kclib.datasets._named_sets import LOADERS
 from kclib.datasets.image_set import ImageSet
-from kclib.datasets.named_sets import LOADERS
 from kclib.errors import InvalidValueError, UnknownNameError
 
 _READ_AT_ONCE = 256  # images that a process has read while another one starts
@@ -25,7 +25,7 @@ def load_data(name: str = "fashion-mnist", split: str = "test", *, limit: int | 
     ----------
     name : str
         One of `names()`, or ``folder:PATH`` for a folder that holds one sub-folder of images a class, or such
-        folders by split (`image_folders.find` says how they are told; `pictures.as_rgb`, what is read).
+        folders by split (`_image_folders.find` says how they are told; `_pictures.as_rgb`, what is read).
         The others are read from `files.data_dir()` in torchvision's own layout; nothing is downloaded.
     split : {"test", "train"}
         ``test`` is the validation split where a data set has no public test labels (ImageNet, Imagenette).
@@ -46,7 +46,7 @@ def load_data(name: str = "fashion-mnist", split: str = "test", *, limit: int | 
     checks.check_known("split", split, ("test", "train"))
     kind, _, path = name.partition(":") if isinstance(name, str) else ("", "", "")
     if kind == "folder" and path:
-        loaded = named_sets.folder(name, split)
+        loaded = _named_sets.folder(name, split)
     elif name in LOADERS:
         loaded = LOADERS[name](split)
     elif isinstance(name, str) and Path(name).expanduser().is_dir():
@@ -72,7 +72,7 @@ def train_and_test(name: str, *, limit: int | None = None) -> tuple[ImageSet, Im
     """
     kind, _, path = name.partition(":") if isinstance(name, str) else ("", "", "")
     if kind == "folder" and path:
-        train, test = named_sets.folders(name)
+        train, test = _named_sets.folders(name)
         return train, test if limit is None else limited(test, limit)
     return load_data(name, "train"), load_data(name, limit=limit)
 
@@ -106,7 +106,7 @@ def as_image_set(data) -> ImageSet:
         return load_data(data)
     if isinstance(data, Path):
         return load_data(f"folder:{data}")
-    return labelled.read(data)
+    return _labelled.read(data)
 
 
 def names() -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def aligned(
 ) -> ImageSet:
     """Return `data` with its labels as places among a network's outputs; unknown labels stay -1.
 
-    `class_names.places` says how classes are matched. How they were is among the notes of what is returned.
+    `_class_names.places` says how classes are matched. How they were is among the notes of what is returned.
 
     Parameters
     ----------
@@ -173,11 +173,11 @@ def aligned(
             f'classes is {classes!r}; it must be "by position" or the names of the outputs.'
         )
     if classes:
-        order, note = class_names.by_position(data.name, data.classes, n_outputs)
+        order, note = _class_names.by_position(data.name, data.classes, n_outputs)
     else:
         with_images = set(data.labels.tolist())
         needed = [i in with_images for i in range(len(data.classes))]
-        order, note = class_names.places(data.name, data.classes, needed, names, n_outputs)
+        order, note = _class_names.places(data.name, data.classes, needed, names, n_outputs)
     outputs = tuple(names)
     if len(outputs) != n_outputs:  # by the data set's own names, where it has one
         by_place = dict(zip(order, data.classes, strict=True))
@@ -208,7 +208,7 @@ def batches(
     workers = checks.check_whole("workers", workers, 0)
     data = as_image_set(data)
     start = 0
-    for inputs in preprocessing.batches(data.images, data.name, preprocess, batch_size, workers):
+    for inputs in _preprocessing.batches(data.images, data.name, preprocess, batch_size, workers):
         yield inputs, data.labels[start : start + len(inputs)]  # of the set, which may have been relabelled
         start += len(inputs)
 
@@ -236,7 +236,7 @@ def _checked_names(classes: Sequence[str], n_outputs: int) -> tuple[str, ...]:
     names = tuple(classes) if isinstance(classes, Sequence) else ()
     if len(names) != n_outputs or not all(isinstance(name, str) for name in names):
         raise InvalidValueError(
-            f"classes has {len(names)} names ({class_names.listed(names)}) for {n_outputs} outputs; "
+            f"classes has {len(names)} names ({_class_names.listed(names)}) for {n_outputs} outputs; "
             'it must be "by position" or a name for each output.'
         )
     return names

@@ -19,7 +19,7 @@ from traitlets.config import Config
 from kclib._util import files, progress_bars
 from kclib._util.progress_bars import tqdm
 from kclib.errors import NotebookError, StorageError, reason
-from kclib.experiments import profiles, provenance, reports
+from kclib.experiments import _provenance, profiles, reports
 from kclib.experiments.profiles import Profile
 from kclib.experiments.reports import Chapter
 from kclib.models import factories
@@ -50,7 +50,7 @@ def run(profile: Profile, out: Path) -> Path:
 
 def _run(profile: Profile, folder: Path) -> Path:
     chapters = [Chapter(stem, "not run", parameters=given) for stem, given in profile.parameters.items()]
-    about = provenance.stamp() | _hashes(profile)
+    about = _provenance.stamp() | _hashes(profile)
     index = _write(folder, profile, chapters, about)
     with tqdm(
         total=sum(profile.seconds.values()),

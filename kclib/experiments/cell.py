@@ -22,7 +22,7 @@ from kclib.clustering import Clustering, Group, largest
 from kclib.compression import byte_counts
 from kclib.errors import InvalidValueError
 from kclib.evaluation.cells import Cells
-from kclib.experiments import provenance
+from kclib.experiments import _provenance
 from kclib.experiments.profiles import ModelSource
 from kclib.kernels import KernelBank, Kernels, bank_of
 from kclib.store import VERSIONS, Entry, Store
@@ -139,7 +139,7 @@ class Subject(Cells):
             ``drop_high`` in points; ``p_value``; ``cluster_seconds``, ``evaluate_seconds``; and what a row
             can be told and compared by in other tables: ``model``, ``weights``, ``data``, ``images_hash``,
             ``precision``, ``images`` (how many) and ``right`` (which are answered rightly, a bit each:
-            `numpy.packbits`); ``made``, ``versions``, ``commit``, ``machine`` (`provenance.stamp`).
+            `numpy.packbits`); ``made``, ``versions``, ``commit``, ``machine`` (`_provenance.stamp`).
         """
         dense, rows = self.answers(entries[0]), []
         for cell, entry in zip(cells, entries, strict=True):
@@ -158,7 +158,7 @@ class Subject(Cells):
             )  # fmt: skip
             row = byte_counts.removed(model.network, found) | {"cluster_seconds": seconds}
             model = compression.replaced(model, found)
-        row |= provenance.stamp() | {"data": self.data.name}
+        row |= _provenance.stamp() | {"data": self.data.name}
         return self.evaluated(key, model, row, progress=progress)
 
 

@@ -10,7 +10,7 @@ import papermill
 
 from kclib._util import files
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, UnknownNameError, reason
-from kclib.experiments.documents import Document
+from kclib.experiments._documents import Document
 from kclib.experiments.parameters import check_value
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"

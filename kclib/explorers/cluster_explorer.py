@@ -21,7 +21,7 @@ from kclib.compression.layers import N_TURNS
 from kclib.datasets import ImageSet, as_image_set
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation, accuracy
-from kclib.explorers.background import (
+from kclib.explorers._background import (
     Answer,
     Explorer,
     Newest,

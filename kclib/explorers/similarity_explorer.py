@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from kclib import plots, similarity
 from kclib.errors import InvalidValueError, StoppedError
-from kclib.explorers import background
-from kclib.explorers.background import Answer, Explorer, Stale
+from kclib.explorers import _background
+from kclib.explorers._background import Answer, Explorer, Stale
 from kclib.kernels import KernelBank
 from kclib.similarity import null_models
 
@@ -46,12 +46,12 @@ class SimilarityExplorer(Explorer[SimilarityQuestion]):
     def answered(self, question: SimilarityQuestion, stale: Stale) -> Answer[SimilarityQuestion]:
         """Return the histogram over its null models, and how much closer real kernels are."""
         named = similarity.named(question.distance)
-        rows = background.rows_of(self.bank, self.rows, question.layers)
+        rows = _background.rows_of(self.bank, self.rows, question.layers)
         points = self.bank.points[rows[:: -(-len(rows) // _MOST) or 1]]
         points = points[named.comparable(points)]
         if len(points) < 3:
             raise InvalidValueError(
-                f"{len(points)} sampled kernels of {background.called(self.bank, question.layers)} "
+                f"{len(points)} sampled kernels of {_background.called(self.bank, question.layers)} "
                 "can be compared; "
                 "give at least 3."
             )
@@ -69,7 +69,7 @@ class SimilarityExplorer(Explorer[SimilarityQuestion]):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         ax = plots.distance_histograms(found, xlabel=named.label, ax=figure.subplots())
         ax.set_title(
-            f"{background.called(self.bank, question.layers)}: all pairs of {len(points):,} kernels",
+            f"{_background.called(self.bank, question.layers)}: all pairs of {len(points):,} kernels",
             fontsize=10,
         )
         real = nearest.pop("real kernels")

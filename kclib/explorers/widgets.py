@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kclib.datasets import ImageSet
 from kclib.errors import KclibError
 from kclib.explorers import cluster_explorer, map_explorer
-from kclib.explorers.background import Explorer
+from kclib.explorers._background import Explorer
 from kclib.explorers.cluster_explorer import ClusterExplorer
 from kclib.explorers.map_explorer import MapExplorer
 from kclib.explorers.similarity_explorer import SimilarityExplorer

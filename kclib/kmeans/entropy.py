@@ -8,9 +8,9 @@ import numpy as np
 from kclib._util import checks, threads
 from kclib._util.compiled import njit
 from kclib.kmeans import lloyd, nearest, settings
+from kclib.kmeans._inner_loops import square
 from kclib.kmeans.fit_progress import FitStep, Progress
 from kclib.kmeans.fitting import fit as unpriced
-from kclib.kmeans.inner_loops import square
 from kclib.kmeans.rescaling import Frame
 from kclib.kmeans.settings import Options
 

@@ -8,7 +8,7 @@ import psutil
 
 from kclib._util import checks, threads
 from kclib.errors import InvalidValueError, NotEnoughMemoryError
-from kclib.kmeans import lloyd, nearest, settings, streaming
+from kclib.kmeans import _streaming, lloyd, nearest, settings
 from kclib.kmeans.fit_progress import FitStep, Progress
 from kclib.kmeans.rescaling import Frame
 from kclib.kmeans.settings import KMeans, Options
@@ -42,7 +42,7 @@ def fit(
     ----------
     points : array, tensor, DataFrame or KernelBank, or iterable of these
         float32 ``(n, d)``, finite; a memory-mapped array is read where it lies. More than eight million, or
-        an iterable of several arrays, are streamed in blocks (`streaming.fit`).
+        an iterable of several arrays, are streamed in blocks (`_streaming.fit`).
     n_clusters : int
         1 to n. Fewer come back only if there are fewer distinct points.
     weights : numpy.ndarray, optional
@@ -189,20 +189,20 @@ def memory(n: int, d: int, n_clusters: int, n_threads: int | None = None) -> int
     """Return about how many bytes `kmeans` takes at most, beside the points."""
     n_threads = threads.threads(n_threads)
     if n > _IN_MEMORY:
-        return streaming.memory(n, d, n_clusters, n_threads)
+        return _streaming.memory(n, d, n_clusters, n_threads)
     return lloyd.memory(n, d, n_clusters, n_threads)
 
 
 def _streamed(points, n_clusters, weights, init, device, options, report) -> KMeans:
     """Return a clustering of points that are read block by block."""
-    parts = streaming.Parts(points)
+    parts = _streaming.Parts(points)
     n_clusters = settings.check_k(n_clusters, parts.n)
     weights = settings.checked_weights(weights, parts.n)
-    _room(streaming.memory(parts.n, parts.d, n_clusters, options.threads), parts.n, n_clusters)
+    _room(_streaming.memory(parts.n, parts.d, n_clusters, options.threads), parts.n, n_clusters)
     if init is not None:
         init = parts.frame.into(_checked_init(init, n_clusters, parts.d))
     report.unit = parts.frame.inertia_unit
-    found = streaming.fit(parts, n_clusters, weights, init, options, device, report)
+    found = _streaming.fit(parts, n_clusters, weights, init, options, device, report)
     return parts.frame.out_of(found)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from kclib._util import threads
 from kclib._util.compiled import njit
-from kclib.kmeans import nearest, seeding
+from kclib.kmeans import _seeding, nearest
 from kclib.kmeans.fit_progress import Progress
 from kclib.kmeans.settings import FLAT, KMeans, Options
 
@@ -104,7 +104,7 @@ def start(
     """Return K centres to start from, and a near one of each point if that came with them.
 
     Up to a few hundred clusters, or with few points: k-means++ and Lloyd on a sample. Above: a coarse
-    k-means makes about √K cells, K is shared out over them (`seeding.shares`), and a small k-means runs in
+    k-means makes about √K cells, K is shared out over them (`_seeding.shares`), and a small k-means runs in
     each.
     """
     if is_flat(len(points), n_clusters):
@@ -128,8 +128,8 @@ def grow(
     sizes = np.bincount(found.labels, minlength=n_cells)
     loss = found.errors if weights is None else found.errors * weights
     inertias = np.bincount(found.labels, loss, minlength=n_cells)
-    counts = seeding.shares(inertias, sizes, n_clusters, points.shape[1])
-    return seeding.split(
+    counts = _seeding.shares(inertias, sizes, n_clusters, points.shape[1])
+    return _seeding.split(
         points, weights, found.labels, counts,
         rounds=_LOCAL_ROUNDS, trials=_TRIALS, seed=options.seed, n_threads=options.threads, done=done,
     )  # fmt: skip
@@ -141,7 +141,7 @@ def _flat(points, weights, n_clusters: int, options: Options) -> np.ndarray:
         able = np.arange(len(points))
     size = min(len(able), max(_FLAT_SAMPLE * n_clusters, 4096))
     rows = np.sort(np.random.default_rng(options.seed).choice(able, size, replace=False))
-    return seeding.split(
+    return _seeding.split(
         points[rows], None if weights is None else weights[rows],
         np.zeros(size, np.int32), np.array([n_clusters]),
         rounds=20, trials=2 + round(math.log(n_clusters)),  # greedy k-means++'s own choice

@@ -9,7 +9,7 @@ import numpy as np
 
 from kclib._util import threads
 from kclib._util.compiled import njit
-from kclib.kmeans import pruned_search
+from kclib.kmeans import _pruned_search
 
 _COMPARED = 256
 
@@ -73,7 +73,7 @@ def nearest(
     if guess is None:
         guess = near(points, centres, n_threads=n_threads)
     order, starts = by_label(guess, len(centres))
-    return Found(*pruned_search.pruned(points, centres, order, starts, reach, n_threads, done))
+    return Found(*_pruned_search.pruned(points, centres, order, starts, reach, n_threads, done))
 
 
 def near(points: np.ndarray, centres: np.ndarray, *, n_threads: int | None = None) -> np.ndarray:

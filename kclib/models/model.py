@@ -12,7 +12,7 @@ from kclib._util import checks
 from kclib.errors import (
     InvalidValueError,
 )
-from kclib.models import inference, inputs, state_dicts
+from kclib.models import _inputs, inference, state_dicts
 
 read_weights = state_dicts.read
 
@@ -150,8 +150,8 @@ def plain(name: str, network: nn.Module, input_shape: tuple[int, int, int] | Non
     if input_shape is not None:
         _check_shape(input_shape)
         n_channels, *size = input_shape
-        return Model(name, network, inputs.Plain(n_channels, tuple(size)), (), tuple(input_shape))
-    return Model(name, network, inputs.Plain(inference.channels(network) or 3))
+        return Model(name, network, _inputs.Plain(n_channels, tuple(size)), (), tuple(input_shape))
+    return Model(name, network, _inputs.Plain(inference.channels(network) or 3))
 
 
 def input_shape(model: Model | nn.Module, images=None) -> tuple[int, int, int]:
@@ -174,7 +174,7 @@ def input_shape(model: Model | nn.Module, images=None) -> tuple[int, int, int]:
     model = as_model(model)
     if model.input_shape:
         return model.input_shape
-    if known := inputs.known_shape(model.preprocess):
+    if known := _inputs.known_shape(model.preprocess):
         return known
     if images is not None:
         first = datasets.select(datasets.as_image_set(images), torch.tensor([0]))
@@ -195,9 +195,9 @@ def _check_shape(shape: tuple[int, int, int]) -> None:
 def _shaped(model: Model, shape: tuple[int, int, int]) -> Model:
     """Return a model with an input shape that it was given; one that nothing is known of makes it so."""
     _check_shape(shape)
-    if isinstance(model.preprocess, inputs.Plain):
+    if isinstance(model.preprocess, _inputs.Plain):
         return plain(model.name, model.network, shape)
-    known = model.input_shape or inputs.known_shape(model.preprocess)
+    known = model.input_shape or _inputs.known_shape(model.preprocess)
     if known not in (None, tuple(shape)):
         raise InvalidValueError(
             f"input_shape is {tuple(shape)}, but the preprocessing of {model.name} makes {known}."

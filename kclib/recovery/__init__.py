@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "shrinking": ["shrink"],
         "allocation": ["Allocation"],
-        "calibration": ["calibrate"],
+        "_calibration": ["calibrate"],
         "finetuning": ["finetune", "RECIPE"],
     },
 )

@@ -17,8 +17,8 @@ from kclib.clustering import Clustering, Group, grouping
 from kclib.compression import precisions
 from kclib.kernels import KernelBank, Layer, convolutions, copying, extract, matched, rows_of
 from kclib.kmeans import settings
-from kclib.recovery import calibration, moments
-from kclib.recovery.moments import Moments
+from kclib.recovery import _calibration, _moments
+from kclib.recovery._moments import Moments
 
 _SOONER = 10  # times the damping, where a matrix has no Cholesky factor with less
 _BLOCK = 32  # input channels whose error is carried to the later ones at once
@@ -69,7 +69,7 @@ def correct(
     for Classification and Detection*, asymmetric reconstruction); one input channel after the other is
     replaced by representatives, and the error of each is made good by the channels still to come (Frantar et
     al. 2023, *GPTQ*; van Baalen et al. 2024, *GPTVQ*, here with a kernel as the vector); then the codebook is
-    fitted to the dense answers (`calibration.fitted`), and the mean that is left goes into the bias, or mean
+    fitted to the dense answers (`_calibration.fitted`), and the mean that is left goes into the bias, or mean
     and variance into the batch norm behind the layer.
 
     A codebook of one layer is found from its moved weights, weighted by the energy of the channels they read;
@@ -111,15 +111,15 @@ def correct(
     InvalidValueError, UnknownNameError
         As in `clustering.cluster`; no image; inputs of a layer that are not finite; damping not above 0.
     """
-    calibration.check_damping(damping)
+    _calibration.check_damping(damping)
     given, model, images = model, models.as_model(model), datasets.as_image_set(images)
     bank = extract(model.network, size=size)
     seed = checks.check_seed(seed)
     dense = model.network if dense is None else models.network_of(dense)
     matched(dense, bank.layers)
     small, dense = (models.moved(copying.copied(x).eval(), device) for x in (model.network, dense))
-    batches = moments.batches(images, model.preprocess, batch_size, device)
-    order = moments.steps(dense, next(batches())[:1], {x.name for x in bank.layers if not x.transposed})
+    batches = _moments.batches(images, model.preprocess, batch_size, device)
+    order = _moments.steps(dense, next(batches())[:1], {x.name for x in bank.layers if not x.transposed})
     books = _Books.of(bank, n_clusters, scope, weights, precision, seed, {step.name for step in order})
     found, rest = {}, [layer for layer in bank.layers if layer.name not in books.measured]
     for layer in rest:
@@ -128,7 +128,7 @@ def correct(
     for i, step in enumerate(
         tqdm(order, desc="layer by layer", unit="layer", leave=False, disable=not progress)
     ):
-        read = moments.measure(dense, small, step, batches, n_images=len(images), seed=seed + i)
+        read = _moments.measure(dense, small, step, batches, n_images=len(images), seed=seed + i)
         found[step.name] = _clustered(books, bank.layer(step.name), step, read, dense, small, damping)
     notes = (
         f"layer {x.name} does not run; its kernels have the nearest representatives."
@@ -206,7 +206,7 @@ class _Books:
         def rounded(values: Tensor) -> Tensor:
             return precisions.rounded(values, self.precision)
 
-        values = calibration.fitted(decode, coded.codebook, dense, read, damping=damping, rounded=rounded)
+        values = _calibration.fitted(decode, coded.codebook, dense, read, damping=damping, rounded=rounded)
         return _Coded(values, coded.indices)
 
     def nearest(self, layer: Layer) -> _Coded:
@@ -229,14 +229,14 @@ class _Books:
 
 
 def _clustered(
-    books: _Books, layer: Layer, step: moments.LayerMoments, read: Moments, dense, small, damping: float
+    books: _Books, layer: Layer, step: _moments.LayerMoments, read: Moments, dense, small, damping: float
 ) -> _Coded:
     """Cluster one layer of `small`, in place, and return its codes."""
     original, own = dense.get_submodule(layer.name), small.get_submodule(layer.name)
-    norms = calibration.norms_behind(step, dense, small)
+    norms = _calibration.norms_behind(step, dense, small)
     about = read if own.bias is not None or norms else read.about_zero()
-    wanted = moments.grouped(original)
-    target = _moved(wanted, moments.grouped(own), about, damping)
+    wanted = _moments.grouped(original)
+    target = _moved(wanted, _moments.grouped(own), about, damping)
     area = int(np.prod(layer.shape[2:]))
     energy = about.small.diagonal(dim1=1, dim2=2).unflatten(1, (-1, area)).mean(2)  # (groups, inputs)
     each = energy[:, None].expand(-1, target.shape[1], -1).reshape(-1)
@@ -246,7 +246,7 @@ def _clustered(
     if books.group(layer) not in books.shared:
         coded = books.refined(coded, wanted, about, damping)
     convolutions.set_weight(own, coded.kernels, name=layer.name)
-    calibration.absorb(read, moments.grouped(own), original, own, norms)
+    _calibration.absorb(read, _moments.grouped(own), original, own, norms)
     return coded
 
 

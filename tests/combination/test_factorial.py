@@ -8,7 +8,7 @@ from statsmodels.formula.api import ols
 from torch import nn
 
 from kclib import evaluation
-from kclib.combination import Cluster, Prune, Quantize, Train, factorial, orthogonality, pipeline, pruning
+from kclib.combination import Cluster, Prune, Quantize, Train, _pruning, factorial, orthogonality, pipeline
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.evaluation import intervals
@@ -110,9 +110,9 @@ def test_every_cell_is_there_once_and_what_does_not_matter_is_none():
         assert cell["pruned"] == (None if cell["sparsity"] == 0 else "kernels")
     nothing = dict.fromkeys(("pruned", "clusters", "scope", "precision", "order", "seed"))
     assert factorial.cells((0,), (None,), precisions=(None,)) == [nothing | {"sparsity": 0}]
-    three = factorial.cells((0, 0.5), (None, 4), ("layer",), (None,), seeds=(0,), pruned=pruning.KINDS)
+    three = factorial.cells((0, 0.5), (None, 4), ("layer",), (None,), seeds=(0,), pruned=_pruning.KINDS)
     assert [(x["pruned"], x["clusters"]) for x in three] == [
-        (None, None), (None, 4), *((kind, k) for kind in pruning.KINDS for k in (None, 4))
+        (None, None), (None, 4), *((kind, k) for kind in _pruning.KINDS for k in (None, 4))
     ]  # fmt: skip
     with pytest.raises(UnknownNameError, match="kind of pruning 'layers'"):
         factorial.cells(pruned=("layers",))
@@ -350,7 +350,7 @@ def test_the_sum_is_of_what_the_kind_of_pruning_loses_alone():
         orthogonality.orthogonality(pd.DataFrame([*ALONE, kernels, filters[1]]))
 
 
-@pytest.mark.parametrize("kind", pruning.KINDS)
+@pytest.mark.parametrize("kind", _pruning.KINDS)
 def test_each_kind_of_pruning_has_its_rows_bytes_and_pipeline(kind, store):
     cells = factorial.cells((0, 0.5), (None, 4), ("layer",), (None, "int8"), seeds=(0,), pruned=(kind,))
     found = factorial.run(tiny_model(), tiny_data(), cells, store=store, progress=False)
@@ -359,9 +359,9 @@ def test_each_kind_of_pruning_has_its_rows_bytes_and_pipeline(kind, store):
     for row in alone.itertuples():
         assert factorial.pipeline({**cells[4], "precision": row.Index}).steps[0] == Prune(0.5, kind)
     # Half of 36 kernels, 10 filters or 324 weights are zero; biases, masks' entropies and scales come on top.
-    small = pruning.prune(tiny_model(), 0.5, kind=kind)
+    small = _pruning.prune(tiny_model(), 0.5, kind=kind)
     n_kept = sum(int(np.count_nonzero(mask)) for mask in small.masks.values())
-    masks = pruning.sparse_bytes(small.network, kind=kind, precision="fp32") - 4 * n_kept - 4 * 10
+    masks = _pruning.sparse_bytes(small.network, kind=kind, precision="fp32") - 4 * n_kept - 4 * 10
     assert alone.bytes["none"] == 4 * (n_kept + 10) + masks
     assert alone.bytes["int8"] == n_kept + 2 * 10 + 4 * 10 + masks
     steps = Prune(0.5, kind) >> Cluster(4, "layer") >> Quantize("int8")

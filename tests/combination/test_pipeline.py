@@ -11,7 +11,7 @@ from torch import nn
 
 from kclib import clustering, compression, kernels
 from kclib import training as train_module
-from kclib.combination import Cluster, Pipeline, Prune, Quantize, Step, Train, pruning
+from kclib.combination import Cluster, Pipeline, Prune, Quantize, Step, Train, _pruning
 from kclib.compression import byte_counts, precisions
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
@@ -99,9 +99,9 @@ def test_the_bytes_and_zeros_of_each_step_are_listed_with_the_dense_network_firs
     found = run(Prune(0.5) >> Quantize("int8", biases="fp16"))
     assert found.table.step.tolist() == ["dense", "prune", "quantize"]
     dense = byte_counts.convolution_bytes(network_of())
-    pruned = pruning.prune(model_of(), 0.5).network
-    whole = pruning.sparse_bytes(pruned, precision="int8") - (6 + 8 + 5) * 2
-    assert found.table.bytes.tolist() == [dense, pruning.sparse_bytes(pruned, precision="fp32"), whole]
+    pruned = _pruning.prune(model_of(), 0.5).network
+    whole = _pruning.sparse_bytes(pruned, precision="int8") - (6 + 8 + 5) * 2
+    assert found.table.bytes.tolist() == [dense, _pruning.sparse_bytes(pruned, precision="fp32"), whole]
     assert found.table.zero_kernels.tolist() == [0, 0.5, 0.5]
     assert (found.clustering, found.n_bytes) == (None, whole)
     assert run(Quantize("bf16")).n_bytes == dense - 2 * 66 * 9

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune as reference
 
 from kclib import kernels, models
-from kclib.combination import pruning
+from kclib.combination import _pruning
 from kclib.compression import byte_counts, formats
 from kclib.errors import InvalidValueError, UnknownNameError
 
@@ -34,7 +34,7 @@ def random_network(seed=0):
 
 
 def prune(network, sparsity, kind="kernels", **options):
-    return pruning.prune(model_of(network), sparsity, kind=kind, **options)
+    return _pruning.prune(model_of(network), sparsity, kind=kind, **options)
 
 
 def convolution(values, bias=None):
@@ -85,7 +85,7 @@ def test_filters_are_compared_by_the_mean_of_their_squares():
     assert taps(found.network[2]) == [[2.5, 2.5], [1.5, 1.5], [0, 0]]
 
 
-@given(SEEDS, st.floats(0, 0.98), st.sampled_from(pruning.KINDS))
+@given(SEEDS, st.floats(0, 0.98), st.sampled_from(_pruning.KINDS))
 @settings(deadline=None, max_examples=20)
 def test_as_many_go_as_asked_for_and_what_stays_is_as_it_was(seed, sparsity, kind):
     network = random_network(seed)
@@ -104,7 +104,7 @@ def test_as_many_go_as_asked_for_and_what_stays_is_as_it_was(seed, sparsity, kin
     assert found.kept == pytest.approx(1 - sum(np.count_nonzero(~mask) for mask in masks) / 378)
 
 
-@pytest.mark.parametrize("kind", pruning.KINDS)
+@pytest.mark.parametrize("kind", _pruning.KINDS)
 def test_nothing_goes_at_no_sparsity(kind):
     network = random_network()
     found = prune(network, 0, kind=kind)
@@ -178,8 +178,8 @@ def test_bytes_are_those_of_masks_kernels_and_what_is_not_pruned():
         "int8": 12 * 9 + 2 * (6 + 4),
         "int4": sum(math.ceil(n * 9 / 2) for n in kept) + 2 * (6 + 4),
     }.items():
-        assert pruning.sparse_bytes(found.network, precision=precision) == rest + masks + values
-    assert pruning.sparse_bytes(network, precision="fp32") == byte_counts.convolution_bytes(network)
+        assert _pruning.sparse_bytes(found.network, precision=precision) == rest + masks + values
+    assert _pruning.sparse_bytes(network, precision="fp32") == byte_counts.convolution_bytes(network)
 
 
 def test_bytes_by_hand_of_each_kind_of_mask():
@@ -191,9 +191,9 @@ def test_bytes_by_hand_of_each_kind_of_mask():
     for kind, (n, m) in entropies.items():
         mask = math.ceil(-(n * math.log2(n / m) + (m - n) * math.log2(1 - n / m)) / 8)
         assert mask == {"kernels": 1, "filters": 1, "weights": 2}[kind]
-        assert pruning.sparse_bytes(network, kind=kind, precision="fp16") == mask + 2 * values[kind]
-        assert pruning.sparse_bytes(network, kind=kind, precision="int8") == mask + values[kind] + 4 * 2
-        assert pruning.sparse_bytes(network, kind=kind, precision="fp32") == mask + 4 * values[kind]
+        assert _pruning.sparse_bytes(network, kind=kind, precision="fp16") == mask + 2 * values[kind]
+        assert _pruning.sparse_bytes(network, kind=kind, precision="int8") == mask + values[kind] + 4 * 2
+        assert _pruning.sparse_bytes(network, kind=kind, precision="fp32") == mask + 4 * values[kind]
 
 
 @given(SEEDS, st.floats(0.1, 0.9), st.sampled_from(formats.PRECISIONS))
@@ -204,7 +204,7 @@ def test_bytes_of_single_weights_are_those_of_the_sparse_form(seed, sparsity, pr
     form = formats.Sparse((bank.weights == 0).astype(int), precision, 1)
     others = 4 * (6 + 4 + 5 * 4 + 5)
     expected = others + sum(form.bytes(layer) for layer in bank.layers)
-    assert pruning.sparse_bytes(network, kind="weights", precision=precision) == expected
+    assert _pruning.sparse_bytes(network, kind="weights", precision=precision) == expected
 
 
 @pytest.mark.parametrize(
@@ -226,6 +226,6 @@ def test_unknown_kinds_and_precisions_are_refused():
     with pytest.raises(UnknownNameError, match=r"'kernel'.*'kernels'\?"):
         prune(network, 0.5, "kernel")
     with pytest.raises(UnknownNameError, match="unknown precision 'int2'"):
-        pruning.sparse_bytes(network, precision="int2")
+        _pruning.sparse_bytes(network, precision="int2")
     with pytest.raises(UnknownNameError, match="kind of pruning 'layers'"):
-        pruning.sparse_bytes(network, kind="layers")
+        _pruning.sparse_bytes(network, kind="layers")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from kclib import clustering, compression
-from kclib.combination import sparse_clustering
+from kclib.combination import _sparse_clustering
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer, extract
 
@@ -34,7 +34,7 @@ def sparse_bank(seed, *shares, n=30):
 def test_zero_kernels_are_zero_and_the_others_are_clustered_as_without_them(scope, k, seed, price, weighted):
     bank = sparse_bank(seed, 0.7, 0.0, 1.0 if scope == "layer" else 0.9)
     weights = np.random.default_rng(seed).lognormal(size=len(bank)).astype("f") if weighted else None
-    found = sparse_clustering.cluster(
+    found = _sparse_clustering.cluster(
         bank, k, scope=scope, price=price, weights=weights, seed=seed, progress=False
     )
     rows, dead = clustering.quantized(found), ~bank.weights.any(axis=(1, 2))
@@ -64,7 +64,7 @@ def test_zero_kernels_are_zero_and_the_others_are_clustered_as_without_them(scop
 
 def test_groups_of_few_others_are_noted_and_those_without_zeros_have_none():
     bank = bank_of(full=[A, A, B], half=[ZERO, A, ZERO], empty=[ZERO, ZERO, ZERO])
-    found = sparse_clustering.cluster(bank, 2)
+    found = _sparse_clustering.cluster(bank, 2)
     full, half, empty = found.groups
     np.testing.assert_array_equal(np.sort(full.codebook[:, 0, 0]), [1, 5])
     np.testing.assert_array_equal(half.codebook, [A, ZERO])
@@ -72,12 +72,12 @@ def test_groups_of_few_others_are_noted_and_those_without_zeros_have_none():
     assert (half.indices.tolist(), empty.indices.tolist(), empty.inertia) == ([1, 0, 1], [0, 0, 0], 0)
     (note,) = found.notes
     assert note.startswith("half: 1 clusters in place of 2, for its 1 kernels that are not zero")
-    assert sparse_clustering.cluster(bank, 2, price=1e-3).notes == ()
-    assert sparse_clustering.cluster(bank_of(one=[ZERO, ZERO]), 2).n_clusters == 1
+    assert _sparse_clustering.cluster(bank, 2, price=1e-3).notes == ()
+    assert _sparse_clustering.cluster(bank_of(one=[ZERO, ZERO]), 2).n_clusters == 1
 
 
 def test_opposite_kernels_share_the_zero_that_is_their_mean():
-    (group,) = sparse_clustering.cluster(bank_of(one=[A, -A, ZERO]), 1).groups
+    (group,) = _sparse_clustering.cluster(bank_of(one=[A, -A, ZERO]), 1).groups
     np.testing.assert_array_equal(group.codebook, [ZERO])
     assert group.indices.tolist() == [0, 0, 0]
     assert group.inertia == pytest.approx(8)
@@ -90,7 +90,7 @@ def test_zero_kernels_are_zero_in_a_compressed_network(precision):
     gone = torch.rand(8, 4) < 0.6
     with torch.no_grad():
         network[0].weight[gone] = 0
-    found = sparse_clustering.cluster(extract(network), 5, scope="global")
+    found = _sparse_clustering.cluster(extract(network), 5, scope="global")
     assert found.n_clusters == 6
     small = compression.expand(compression.compress(network, found, precision=precision))
     assert torch.equal(~small[0].weight.flatten(2).any(2), gone)
@@ -108,9 +108,9 @@ def test_zero_kernels_are_zero_in_a_compressed_network(precision):
 )
 def test_options_out_of_range_are_refused_as_by_clustering(n_clusters, options, sentence):
     with pytest.raises(InvalidValueError, match=sentence):
-        sparse_clustering.cluster(bank_of(one=[A, ZERO, B], two=[ZERO, A]), n_clusters, **options)
+        _sparse_clustering.cluster(bank_of(one=[A, ZERO, B], two=[ZERO, A]), n_clusters, **options)
 
 
 def test_k_may_be_that_of_the_group_before_it_was_pruned():
-    assert sparse_clustering.cluster(bank_of(one=[A, ZERO, B], two=[ZERO, A]), 3).n_clusters == 3 + 2
-    assert sparse_clustering.cluster(bank_of(one=[A, ZERO, B]), {"one": 3}).n_clusters == 3
+    assert _sparse_clustering.cluster(bank_of(one=[A, ZERO, B], two=[ZERO, A]), 3).n_clusters == 3 + 2
+    assert _sparse_clustering.cluster(bank_of(one=[A, ZERO, B]), {"one": 3}).n_clusters == 3

@@ -8,7 +8,7 @@ from torchvision.datasets import Imagenette
 from torchvision.models import ResNet18_Weights
 
 from kclib import datasets, evaluation, models
-from kclib.datasets import class_names
+from kclib.datasets import _class_names
 from kclib.errors import InvalidValueError
 
 CATEGORIES = tuple(ResNet18_Weights.DEFAULT.meta["categories"])
@@ -16,11 +16,11 @@ CATEGORIES = tuple(ResNet18_Weights.DEFAULT.meta["categories"])
 
 def places(classes, names=(), n_outputs=None, needed=None) -> list[int]:
     needed = [True] * len(classes) if needed is None else needed
-    return class_names.places("x", classes, needed, names, n_outputs or len(names))[0]
+    return _class_names.places("x", classes, needed, names, n_outputs or len(names))[0]
 
 
 def note(classes, names=(), n_outputs=None) -> str:
-    return class_names.places("x", classes, [True] * len(classes), names, n_outputs or len(names))[1]
+    return _class_names.places("x", classes, [True] * len(classes), names, n_outputs or len(names))[1]
 
 
 def labelled(classes, labels) -> datasets.ImageSet:
@@ -73,7 +73,7 @@ def test_wordnet_ids_are_imagenets_classes(name):
 
 
 def test_all_wordnet_ids_in_order_are_all_outputs_in_order():
-    _, ids = class_names.imagenet()
+    _, ids = _class_names.imagenet()
     assert (len(set(ids)), sorted(ids)) == (1000, list(ids))
     assert places(ids, CATEGORIES) == list(range(1000))
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kclib import datasets
-from kclib.datasets import image_folders
+from kclib.datasets import _image_folders
 from kclib.errors import DamagedFileError, MissingFileError
 
 
@@ -173,7 +173,7 @@ def test_many_files_are_found_in_a_second(tmp_path):
         (tmp_path / f"class{i}").mkdir()
         for j in range(500):
             (tmp_path / f"class{i}" / f"{j}.png").touch()
-    assert len(image_folders.find(tmp_path, "test").samples) == 5000
+    assert len(_image_folders.find(tmp_path, "test").samples) == 5000
 
 
 def test_a_path_may_begin_with_home(tmp_path, monkeypatch):
@@ -188,18 +188,18 @@ def test_a_path_may_begin_with_home(tmp_path, monkeypatch):
 )
 def test_halves_share_no_content_whatever_the_order(images, random):
     labels, sums = [label for label, _ in images], [f"{content:02}" for _, content in images]
-    train, test = image_folders.halves(labels, sums)
+    train, test = _image_folders.halves(labels, sums)
     assert sorted([*train, *test]) == list(range(len(images)))
     assert not {sums[i] for i in train} & {sums[i] for i in test}
     order = list(range(len(images)))
     random.shuffle(order)
-    _, again = image_folders.halves([labels[i] for i in order], [sums[i] for i in order])
+    _, again = _image_folders.halves([labels[i] for i in order], [sums[i] for i in order])
     assert {sums[order[i]] for i in again} == {sums[i] for i in test}
 
 
 def test_each_class_is_halved(tmp_path):
     contents = [(label, f"{label}-{i}") for label, n in enumerate((1, 2, 9, 40)) for i in range(n)]
-    train, test = image_folders.halves(*zip(*contents, strict=True))
+    train, test = _image_folders.halves(*zip(*contents, strict=True))
     count = Counter(contents[i][0] for i in test)
     assert [count[label] for label in range(4)] == [1, 1, 5, 20]
     assert len(train) == 52 - 27

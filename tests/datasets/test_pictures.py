@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kclib.datasets import pictures
+from kclib.datasets import _pictures
 from kclib.errors import DamagedFileError, InvalidValueError
 
 GREY = np.array([[0, 1000, 32768], [65535, 257, 128 * 257]], np.uint16)  # 16 bits: 257 is one of 8
@@ -14,7 +14,7 @@ SCALED = [[0, 4, 128], [255, 1, 128]]
 
 def through_file(image: Image.Image, path, **options) -> np.ndarray:
     image.save(path, **options)
-    found = pictures.read(path)
+    found = _pictures.read(path)
     assert found.mode == "RGB"
     return np.asarray(found).astype(int)
 
@@ -28,7 +28,7 @@ def test_16_bits_are_scaled_not_cut_off(tmp_path, name):
 def test_a_tiff_of_12_bits_has_its_white_at_4095():
     image = Image.fromarray(np.array([[0, 4095]], np.uint16))
     image.tag_v2 = {258: (12,)}
-    assert np.asarray(pictures.as_rgb(image))[0, :, 0].tolist() == [0, 255]
+    assert np.asarray(_pictures.as_rgb(image))[0, :, 0].tolist() == [0, 255]
 
 
 @pytest.mark.parametrize(("mode", "white"), [("1", 1), ("L", 255)])
@@ -100,16 +100,16 @@ def test_the_cameras_orientation_is_applied(tmp_path, orientation, mode):
 def test_of_an_animation_the_first_picture_is_taken(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert np.asarray(pictures.read(tmp_path / "a.gif"))[0, 0].tolist() == [255, 0, 0]
+    assert np.asarray(_pictures.read(tmp_path / "a.gif"))[0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_pixels_without_a_known_white_are_refused(tmp_path, mode):
     Image.new(mode, (2, 2)).save(tmp_path / "a.tif")
     with pytest.raises(DamagedFileError, match=rf"a\.tif.*mode {mode}.*8 or 16 bits"):
-        pictures.read(tmp_path / "a.tif")
+        _pictures.read(tmp_path / "a.tif")
     with pytest.raises(InvalidValueError, match="white"):
-        pictures.as_rgb(Image.new(mode, (2, 2)))
+        _pictures.as_rgb(Image.new(mode, (2, 2)))
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.webp"])
@@ -120,19 +120,19 @@ def test_a_damaged_picture_is_named_by_its_file(tmp_path, name):
     for part in (whole[:300], whole[: len(whole) // 2], b"", b"<html>"):
         (tmp_path / name).write_bytes(part)
         with pytest.raises(DamagedFileError, match=str(tmp_path / name)):
-            pictures.read(tmp_path / name)
+            _pictures.read(tmp_path / name)
 
 
 def test_damaged_exif_leaves_the_pixels(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), "red").save(buffer, "PNG", exif=b"Exif\0\0nonsense")
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    assert np.asarray(pictures.read(tmp_path / "a.png"))[0, 0].tolist() == [255, 0, 0]
+    assert np.asarray(_pictures.read(tmp_path / "a.png"))[0, 0].tolist() == [255, 0, 0]
 
 
 def test_pictures_are_a_data_set_of_images_and_labels(tmp_path):
     Image.new("L", (2, 2), 9).save(tmp_path / "a.png")
-    data = pictures.Pictures([(str(tmp_path / "a.png"), 3)])
+    data = _pictures.Pictures([(str(tmp_path / "a.png"), 3)])
     image, label = data[0]
     assert (len(data), image.getpixel((0, 0)), label) == (1, (9, 9, 9), 3)
     assert isinstance(data, torch.utils.data.Dataset)

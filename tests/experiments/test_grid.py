@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from kclib import datasets, evaluation, experiments
 from kclib.errors import KclibError
-from kclib.experiments import cell, compare, grid, provenance, reports
+from kclib.experiments import _provenance, cell, compare, grid, reports
 from kclib.experiments.cell import Subject
 from kclib.experiments.pool import Workers
 from kclib.experiments.profiles import Grid, ModelSource, Profile
@@ -293,11 +293,11 @@ def test_a_table_says_of_which_images_it_is_also_where_others_lie_there_now(stor
 
 def test_a_report_made_anew_by_others_says_who_computed_its_cells(store, tmp_path, monkeypatch):
     planned = grid.plan(levels(), store)
-    monkeypatch.setattr(provenance, "_of_this_process", lambda: dict.fromkeys(ORIGIN, "first"))
+    monkeypatch.setattr(_provenance, "_of_this_process", lambda: dict.fromkeys(ORIGIN, "first"))
     grid.run(planned[:5], Workers(), progress=False)
-    monkeypatch.setattr(provenance, "_of_this_process", lambda: dict.fromkeys(ORIGIN, "second"))
+    monkeypatch.setattr(_provenance, "_of_this_process", lambda: dict.fromkeys(ORIGIN, "second"))
     grid.run(planned[5:], Workers(), progress=False)
-    monkeypatch.setattr(provenance, "stamp", lambda: pytest.fail("stamped"))
+    monkeypatch.setattr(_provenance, "stamp", lambda: pytest.fail("stamped"))
     for _ in range(2):
         about = reports.read(grid.report(profile(), planned, store, [], tmp_path).parent, "tiny").provenance
         for name in ORIGIN:

@@ -11,7 +11,7 @@ from nbformat import v4
 from PIL import Image
 
 from kclib.errors import MissingFileError, StorageError
-from kclib.experiments import provenance, reports
+from kclib.experiments import _provenance, reports
 from kclib.experiments.reports import Chapter, Failure, Report
 
 HEADLINE = "application/vnd.kclib.headline+json"
@@ -152,7 +152,7 @@ def index(tmp_path):
     ]
     report = Report(
         "tiny", "Only <some> of it.", tuple(chapters), (Failure("K = 4", "<odd>", "Trace\nback"),),
-        provenance.stamp(),
+        _provenance.stamp(),
     )  # fmt: skip
     path = reports.write(tmp_path / "new", report)
     assert reports.read(tmp_path / "new", "tiny") == report
@@ -209,8 +209,8 @@ def test_a_report_opens_with_the_main_headlines_or_with_the_last(tmp_path):
 
 def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(provenance, "_of_this_process", provenance._of_this_process.__wrapped__)
-    assert provenance.stamp()["commit"] == "unknown"
+    monkeypatch.setattr(_provenance, "_of_this_process", _provenance._of_this_process.__wrapped__)
+    assert _provenance.stamp()["commit"] == "unknown"
 
 
 def test_tables_and_figures_are_kept_whole(tmp_path):

@@ -9,8 +9,8 @@ from gates import PATIENCE
 from matplotlib.figure import Figure
 
 from kclib.errors import InvalidValueError, StoppedError
-from kclib.explorers import background
-from kclib.explorers.background import Answer, Explorer, Newest, Progress, attempted
+from kclib.explorers import _background
+from kclib.explorers._background import Answer, Explorer, Newest, Progress, attempted
 from kclib.kmeans.fit_progress import FitStep
 
 
@@ -458,7 +458,7 @@ def test_an_interrupt_is_no_failure_to_be_told():
 def clock(monkeypatch):
     """A clock that stands still until it is set."""
     now = SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr(background, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    monkeypatch.setattr(_background, "time", SimpleNamespace(monotonic=lambda: now.seconds))
     return now
 
 

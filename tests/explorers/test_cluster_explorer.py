@@ -17,7 +17,7 @@ from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.evaluation import accuracy
 from kclib.explorers import ClusterExplorer, ClusterQuestion, cluster_explorer
-from kclib.explorers.background import Explorer
+from kclib.explorers._background import Explorer
 from kclib.explorers.cluster_explorer import COLOURS, METHODS, Running
 from kclib.kmeans import symmetric as kmeans_symmetric
 from kclib.models import Model
@@ -389,7 +389,7 @@ def test_a_question_that_is_answered_and_evaluated_at_once_is_clustered_once(eva
 
 
 def test_progress_of_a_clustering_is_said_with_the_time_left(explorer, monkeypatch):
-    monkeypatch.setattr("kclib.explorers.background._TELL_EVERY", -1.0)
+    monkeypatch.setattr("kclib.explorers._background._TELL_EVERY", -1.0)
     said = []
     explorer.listeners.append(lambda: said.append(explorer.status))
     asked(explorer, n_clusters=100)

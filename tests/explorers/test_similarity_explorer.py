@@ -12,7 +12,7 @@ from kclib.explorers import (
     MapQuestion,
     SimilarityExplorer,
     SimilarityQuestion,
-    background,
+    _background,
     similarity_explorer,
 )
 from kclib.explorers.map_explorer import COLOURS
@@ -314,14 +314,14 @@ def test_a_map_of_fewer_kernels_than_clusters_to_begin_with_is_shown(bank):
 
 
 def test_layers_are_called_by_what_they_have_in_common(bank):
-    assert background.called(bank, LAYERS) == "all 3 layers"
-    assert background.called(bank, ("1",)) == "1"
-    assert background.called(bank, ("0", "2")) == "2 layers, 0 … 2"
-    assert background.called(bank.only("1"), ("1",)) == "1"
+    assert _background.called(bank, LAYERS) == "all 3 layers"
+    assert _background.called(bank, ("1",)) == "1"
+    assert _background.called(bank, ("0", "2")) == "2 layers, 0 … 2"
+    assert _background.called(bank.only("1"), ("1",)) == "1"
 
 
 def test_rows_of_layers_are_those_between_their_first_and_last_kernel(bank):
     rows = np.array([0, 23, 24, 151, 152, 163])
-    assert background.rows_of(bank, rows, ["0"]).tolist() == [0, 23]
-    assert background.rows_of(bank, rows, ["2", "0", "2"]).tolist() == [0, 23, 152, 163]
-    assert background.rows_of(bank, rows, ["1"]).tolist() == [24, 151]
+    assert _background.rows_of(bank, rows, ["0"]).tolist() == [0, 23]
+    assert _background.rows_of(bank, rows, ["2", "0", "2"]).tolist() == [0, 23, 152, 163]
+    assert _background.rows_of(bank, rows, ["1"]).tolist() == [24, 151]

@@ -19,7 +19,7 @@ from sklearn.metrics import adjusted_rand_score
 from kclib._util import threads
 from kclib.errors import InvalidValueError, NotEnoughMemoryError
 from kclib.kernels import KernelBank
-from kclib.kmeans import fit, ladder, lloyd, streaming
+from kclib.kmeans import _streaming, fit, ladder, lloyd
 from kclib.kmeans.fitting import memory
 
 GRIDS = arrays(
@@ -424,7 +424,7 @@ def test_what_the_caller_gives_stays_as_it_is(n_clusters, shift):
     ("clustered", "memory"),
     [
         (fit, memory),
-        (lambda points, k, **rest: fit([points], k, **rest), streaming.memory),
+        (lambda points, k, **rest: fit([points], k, **rest), _streaming.memory),
         (lambda points, k, **rest: ladder(points, [k], **rest), memory),
     ],
     ids=["one fit", "streamed", "ladder"],

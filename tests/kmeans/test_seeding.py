@@ -6,7 +6,7 @@ from partitions import heavy_tailed
 from scipy.spatial.distance import cdist
 from sklearn.datasets import make_blobs
 
-from kclib.kmeans.seeding import shares, split
+from kclib.kmeans._seeding import shares, split
 
 
 def run(points, cells, counts, weights=None, *, rounds=5, trials=3, seed=0, n_threads=2, done=None):

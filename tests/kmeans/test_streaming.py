@@ -11,16 +11,16 @@ from scipy.spatial.distance import cdist
 
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer
-from kclib.kmeans import fit, streaming
+from kclib.kmeans import _streaming, fit
 from kclib.kmeans import fitting as module
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "_BLOCK", 500)
-        patch.setattr(streaming, "_SAMPLE", 1000)
-        patch.setattr(streaming, "_SAMPLE_MOST", 2000)
+        patch.setattr(_streaming, "_BLOCK", 500)
+        patch.setattr(_streaming, "_SAMPLE", 1000)
+        patch.setattr(_streaming, "_SAMPLE_MOST", 2000)
         yield
 
 
@@ -252,9 +252,9 @@ def test_what_does_not_fit_the_parts_is_refused():
 @pytest.mark.parametrize("at_once", [1, 1000, 1 << 26])
 @pytest.mark.parametrize("d", [1, 9])
 def test_nearest_centres_found_by_torch_are_exact_however_many_fit(d, at_once, monkeypatch):
-    monkeypatch.setattr(streaming, "_ON_DEVICE", at_once)
+    monkeypatch.setattr(_streaming, "_ON_DEVICE", at_once)
     points, centres = heavy_tailed(700, d), heavy_tailed(130, d, seed=1)
-    labels = streaming.nearest_on_device(points, centres, "cpu")
+    labels = _streaming.nearest_on_device(points, centres, "cpu")
     assert (labels.shape, labels.dtype) == ((700,), np.int32)
     distances = cdist(points.astype(np.float64), centres.astype(np.float64), "sqeuclidean")
     own = distances[np.arange(700), labels]
@@ -263,7 +263,7 @@ def test_nearest_centres_found_by_torch_are_exact_however_many_fit(d, at_once, m
 
 @pytest.mark.parametrize("n_clusters", [20, 300])
 def test_a_torch_device_finds_a_partition(n_clusters, monkeypatch):
-    monkeypatch.setattr(streaming, "_ON_DEVICE", 10_000)
+    monkeypatch.setattr(_streaming, "_ON_DEVICE", 10_000)
     points, weights = heavy_tailed(3200), uneven(3200)
     result = fit(points, n_clusters, weights=weights, device="cpu:0")
     assert result.search == "cpu:0"

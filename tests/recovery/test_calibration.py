@@ -9,7 +9,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from kclib import clustering, compression, kernels, models
 from kclib.compression import layers, precisions
 from kclib.errors import InvalidValueError
-from kclib.recovery import calibration, moments
+from kclib.recovery import _calibration, _moments
 from tests.recovery.test_sequential import answers, images, loss, model_of, network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +21,7 @@ def compressed(net, k, precision="fp16", **options):
 
 
 def calibrated(net, small, **options):
-    return calibration.calibrate(model_of(small), net, images(), progress=False, **options).network
+    return _calibration.calibrate(model_of(small), net, images(), progress=False, **options).network
 
 
 CODEBOOKS = {
@@ -112,8 +112,8 @@ def test_values_that_cannot_be_bettered_come_back():
     h = (x.T @ x / 50)[None]
     zero = torch.zeros(1, 6)
     power = ((values @ h) * values).sum(-1)
-    read = moments.Moments(h, h, zero, zero, zero[:, :2], power)
-    found = calibration.fitted(lambda v: v, values, values, read, damping=0.1, rounded=lambda v: v.round())
+    read = _moments.Moments(h, h, zero, zero, zero[:, :2], power)
+    found = _calibration.fitted(lambda v: v, values, values, read, damping=0.1, rounded=lambda v: v.round())
     assert torch.equal(found, values)
 
 
@@ -133,8 +133,8 @@ def test_damping_is_that_of_ridge_regression():
     x, dense, values = torch.randn(50, 6), torch.randn(1, 2, 6), torch.randn(1, 2, 6)
     h, zero = (x.T @ x / 50)[None], torch.zeros(1, 6)
     power = ((dense @ h) * dense).sum(-1)
-    read = moments.Moments(h, h, zero, zero, zero[:, :2], power)
-    found = calibration.fitted(lambda v: v, values, dense, read, damping=0.5, rounded=lambda v: v)
+    read = _moments.Moments(h, h, zero, zero, zero[:, :2], power)
+    found = _calibration.fitted(lambda v: v, values, dense, read, damping=0.5, rounded=lambda v: v)
     ridge = 0.5 * h.diagonal(dim1=1, dim2=2).mean() * torch.eye(6)
     wanted = values + (dense - values) @ h @ torch.linalg.inv(h + ridge)
     torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
@@ -183,9 +183,9 @@ def test_a_network_in_is_a_network_out_and_a_model_a_model():
     net = network()
     small = compressed(net, 5)
     data = (images().images, images().labels)
-    alone = calibration.calibrate(small, models.plain("dense", net), data, progress=False)
+    alone = _calibration.calibrate(small, models.plain("dense", net), data, progress=False)
     assert isinstance(alone, nn.Module)
-    given = calibration.calibrate(models.plain("small", small), net, images(), progress=False)
+    given = _calibration.calibrate(models.plain("small", small), net, images(), progress=False)
     assert given.name == "small"
     assert models.fingerprint(given.network) == models.fingerprint(alone)
 
@@ -194,8 +194,8 @@ def test_what_cannot_be_stored_is_no_improvement():
     far = torch.full((1, 2, 6), 6e4)
     h, zero = torch.eye(6)[None], torch.zeros(1, 6)
     dense = 3 * far
-    read = moments.Moments(h, h, zero, zero, zero[:, :2], dense.double().square().sum(-1))
-    kept = calibration.fitted(
+    read = _moments.Moments(h, h, zero, zero, zero[:, :2], dense.double().square().sum(-1))
+    kept = _calibration.fitted(
         lambda v: v, far, dense, read, damping=0.1, rounded=lambda v: precisions.rounded(v, "fp16")
     )
     assert torch.equal(kept, far)

@@ -6,8 +6,8 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from kclib.errors import InvalidValueError
-from kclib.recovery import moments
-from kclib.recovery.moments import LayerMoments
+from kclib.recovery import _moments
+from kclib.recovery._moments import LayerMoments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,10 +51,10 @@ def both(first, second):
 def test_errors_are_those_of_the_convolutions_answers(name):
     dense = both(nn.Conv2d(4, 4, 3, padding=1), convolution(**GEOMETRIES[name]))
     small = moved(dense)
-    read = moments.measure(
+    read = _moments.measure(
         dense, small, LayerMoments("2", 1, None), lambda: iter(inputs().split(2)), n_images=5
     )
-    own, original = (moments.grouped(x[2], x[2].weight) for x in (small, dense))
+    own, original = (_moments.grouped(x[2], x[2].weight) for x in (small, dense))
     with torch.no_grad():
         zero = torch.zeros(6)
         answers = [x[2]._conv_forward(x[:2](inputs()), x[2].weight, zero) for x in (dense, small)]
@@ -71,7 +71,7 @@ def test_errors_are_those_of_the_convolutions_answers(name):
 def test_moments_are_those_of_unfolded_inputs():
     dense = both(nn.Conv2d(4, 4, 3, padding=1), convolution(kernel_size=3, padding=1))
     small = moved(dense)
-    read = moments.measure(dense, small, LayerMoments("2", 1, None), lambda: iter([inputs()]), n_images=5)
+    read = _moments.measure(dense, small, LayerMoments("2", 1, None), lambda: iter([inputs()]), n_images=5)
     with torch.no_grad():
         d, s = (F.unfold(x[:2](inputs()), 3, padding=1).transpose(1, 2).flatten(0, 1) for x in (dense, small))
     raw = read.about_zero()
@@ -83,11 +83,11 @@ def test_moments_are_those_of_unfolded_inputs():
 
 
 def test_positions_are_drawn_where_there_are_too_many(monkeypatch):
-    monkeypatch.setattr(moments, "POSITIONS", 10)
+    monkeypatch.setattr(_moments, "POSITIONS", 10)
     dense = nn.Sequential(convolution(kernel_size=3)).eval()
-    read = moments.measure(dense, dense, LayerMoments("0", 1, None), lambda: iter([inputs()]), n_images=5)
-    again = moments.measure(dense, dense, LayerMoments("0", 1, None), lambda: iter([inputs()]), n_images=5)
-    other = moments.measure(
+    read = _moments.measure(dense, dense, LayerMoments("0", 1, None), lambda: iter([inputs()]), n_images=5)
+    again = _moments.measure(dense, dense, LayerMoments("0", 1, None), lambda: iter([inputs()]), n_images=5)
+    other = _moments.measure(
         dense, dense, LayerMoments("0", 1, None), lambda: iter([inputs()]), n_images=5, seed=1
     )
     assert np.linalg.matrix_rank(read.about_zero().small[0].numpy(), tol=1e-3) == 10
@@ -109,7 +109,7 @@ class Backwards(nn.Module):
 
 
 def test_steps_are_in_the_order_of_running_with_calls_and_norms():
-    found = moments.steps(Backwards().eval(), inputs(1), {"last", "first", "twice"})
+    found = _moments.steps(Backwards().eval(), inputs(1), {"last", "first", "twice"})
     assert found == [
         LayerMoments("first", 1, "norm"),
         LayerMoments("twice", 2, None),
@@ -119,7 +119,7 @@ def test_steps_are_in_the_order_of_running_with_calls_and_norms():
 
 def test_a_layer_that_runs_twice_is_measured_at_both_its_inputs():
     network = Backwards().eval()
-    read = moments.measure(
+    read = _moments.measure(
         network, network, LayerMoments("twice", 2, None), lambda: iter([inputs()]), n_images=5
     )
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_moments_keep_their_digits_far_from_zero_and_at_any_scale(offset, scale)
     x[:, 1] = np.float32(scale * offset)
     dense = nn.Sequential(nn.Conv2d(2, 2, 3, padding=0, bias=False)).eval()
     parts = lambda: iter(torch.from_numpy(x).split([1, 4, 7]))  # noqa: E731
-    read = moments.measure(dense, dense, LayerMoments("0", 1, None), parts, n_images=12)
+    read = _moments.measure(dense, dense, LayerMoments("0", 1, None), parts, n_images=12)
     rows = x.reshape(12, 18).astype(float) / scale
     ours = read.small[0].double().numpy() * (read.unit / scale) ** 2
     np.testing.assert_allclose(ours, np.cov(rows.T, ddof=0), atol=1e-5 * max(1, offset / 1e3))
@@ -151,7 +151,9 @@ def test_moments_keep_their_digits_far_from_zero_and_at_any_scale(offset, scale)
 def test_batches_of_another_scale_change_the_unit():
     whole = torch.randn(6, 4, 3, 3) * torch.tensor([1e-25, 1, 1, 1e20, 1, 0])[:, None, None, None]
     dense = nn.Sequential(convolution(kernel_size=3)).eval()
-    read = moments.measure(dense, dense, LayerMoments("0", 1, None), lambda: iter(whole.split(1)), n_images=6)
+    read = _moments.measure(
+        dense, dense, LayerMoments("0", 1, None), lambda: iter(whole.split(1)), n_images=6
+    )
     rows = whole.reshape(6, 36).double()
     wanted = rows.T.cov(correction=0)
     torch.testing.assert_close(read.small[0].double() * read.unit**2, wanted, rtol=1e-4, atol=1e-6 * 1e40)
@@ -176,18 +178,20 @@ class Around(nn.Module):
 
 
 def test_only_a_norm_that_reads_the_output_as_it_is_and_once_counts():
-    found = moments.steps(Around().eval(), inputs(1), {"a", "b", "c"})
+    found = _moments.steps(Around().eval(), inputs(1), {"a", "b", "c"})
     assert found == [LayerMoments("a", 1, None), LayerMoments("b", 1, "norm_b"), LayerMoments("c", 1, None)]
 
 
 def test_any_answer_and_any_catching_of_errors_will_do():
     network = Around().eval()
-    read = moments.measure(network, network, LayerMoments("c", 1, None), lambda: iter([inputs()]), n_images=5)
+    read = _moments.measure(
+        network, network, LayerMoments("c", 1, None), lambda: iter([inputs()]), n_images=5
+    )
     assert read.small.shape == (1, 36, 36)
 
 
 def test_what_does_not_run_is_no_step():
-    assert [x.name for x in moments.steps(Backwards().eval(), inputs(1), {"first", "idle"})] == ["first"]
+    assert [x.name for x in _moments.steps(Backwards().eval(), inputs(1), {"first", "idle"})] == ["first"]
 
 
 def test_what_cannot_be_measured_is_said():
@@ -197,9 +201,9 @@ def test_what_cannot_be_measured_is_said():
 
     once = Sometimes().eval()
     with pytest.raises(InvalidValueError, match="first does not run for every image"):
-        moments.measure(
+        _moments.measure(
             once, once, LayerMoments("first", 1, None), lambda: iter(inputs(3).split(2)), n_images=3
         )
     dense = nn.Sequential(convolution(kernel_size=3)).eval()
     with pytest.raises(InvalidValueError, match="inputs of layer 0 are not finite"):
-        moments.measure(dense, dense, LayerMoments("0", 1, None), lambda: iter([inputs() / 0]), n_images=5)
+        _moments.measure(dense, dense, LayerMoments("0", 1, None), lambda: iter([inputs() / 0]), n_images=5)

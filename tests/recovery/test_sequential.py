@@ -8,7 +8,7 @@ from torch import nn
 from kclib import clustering, compression, datasets, kernels, models
 from kclib.compression import layers
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.recovery import moments, sequential
+from kclib.recovery import _moments, sequential
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,7 +128,7 @@ def test_moved_weights_answer_other_inputs_as_the_dense_ones_answered_theirs():
     x, turn = torch.randn(500, 8), torch.eye(8) + 0.3 * torch.randn(8, 8)
     seen, weight = x @ turn, torch.randn(1, 5, 8)
     zero = torch.zeros(1, 8)
-    read = moments.Moments((seen.T @ seen / 500)[None], (x.T @ seen / 500)[None], zero, zero, zero, zero)
+    read = _moments.Moments((seen.T @ seen / 500)[None], (x.T @ seen / 500)[None], zero, zero, zero, zero)
     wanted = np.linalg.lstsq(seen.numpy(), (x @ weight[0].T).numpy(), rcond=None)[0].T
     np.testing.assert_allclose(sequential._moved(weight, weight, read, 1e-7)[0], wanted, rtol=1e-3, atol=1e-3)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from kclib.datasets.class_names import listed
+from kclib.datasets._class_names import listed
 from kclib.errors import DamagedFileError, MissingFileError, reason
 
 SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")

@@ -14,8 +14,8 @@ from kclib.compression import layers, precisions
 from kclib.compression.layers import ClusteredConv2d
 from kclib.errors import InvalidValueError
 from kclib.kernels import copying
-from kclib.recovery import moments
-from kclib.recovery.moments import Moments
+from kclib.recovery import _moments
+from kclib.recovery._moments import Moments
 
 _NOISE = 1e-8  # of the other's variance: what float32 leaves of a channel that is constant
 _ROUNDS = 30  # of conjugate gradients, each two products with the moments
@@ -71,17 +71,17 @@ def calibrate(
     found = {name: x for name, x in layers.clustered(small).items() if not x.transposed}
     _check_fit(found, dense)
     users = [module.codebook for module in layers.clustered(small).values()]
-    batches = moments.batches(images, model.preprocess, batch_size, device)
-    order = moments.steps(dense, next(batches())[:1], set(found))
+    batches = _moments.batches(images, model.preprocess, batch_size, device)
+    order = _moments.steps(dense, next(batches())[:1], set(found))
     for i, step in enumerate(
         tqdm(order, desc="calibration", unit="layer", leave=False, disable=not progress)
     ):
         module, original = found[step.name], dense.get_submodule(step.name)
         norms = norms_behind(step, dense, small)
-        read = moments.measure(dense, small, step, batches, n_images=len(images), seed=seed + i)
+        read = _moments.measure(dense, small, step, batches, n_images=len(images), seed=seed + i)
         about = read if module.bias is not None or norms else read.about_zero()
         _fit(module, original, about, damping, alone=sum(x is module.codebook for x in users) == 1)
-        absorb(read, moments.grouped(original, module.weight), original, module, norms)
+        absorb(read, _moments.grouped(original, module.weight), original, module, norms)
     return models.like(given, small.to("cpu"))
 
 
@@ -137,7 +137,7 @@ def fitted(
 
 
 def norms_behind(
-    step: moments.LayerMoments, dense: nn.Module, small: nn.Module
+    step: _moments.LayerMoments, dense: nn.Module, small: nn.Module
 ) -> tuple[nn.Module, nn.Module] | None:
     """Return the batch norms that read a layer's output in either network, if there is one."""
     return None if step.norm is None else (dense.get_submodule(step.norm), small.get_submodule(step.norm))
@@ -193,7 +193,7 @@ def check_damping(damping: float) -> None:
 
 def _fit(module: ClusteredConv2d, original: nn.Module, read: Moments, damping: float, *, alone: bool) -> None:
     """Fit one layer's codebook, if no other uses it, and its scales, in place."""
-    book, dense = module.codebook, moments.grouped(original)
+    book, dense = module.codebook, _moments.grouped(original)
     scales = None if module.scales is None else module.scales.detach()
     indices = torch.from_numpy(module.members()).to(book.values.device)
 

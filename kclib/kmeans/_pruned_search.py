@@ -8,7 +8,7 @@ from scipy.spatial import cKDTree
 
 from kclib._util import threads
 from kclib._util.compiled import njit
-from kclib.kmeans.inner_loops import TILE, scanned, square
+from kclib.kmeans._inner_loops import TILE, scanned, square
 
 _BUNCH = 16  # tiles under one outer box
 _SHELLS = 64  # distance classes that a cluster's candidates are sorted into

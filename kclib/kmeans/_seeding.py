@@ -5,7 +5,7 @@ import numpy as np
 from kclib._util import threads
 from kclib._util.compiled import njit
 from kclib.kmeans import nearest
-from kclib.kmeans.inner_loops import TILE, scanned
+from kclib.kmeans._inner_loops import TILE, scanned
 
 
 def shares(inertias: np.ndarray, sizes: np.ndarray, n_clusters: int, d: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_wor
 from torchvision.transforms.functional import to_pil_image
 
 from kclib._util import threads
-from kclib.datasets import pictures
+from kclib.datasets import _pictures
 from kclib.errors import DamagedFileError, InvalidValueError, KclibError, reason
 
 _IMAGES = ("image", "img", "pixel_values")  # under these, data sets whose items are mappings keep an image
@@ -82,7 +82,7 @@ def item(images: Dataset, index: int, name: str) -> tuple:
 
 def _is_whole(path: str) -> bool:
     try:
-        return bool(pictures.read(path))
+        return bool(_pictures.read(path))
     except DamagedFileError:
         return False
 

@@ -25,11 +25,11 @@ from torch.utils.data import (
 
 from kclib._util import files
 from kclib._util.progress_bars import tqdm
-from kclib.datasets import preprocessing
-from kclib.datasets.class_names import listed
+from kclib.datasets import _preprocessing
+from kclib.datasets._class_names import listed
+from kclib.datasets._pictures import Pictures
+from kclib.datasets._preprocessing import described
 from kclib.datasets.image_set import ImageSet
-from kclib.datasets.pictures import Pictures
-from kclib.datasets.preprocessing import described
 from kclib.errors import DamagedFileError, InvalidValueError, reason
 
 _ALLOWED = (
@@ -141,7 +141,7 @@ def _of_table(table: pd.DataFrame) -> ImageSet:
 
 
 def _of_arrays(name: str, images, labels) -> ImageSet:
-    images = preprocessing.image_tensor(images)
+    images = _preprocessing.image_tensor(images)
     numbers, classes = _labels(name, labels, None)
     found = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
     for part in images.split(1024):
@@ -155,9 +155,9 @@ def _of_pairs(data, name: str) -> ImageSet:
     """Return a map-style data set of (image, label), read once for its labels and fingerprint."""
     found, labels, prepared = hashlib.sha256(), [], False
     for i in tqdm(range(len(data)), desc=f"labels of {name}", unit="image", delay=2):
-        image, label = preprocessing.item(data, i, name)
+        image, label = _preprocessing.item(data, i, name)
         labels.append(_label(label, name, i))
-        prepared |= preprocessing.is_prepared(image)
+        prepared |= _preprocessing.is_prepared(image)
         found.update(_content(image))
     classes = _classes(data, name)
     try:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kclib import compression, kernels
 from kclib.clustering import Clustering, Group, by_use
-from kclib.combination import pruning
+from kclib.combination import _pruning
 from kclib.compression import byte_counts, formats, layers, precisions
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, copying
@@ -30,7 +30,7 @@ class Stage:
         Of codebooks, or of the kernels where none are clustered; they are rounded to it.
     clustering : Clustering, optional
     kind : str
-        What was pruned, of `pruning.KINDS`; bytes of kernels that are not clustered count a mask of these.
+        What was pruned, of `_pruning.KINDS`; bytes of kernels that are not clustered count a mask of these.
     held : mapping of str to torch.Tensor, optional
         What pruning made zero: by convolution, bool in the shape of its weight.
     linear, biases : str, optional
@@ -102,7 +102,7 @@ class Stage:
             network
         )  # of rounded biases
         counted = "fp16" if self.precision == "bf16" else self.precision
-        return pruning.sparse_bytes(network, kind=self.kind, precision=counted) - saved
+        return _pruning.sparse_bytes(network, kind=self.kind, precision=counted) - saved
 
     def row(self, step: str, network: nn.Module) -> dict[str, object]:
         """Return what the step that made this stage did to bytes and kernels, of its final network."""

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kclib import models
-from kclib.compression import example_inputs
+from kclib.compression import _example_inputs
 from kclib.compression.layers import ClusteredConv2d
 from kclib.errors import InvalidValueError, reason
 from kclib.kernels import copying
@@ -29,7 +29,7 @@ def check(
     source: nn.Module | None = None,
     reference: nn.Module | None = None,
     given: models.Model | nn.Module | None = None,
-    inputs: example_inputs.Inputs = None,
+    inputs: _example_inputs.Inputs = None,
 ) -> None:
     """Raise an error unless a network, on one input, runs each of its replaced layers.
 
@@ -62,11 +62,11 @@ def check(
     if inputs is False or not names:
         return
     first = copying.copied(made) if reference is None else reference
-    arguments = example_inputs.arguments(first, given, inputs)
+    arguments = _example_inputs.arguments(first, given, inputs)
     if arguments is None:
         _LOG.warning(
             "whether the network runs its replaced layers was not checked: no square image of %s channels "
-            "runs through it. Give an input it takes: inputs=.", example_inputs.channels_of(first)[0],
+            "runs through it. Give an input it takes: inputs=.", _example_inputs.channels_of(first)[0],
         )  # fmt: skip
         return
     if inputs is not None:
@@ -74,7 +74,7 @@ def check(
     trial = _tried(copying.copied(made), names, source, arguments)
     _check_source(trial)
     if missing := [name for name in names if name not in trial.reached]:
-        trained = _tried(copying.copied(made), names, source, example_inputs.twice(arguments), training=True)
+        trained = _tried(copying.copied(made), names, source, _example_inputs.twice(arguments), training=True)
         _check_source(trained)
         if missing := [name for name in missing if name not in trained.reached]:
             others = f" (nor {len(missing) - 1} others)" * (len(missing) > 1)
@@ -122,7 +122,7 @@ def _tried(
     reads, answers, error = _Reads(own.keys() | foreign.keys()), [], None
     try:
         with reads:
-            answers = example_inputs.run(network, arguments, training=training)
+            answers = _example_inputs.run(network, arguments, training=training)
     except Exception as caught:  # of the user's own code
         error = caught
     for place in reads.found & own.keys():
@@ -133,7 +133,7 @@ def _tried(
 
 def _check_runs(network: nn.Module, arguments) -> None:
     try:
-        example_inputs.run(network, arguments)
+        _example_inputs.run(network, arguments)
     except Exception as error:  # of the user's own code
         raise InvalidValueError(
             f"the network does not run on the inputs that were given ({reason(error)}); "
@@ -157,8 +157,8 @@ def _check_alike(reference: nn.Module, trial: _Trial, arguments) -> None:
             f"the network does not run with its layers replaced, and runs without ({reason(trial.error)}); "
             "its code may need something that only an ordinary convolution has."
         ) from trial.error
-    expected = example_inputs.run(reference, arguments)
-    if not _alike(expected, trial.answers) and _alike(expected, example_inputs.run(reference, arguments)):
+    expected = _example_inputs.run(reference, arguments)
+    if not _alike(expected, trial.answers) and _alike(expected, _example_inputs.run(reference, arguments)):
         pairs = [(x, y) for x, y in zip(expected, trial.answers, strict=False) if x.shape == y.shape]
         apart = max(
             (float((x.double() - y.double()).abs().max()) for x, y in pairs if x.numel()), default=math.nan

@@ -13,7 +13,7 @@ import torchvision.datasets as tv
 from torch.utils.data import Dataset
 
 from kclib._util import files
-from kclib.datasets import class_names, image_folders, labelled
+from kclib.datasets import _class_names, _image_folders, _labelled
 from kclib.datasets.image_set import ImageSet
 from kclib.errors import DamagedFileError, MissingFileError, StorageError, reason
 
@@ -80,7 +80,7 @@ def _imagenette(split: str) -> ImageSet:
 def _imagenet(split: str) -> ImageSet:
     part = "train" if split == "train" else "val"
     found = _found(lambda: tv.ImageNet(files.data_dir() / "imagenet", split=part), "imagenet")
-    categories, ids = class_names.imagenet()  # their names do not repeat, as those of the archive do
+    categories, ids = _class_names.imagenet()  # their names do not repeat, as those of the archive do
     classes = categories if tuple(found.wnids) == ids else tuple(names[0] for names in found.classes)
     return _from_files(f"imagenet/{split}", found.samples, classes)
 
@@ -90,17 +90,17 @@ def folder(name: str, split: str) -> ImageSet:
     if split == "train":
         with suppress(MissingFileError):  # a folder may hold a split to train by alone
             return folders(name)[0]
-    found = image_folders.find(_root(name), split)
+    found = _image_folders.find(_root(name), split)
     return _from_files(f"{name}/{found.split or split}", found.samples, found.classes, found.notes)
 
 
 def folders(name: str) -> tuple[ImageSet, ImageSet]:
     """Return the images of a folder to train and to test by; no image, told by its file's sum, is in both."""
     root = _root(name)
-    train, test = image_folders.find(root, "train"), image_folders.find(root, "test")
-    sums = labelled.digests(test.samples, name)
+    train, test = _image_folders.find(root, "train"), _image_folders.find(root, "test")
+    sums = _labelled.digests(test.samples, name)
     if train.split == test.split:
-        kept, rest = image_folders.halves([label for _, label in test.samples], sums)
+        kept, rest = _image_folders.halves([label for _, label in test.samples], sums)
         note = (
             f"{root} has no split to train by; it is divided by the content of its files: "
             f"{len(kept):,} images to train by, {len(rest):,} others to test by."
@@ -110,7 +110,7 @@ def folders(name: str) -> tuple[ImageSet, ImageSet]:
             for part, indices in (("train", kept), ("test", rest))
         ]
         return parts[0], parts[1]
-    train_sums, tested = labelled.digests(train.samples, name), set(sums)
+    train_sums, tested = _labelled.digests(train.samples, name), set(sums)
     kept = [i for i, digest in enumerate(train_sums) if digest not in tested]
     n_both = len(train_sums) - len(kept)
     note = f"{n_both:,} images of {train.split} are also in {test.split}; they are not trained by."
@@ -126,20 +126,20 @@ def _root(name: str) -> Path:
 
 def _of_found(
     name: str,
-    found: image_folders.Found,
+    found: _image_folders.Found,
     sums: Sequence[str],
     indices: Sequence[int],
     notes: tuple[str, ...],
 ) -> ImageSet:
     samples, sums = [found.samples[i] for i in indices], [sums[i] for i in indices]
-    return labelled.of_files(name, samples, found.classes, (*found.notes, *notes), sums)
+    return _labelled.of_files(name, samples, found.classes, (*found.notes, *notes), sums)
 
 
 def _from_files(
     name: str, samples: Sequence[tuple[str, int]], classes: tuple[str, ...], notes: tuple[str, ...] = ()
 ) -> ImageSet:
     samples = [(str(path), label) for path, label in samples]
-    return labelled.of_files(name, samples, classes, notes, labelled.digests(samples, name))
+    return _labelled.of_files(name, samples, classes, notes, _labelled.digests(samples, name))
 
 
 def _found(read: Callable[[], Dataset], name: str, where: Path | None = None) -> Dataset:
