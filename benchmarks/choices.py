@@ -22,10 +22,10 @@ from benchmarks.recovery import PRECISION, Rows
 from kclib import clustering, datasets, models
 from kclib.clustering import grouping
 from kclib.compression import byte_counts
+from kclib.compression._layers import N_TURNS
 from kclib.compression.byte_counts import Count
-from kclib.compression.layers import N_TURNS
-from kclib.kernels import Layer, copying
-from kclib.recovery import sensitivity, tradeoff
+from kclib.kernels import Layer, _copying
+from kclib.recovery import _tradeoff, sensitivity
 
 OUT = Path("reports/bench/choices.json")
 HELD_BACK, TEST, CALIBRATION = 500, 1000, 256  # images
@@ -104,7 +104,7 @@ class Bench:
 
 def log_shares(model: kclib.Model, data: kclib.ImageSet) -> Tensor:
     """Return the log-probability of each class, float64 ``(n, classes)``, as `evaluation.evaluate` runs."""
-    network = copying.copied(models.network_of(model)).eval().to(memory_format=torch.channels_last)
+    network = _copying.copied(models.network_of(model)).eval().to(memory_format=torch.channels_last)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         batches = datasets.batches(data, model.preprocess, 64)
         logits = [network(inputs.to(memory_format=torch.channels_last)) for inputs, _ in batches]
@@ -113,7 +113,7 @@ def log_shares(model: kclib.Model, data: kclib.ImageSet) -> Tensor:
 
 def stored(found: kclib.Clustering) -> np.ndarray:
     """Return what stands for each kernel once codebooks are fp16, in the rows of the bank."""
-    return clustering.quantized(tradeoff.stored(found, "fp16"))
+    return clustering.quantized(_tradeoff.stored(found, "fp16"))
 
 
 def weighting(bench: Bench, kind: str) -> None:

@@ -26,7 +26,7 @@ import kclib
 from kclib import kmeans
 from kclib._util import files
 from kclib._util import threads as util_threads
-from kclib.kmeans import fitting, lloyd, nearest
+from kclib.kmeans import _fitting, _lloyd, _nearest
 
 OUT = Path("reports/bench")
 LADDER = [*(2**power for power in range(4, 18)), 235_367]
@@ -85,7 +85,7 @@ def timed(call: Callable):
 
 def inertia(points: np.ndarray, centres: np.ndarray) -> float:
     centres = np.ascontiguousarray(centres, np.float32)
-    return float(nearest.nearest(points, centres).errors.sum(dtype=np.float64))
+    return float(_nearest.nearest(points, centres).errors.sum(dtype=np.float64))
 
 
 def against_peers(points: np.ndarray, repeats: int, rows: list[dict]) -> Iterator[list[dict]]:
@@ -154,7 +154,7 @@ def growth(points: np.ndarray, repeats: int) -> dict:
         runs = []
         for seed in range(repeats):
             whole, found = timed(lambda k=k, seed=seed: kmeans.fit(points, k, seed=seed))
-            last, _ = timed(lambda found=found: nearest.nearest(points, found.centres, guess=found.labels))
+            last, _ = timed(lambda found=found: _nearest.nearest(points, found.centres, guess=found.labels))
             runs.append((whole, last))
         whole, last = (statistics.median(column) for column in zip(*runs, strict=True))
         by_k.append(
@@ -221,18 +221,18 @@ def peak(file: Path, k: int) -> dict:
         "K": k,
         "seconds": seconds,
         "peak beside the points (GiB)": (max(high) - before) / 2**30,
-        "estimate (GiB)": fitting.memory(*points.shape, k) / 2**30,
+        "estimate (GiB)": _fitting.memory(*points.shape, k) / 2**30,
     }
 
 
 def lost(points: np.ndarray, k: int) -> float:
     """How much more inertia labels have that are looked for as in the rounds, not exactly."""
     options, threads = kmeans.Options(25, None, 1.6, 0, None), util_threads.threads()
-    centres, guess = lloyd.start(points, None, k, options)
-    guess = nearest.nearest(points, centres, guess=guess, reach=1.6).labels
-    centres = lloyd.means(points, None, guess, centres, threads)
-    near, exact = (nearest.nearest(points, centres, guess=guess, reach=reach) for reach in (1.6, None))
-    return lloyd.total(near.errors, None) / lloyd.total(exact.errors, None) - 1
+    centres, guess = _lloyd.start(points, None, k, options)
+    guess = _nearest.nearest(points, centres, guess=guess, reach=1.6).labels
+    centres = _lloyd.means(points, None, guess, centres, threads)
+    near, exact = (_nearest.nearest(points, centres, guess=guess, reach=reach) for reach in (1.6, None))
+    return _lloyd.total(near.errors, None) / _lloyd.total(exact.errors, None) - 1
 
 
 def slope(rows: list[dict], x: str, y: str) -> float:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 import kclib
 from kclib import models
 from kclib._util import files
-from kclib.compression import byte_counts, latency, layers, residence
+from kclib.compression import _layers, byte_counts, latency, residence
 
 CASES = (("global", 256), ("global", 4096), ("global", 65_536), ("layer", 256))
 OUT = Path("reports/bench/memory.json")
@@ -46,7 +46,7 @@ def median_ms(call) -> float:
 @torch.inference_mode()
 def decoding(network: torch.nn.Module) -> dict[str, float]:
     """Time the decoding of every weight against an embedding look-up of indices that are unpacked already."""
-    modules = layers.clustered(network).values()
+    modules = _layers.clustered(network).values()
     tables = [module.codebook.table() for module in modules]
     indices = [torch.from_numpy(module.members()) for module in modules]
     ours = median_ms(lambda: [module.weight.shape for module in modules])

@@ -11,7 +11,7 @@ import kclib
 from kclib import combination, plots, recovery
 from kclib._util import files
 from kclib.combination import factorial, orthogonality
-from kclib.evaluation import accuracy
+from kclib.evaluation import _accuracy
 
 OUT = Path("reports/bench/orthogonality.csv")
 SPARSITIES = (0, 0.3, 0.5, 0.7)
@@ -74,7 +74,7 @@ def smallest(model: kclib.Model, table: pd.DataFrame, trained: pd.DataFrame, opt
     file = combined.save(OUT.with_name("combined.safetensors"), architecture=model.name)
     sizes = {"bytes": combined.n_bytes, "ratio": row.ratio, "file": int(file.bytes.sum())}
     kept = row[["pruned", "sparsity", "clustering", "precision", "order"]].to_dict() | sizes
-    found = pd.DataFrame([kept | accuracy.accuracy(answers, dense)])
+    found = pd.DataFrame([kept | _accuracy.accuracy(answers, dense)])
     table_of(found, "smallest")
     print(found.to_string(index=False))
 

@@ -17,7 +17,7 @@ from kclib import models, plots, recovery
 from kclib._util import files
 from kclib.compression import byte_counts
 from kclib.evaluation import peers
-from kclib.recovery import sensitivity, sequential
+from kclib.recovery import _sequential, sensitivity
 
 OUT = Path("reports/bench/recovery.json")
 SHARES = (16, 24, 32, 48)  # the convolutions keep one byte of so many
@@ -155,7 +155,7 @@ def smallest(bench: Bench) -> None:
     start, first = time.perf_counter(), next(iter(n_clusters))
     fewer = {name: k if name == first else max(2, round(k * SMALLER)) for name, k in n_clusters.items()}
     weights = sensitivity.weights(bench.model, bench.images.calibration, kclib.extract(bench.model))
-    found = sequential.correct(bench.model, bench.images.calibration, fewer, weights=weights)
+    found = _sequential.correct(bench.model, bench.images.calibration, fewer, weights=weights)
     network = kclib.compress(found.model, found.clustering, precision="fp16")
     n_bytes, took = byte_counts.stored_bytes(network), time.perf_counter() - start
     if not bench.rows.get(**key):
@@ -197,7 +197,7 @@ def pointwise(images: kclib.ImageSet) -> Callable[[kclib.Model], nn.Module]:
     def compressed(model: kclib.Model) -> nn.Module:
         network = model
         for size, k in ((1, 32), (7, 64)):
-            found = sequential.correct(network, images, k, size=size, dense=model)
+            found = _sequential.correct(network, images, k, size=size, dense=model)
             network = kclib.compress(found.model, found.clustering, precision="fp16")
         return network
 

@@ -10,12 +10,12 @@ import kclib
 from kclib import kmeans
 from kclib._util import checks, progress_bars, threads
 from kclib.clustering import Group, grouping, origin_of
-from kclib.compression import formats
+from kclib.compression import _formats
+from kclib.compression._packing import index_bytes
 from kclib.compression.byte_counts import Count, orbit
-from kclib.compression.packing import index_bytes
 from kclib.kernels import Kernels, Layer, bank_of, rows_of
-from kclib.kmeans import lloyd, nearest, settings
-from kclib.kmeans.rescaling import Frame
+from kclib.kmeans import _lloyd, _nearest, _settings
+from kclib.kmeans._rescaling import Frame
 
 _HALF = np.dtype(np.float16)
 
@@ -109,7 +109,7 @@ def cluster(
     bank = bank_of(bank)
     checks.check_known("kind of representative", kind, KINDS)
     checks.check_whole("scale_bits", scale_bits, 2, 16)
-    weights = settings.checked_weights(weights, len(bank))
+    weights = _settings.checked_weights(weights, len(bank))
     options = _Options(scope, weights, int(scale_bits), seed, n_threads, progress)
     return Represented(kind, *KINDS[kind](bank, n_clusters, options))
 
@@ -151,13 +151,13 @@ def _of_medoids(
     kernels = bank.points[rows]
     frame = Frame.of([kernels])
     points, means = frame.into(kernels), frame.into(group.codebook.reshape(group.n_clusters, -1))
-    means = lloyd.means(points, options.weights_of(rows), group.indices, means, n_threads)
-    errors = nearest.errors(points, means, group.indices, n_threads=n_threads)
+    means = _lloyd.means(points, options.weights_of(rows), group.indices, means, n_threads)
+    errors = _nearest.errors(points, means, group.indices, n_threads=n_threads)
     nearest_first = np.lexsort((errors, group.indices))
     medoids = nearest_first[np.unique(group.indices[nearest_first], return_index=True)[1]]
-    labels = nearest.nearest(points, points[medoids], n_threads=n_threads, done=done).labels
+    labels = _nearest.nearest(points, points[medoids], n_threads=n_threads, done=done).labels
     # Kernels that are the same may lie in two clusters, as near to one as to the other.
-    labels = lloyd.merged(kernels[medoids], labels)
+    labels = _lloyd.merged(kernels[medoids], labels)
     used, labels = np.unique(labels, return_inverse=True)
     codebook = bank.weights[rows[medoids[used]]]
     return _settled(bank, replace(group, codebook=codebook, indices=labels.astype(np.int32)))
@@ -169,7 +169,7 @@ def _scaled(
     found = options.fit(bank, n_clusters, scaled=True, turned=turned)
     n_bytes = sum(index_bytes(layer.n_kernels, options.scale_bits) for layer in bank.layers)
     if options.scale_bits == 16:
-        return _with_scales(bank, found, [formats.half(group.scales) for group in found.groups]), n_bytes
+        return _with_scales(bank, found, [_formats.half(group.scales) for group in found.groups]), n_bytes
     with progress_bars.of_shares("scales", options.progress) as bar:
         tables = [_table(bank, group, options, _part(bar, group, bank)) for group in found.groups]
     scales = [_looked_up(group.scales, table) for group, table in zip(found.groups, tables, strict=True)]
@@ -188,7 +188,7 @@ def _table(
         n_threads=options.n_threads,
         progress=lambda step: done(step.share),
     )
-    return np.unique(formats.half(found.centres))
+    return np.unique(_formats.half(found.centres))
 
 
 def _looked_up(values: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -207,7 +207,7 @@ def _normalised(
         count = int(owner[layer.rows].max()) + 1
     squares = np.einsum("nd,nd->n", bank.points, bank.points, dtype=np.float64)
     areas = np.bincount(owner) * bank.points.shape[1]
-    scales = formats.half(np.sqrt(np.bincount(owner, squares) / areas))[owner]
+    scales = _formats.half(np.sqrt(np.bincount(owner, squares) / areas))[owner]
     divided = replace(bank, weights=bank.weights / np.where(scales > 0, scales, 1)[:, None, None])
     found = options.fit(divided, n_clusters, weights=_weights_over(bank, scales, options))
     found = _with_scales(bank, found, [scales[group.rows] for group in found.groups])
@@ -225,7 +225,7 @@ def _weights_over(bank: kclib.KernelBank, scales: np.ndarray, options: _Options)
     squares = np.square(scales / (scales.max() or 1), dtype=np.float64)
     for layers in grouping(bank, options.scope).values():
         rows = rows_of(layers)
-        given = settings.counted(options.weights_of(rows))
+        given = _settings.counted(options.weights_of(rows))
         over = squares[rows] if given is None else given * squares[rows]
         result[rows] = over if over.any() else result[rows] if given is None else given
     return result

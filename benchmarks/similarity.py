@@ -18,7 +18,7 @@ from benchmarks.kmeans import timed
 from kclib import kernels
 from kclib._util import files, threads
 from kclib.explorers import ClusterExplorer, widgets
-from kclib.similarity import distances, embedding, neighbours, pair_histogram
+from kclib.similarity import _neighbours, distances, embedding, pair_histogram
 from kclib.store import Store
 
 OUT = Path("reports/bench")
@@ -50,10 +50,10 @@ def scipy_histogram(points: np.ndarray, edges: np.ndarray, name: str) -> np.ndar
 def nearest(points: np.ndarray) -> list[dict]:
     """Seconds to the exact nearest neighbour of every kernel."""
     n_threads, rows = threads.threads(), []
-    neighbours.nearest(points[:2000])  # numba's compiler
+    _neighbours.nearest(points[:2000])  # numba's compiler
     for n in (4096, 65_536, len(points)):
         some = np.ascontiguousarray(points[-n:])
-        ours, found = timed(lambda some=some: neighbours.nearest(some))
+        ours, found = timed(lambda some=some: _neighbours.nearest(some))
         row = {"kernels": n, "ours (s)": ours}
         row["cKDTree (s)"], (apart, _) = timed(partial(scipy_nearest, some, n_threads))
         assert np.allclose(np.sqrt(found.squared[:, 0]), apart[:, 1], rtol=1e-4)

@@ -23,9 +23,9 @@ import kclib
 from kclib import compression
 from kclib._util import files
 from kclib.compression import byte_counts
-from kclib.experiments import grid
-from kclib.experiments.pool import Workers
-from kclib.experiments.profiles import Grid, ModelSource
+from kclib.experiments import _grid
+from kclib.experiments._pool import Workers
+from kclib.experiments._profiles import Grid, ModelSource
 from kclib.store import Store
 
 REPEATS = 3
@@ -44,7 +44,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def swept(store: Store, workers: Workers) -> None:
-    failed = grid.run(grid.plan(CELLS, store), workers, progress=False)
+    failed = _grid.run(_grid.plan(CELLS, store), workers, progress=False)
     assert not failed, failed
 
 
@@ -82,9 +82,9 @@ def main() -> None:
             times["dask, two jobs"].append(seconds(lambda x=store["dask"]: swept(x, Workers(2, "dask"))))
             options = {"scopes": CELLS.scopes, "store": store["one"]}
             times["stored"].append(seconds(lambda o=options: kclib.sweep(model, data, CELLS.clusters, **o)))
-        planned = {name: grid.plan(CELLS, store[name], estimated=False) for name in store}
+        planned = {name: _grid.plan(CELLS, store[name], estimated=False) for name in store}
         timed = ["cluster_seconds", "evaluate_seconds", "made"]
-        tables = {name: grid.table(planned[name], store[name]).drop(columns=timed) for name in store}
+        tables = {name: _grid.table(planned[name], store[name]).drop(columns=timed) for name in store}
         n = len(tables["one"])
         path = notebook(Path(folder))
         command = [sys.executable, "-c", f"{IMPORTS}\n{WORK}"]

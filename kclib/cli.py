@@ -13,7 +13,7 @@ import yaml
 import kclib
 from kclib._util import files, progress_bars
 from kclib.errors import FailedRunError, InvalidValueError, KclibError, SweepError
-from kclib.models import factories
+from kclib.models import _factories
 
 _PROFILE = Annotated[str, typer.Argument(help="smoke, full, imagenet, or the path of a YAML file.")]
 _OUT = Annotated[Path, typer.Option(help="Folder of the reports.")]
@@ -71,21 +71,21 @@ def sweep(
     out: _OUT = Path("reports"),
 ) -> None:
     """Compute the cells of a profile's sweep that the store does not have, and write their report."""
-    from kclib.experiments import grid
-    from kclib.experiments.pool import Workers
+    from kclib.experiments import _grid
+    from kclib.experiments._pool import Workers
     from kclib.store import Store
 
     found, workers, store = _profile(profile), Workers(jobs, backend, scheduler), Store()
-    planned = grid.plan(found.sweep, store, rerun=rerun)
+    planned = _grid.plan(found.sweep, store, rerun=rerun)
     if dry_run:
-        typer.echo(_text(grid.as_table(planned)))
-    typer.echo(grid.summary(planned, workers))
+        typer.echo(_text(_grid.as_table(planned)))
+    typer.echo(_grid.summary(planned, workers))
     if dry_run:
         return
-    failures = grid.run(planned, workers)
+    failures = _grid.run(planned, workers)
     for failure in failures:
         typer.echo(f"{failure.what} failed: {failure.error}", err=True)
-    index = grid.report(found, planned, store, failures, out)
+    index = _grid.report(found, planned, store, failures, out)
     typer.echo(f"report: {index.resolve()}")
     if failures:
         raise SweepError(
@@ -97,16 +97,16 @@ def sweep(
 @app.command()
 def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
     """Write a profile's report anew, from the store and the executed notebooks; compute nothing."""
-    from kclib.experiments import grid, profiles, reports
+    from kclib.experiments import _grid, _profiles, reports
     from kclib.store import Store
 
-    found, store = profiles.load(profile), Store()
+    found, store = _profiles.load(profile), Store()
     if found.sweep is not None:
-        tasks = grid.plan(found.sweep, store, estimated=False)
+        tasks = _grid.plan(found.sweep, store, estimated=False)
         if any(task.stored for task in tasks):
             missing = {str(task) for task in tasks if not task.stored}
             failures = reports.read(out / found.name, found.name).failures
-            grid.report(found, tasks, store, [x for x in failures if x.what in missing], out)
+            _grid.report(found, tasks, store, [x for x in failures if x.what in missing], out)
     index = reports.rebuild(out / found.name, found.name)
     typer.echo(f"report: {index.resolve()}")
 
@@ -184,7 +184,7 @@ def compare(
     ),
 ) -> None:
     """Show what moved between two runs of a sweep, with intervals; a gate for CI."""
-    from kclib.experiments import compare as experiments_compare
+    from kclib.experiments import _compare as experiments_compare
 
     files.check_output(out)
     table = experiments_compare.compare(experiments_compare.read(before), experiments_compare.read(after))
@@ -202,9 +202,9 @@ def compare(
 
 def _profile(name: str):
     """Read a profile that has a sweep."""
-    from kclib.experiments import profiles
+    from kclib.experiments import _profiles
 
-    found = profiles.load(name)
+    found = _profiles.load(name)
     if found.sweep is None:
         raise InvalidValueError(f"profile {name} has no sweep; it must have the key 'sweep'.")
     return found
@@ -253,11 +253,11 @@ def batch(
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the report when done.")] = True,
 ) -> None:
     """Run the notebooks of a profile in order and write a report."""
-    from kclib.experiments import batch as runner
-    from kclib.experiments import profiles
+    from kclib.experiments import _batch as runner
+    from kclib.experiments import _profiles
 
     changes = dict(_assignment(text) for text in change or ())
-    index = runner.run(profiles.load(profile, changes=changes), out)
+    index = runner.run(_profiles.load(profile, changes=changes), out)
     typer.echo(f"report: {index.resolve()}")
     if show and sys.stdout.isatty():
         typer.launch(str(index.resolve()))
@@ -337,9 +337,9 @@ def _show_written(contents, model, out: Path) -> None:
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="A file that compress wrote.")]) -> None:
     """Show what a compressed file holds, without its network."""
-    from kclib.compression import container
+    from kclib.compression import _container
 
-    contents = container.inspect(file)
+    contents = _container.inspect(file)
     about = contents.description
     accuracy = "unknown" if about["accuracy"] is None else f"{about['accuracy']:.2f} %"
     typer.echo(
@@ -392,9 +392,9 @@ def export(
     ] = None,
 ) -> None:
     """Write a compressed file for other runtimes."""
-    from kclib.compression import exporting
+    from kclib.compression import _exporting
 
-    exporting.kind_of(out)
+    _exporting.kind_of(out)
     files.check_output(out, binary=True)
     loaded = kclib.load(file, architecture=model)
     kclib.export(loaded, out, shape=shape, dense=dense)
@@ -409,7 +409,7 @@ def main() -> None:
     A wrong input is one sentence and exit code 2, a failed run exit code 1, Ctrl-C exit code 130.
     """
     try:
-        with progress_bars.readable(), factories.own_modules():
+        with progress_bars.readable(), _factories.own_modules():
             app(args=[_at_home(x) for x in sys.argv[1:]], standalone_mode=True)
     except SystemExit as end:
         if end.code == 130:

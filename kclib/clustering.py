@@ -12,9 +12,9 @@ from kclib import kmeans
 from kclib._util import checks, threads
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Kernels, Layer, bank_of, rows_of
-from kclib.kmeans import entropy, fit_progress, fitting, settings, symmetric
+from kclib.kmeans import _entropy, _fit_progress, _fitting, _settings, symmetric
 
-Fit = kmeans.KMeans | symmetric.SymmetricKMeans | entropy.Priced
+Fit = kmeans.KMeans | symmetric.SymmetricKMeans | _entropy.Priced
 
 
 SCOPES = ("layer", "global", "mixed")
@@ -195,14 +195,14 @@ def cluster(
     bank = bank_of(bank)
     members = grouping(bank, scope)
     asked = wanted(members, n_clusters)
-    method = _method(bank, scaled, turned, entropy.checked_price(price))
+    method = _method(bank, scaled, turned, _entropy.checked_price(price))
     points = {name: bank.points[rows_of(layers)] for name, layers in members.items()}
     shares = _shares(bank, members, weights, price)
     largest_first = sorted(members, key=lambda name: -len(points[name]))
     n_threads = threads.threads(n_threads)
     inside = 1 if len(members) >= n_threads else n_threads
-    with fit_progress.Fits(
-        len(bank), fitting.memory(*bank.points.shape, max(asked.values())), progress
+    with _fit_progress.Fits(
+        len(bank), _fitting.memory(*bank.points.shape, max(asked.values())), progress
     ) as bar:
 
         def fit(i: int) -> Fit:
@@ -388,7 +388,7 @@ def kernel_errors(bank: KernelBank, clustering: Clustering, weights=None) -> np.
         raise InvalidValueError(
             "the clustering is of other layers than the bank's; give the bank it was made of."
         )
-    weights = settings.checked_weights(weights, len(bank))
+    weights = _settings.checked_weights(weights, len(bank))
     squares = np.square(bank.weights - quantized(clustering), dtype=np.float64).sum(axis=(1, 2))
     return squares if weights is None else squares * weights
 
@@ -412,12 +412,12 @@ def _method(bank: KernelBank, scaled: bool, turned: bool, price: float) -> Calla
         raise InvalidValueError(f"price is {price}; it must be 0 where kernels are scaled or turned.")
     if scaled or turned:
         return functools.partial(symmetric.fit, scaled=scaled, turned=turned)
-    return functools.partial(entropy.fit, price=price) if price else kmeans.fit
+    return functools.partial(_entropy.fit, price=price) if price else kmeans.fit
 
 
 def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], weights, price: float) -> dict:
     """Check weights and return them by group; None for each if there are none, or all of its are 0."""
-    weights = settings.checked_weights(weights, len(bank))
+    weights = _settings.checked_weights(weights, len(bank))
     if weights is None:
         return dict.fromkeys(members)
     shares = {name: weights[rows_of(layers)] for name, layers in members.items()}
@@ -425,7 +425,7 @@ def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], weights,
         raise InvalidValueError(
             f"with a price, weights must not be all 0 in a group; they are in {', '.join(empty)}."
         )
-    return {name: settings.counted(share) for name, share in shares.items()}
+    return {name: _settings.counted(share) for name, share in shares.items()}
 
 
 def _group(

@@ -7,7 +7,7 @@ import torch
 
 from kclib import compression, models
 from kclib._util import files
-from kclib.models import loading, state_dicts
+from kclib.models import _loading, _state_dicts
 
 
 def load_model(
@@ -45,15 +45,15 @@ def load_model(
     ((3, 32, 32), ('T-shirt/top', 'Trouser', 'Pullover'))
     """
     model = models.told(models.architecture(name), input_shape=input_shape, classes=classes)
-    if weights is not None and state_dicts.is_compressed(weights):
+    if weights is not None and _state_dicts.is_compressed(weights):
         return compression.load(files.expanded(weights), architecture=model, resident="dense", device=device)
     if weights is not None:
         source = "the mapping of weights" if isinstance(weights, Mapping) else str(weights)
-        state_dicts.fill(model.network, state_dicts.found(weights), source)
+        _state_dicts.fill(model.network, _state_dicts.found(weights), source)
     elif name == "vgg16-fashion":
         shipped = files.shipped(files.data_dir() / models.FASHION_FILE, models.FASHION_SHA256)
-        state_dicts.fill(model.network, state_dicts.found(shipped), name)
+        _state_dicts.fill(model.network, _state_dicts.found(shipped), name)
     elif name in models.torchvision_names():
-        state_dicts.fill(model.network, {"": loading.published(name)}, name)
+        _state_dicts.fill(model.network, {"": _loading.published(name)}, name)
     models.moved(model.network, device).eval()
     return model

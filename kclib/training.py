@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from kclib import datasets, models
 from kclib._util import checks, files
 from kclib._util.progress_bars import tqdm
-from kclib.datasets import loader
+from kclib.datasets import _loader
 from kclib.errors import DamagedFileError, InvalidValueError, reason
-from kclib.kernels import copying
+from kclib.kernels import _copying
 
 _LEAST = {"epochs": 1, "batch_size": 1, "shift": 0, "square": 0, "held_back": 1, "images": 0, "patience": 0}
 
@@ -133,7 +133,7 @@ def train(
         A checkpoint that cannot be read.
     """
     if teacher is None:
-        data = loader.known(data)
+        data = _loader.known(data)
     kept, held = split(data, recipe)
     identity = _identity(network, data, recipe, teacher)
     network = _copied(network, device)
@@ -173,7 +173,7 @@ def _copied(network: nn.Module, device: str) -> nn.Module:
     for name, value in network.named_parameters():
         if value.dtype != torch.float32:
             raise InvalidValueError(f"parameter {name} is {value.dtype}; call .float() on the network first.")
-    return models.moved(copying.copied(network), device).to(memory_format=torch.channels_last)
+    return models.moved(_copying.copied(network), device).to(memory_format=torch.channels_last)
 
 
 def _steps(recipe: Recipe, n_images: int) -> int:

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from sentences import is_one_sentence
 
 from kclib import cli, compression, datasets, evaluation, loading, models
-from kclib.compression import container, expand
+from kclib.compression import _container, expand
 from kclib.errors import InvalidValueError, NotebookError
-from kclib.experiments import batch
+from kclib.experiments import _batch
 
 FACTORIES = """
 import torch
@@ -68,7 +68,7 @@ def ran(monkeypatch, tmp_path):
         calls.append((profile, out))
         return tmp_path / "index.html"
 
-    monkeypatch.setattr(batch, "run", run)
+    monkeypatch.setattr(_batch, "run", run)
     return calls
 
 
@@ -158,7 +158,7 @@ def test_a_run_that_ends_early_leaves_no_traceback(kclib, monkeypatch, profile, 
     def run(profile, out):
         raise error
 
-    monkeypatch.setattr(batch, "run", run)
+    monkeypatch.setattr(_batch, "run", run)
     found, _, said = kclib("batch", "--profile", profile)
     assert (found, "Traceback" in said) == (code, False)
 
@@ -234,13 +234,13 @@ def test_a_shared_weight_counts_once_among_the_dense_bytes(made):
 
 
 def test_the_options_of_compress_reach_the_file(made, tmp_path, factories):
-    plain = container.inspect(made()[1])
+    plain = _container.inspect(made()[1])
     assert plain.groups.index.tolist() == ["0", "2"]
     assert (plain.groups[["clusters", "turned", "seed", "precision"]] == [5, False, 0, "fp32"]).all(axis=None)
     assert plain.bytes["scales"] == 0
     assert (plain.description["architecture"], plain.description["accuracy"]) == (f"{factories}:make", None)
     options = ("--scope", "global", "--precision", "bf16", "--scaled", "--turned", "--seed", 3)
-    other = container.inspect(made(*options, clusters=7)[1])
+    other = _container.inspect(made(*options, clusters=7)[1])
     assert other.groups.loc["global", ["clusters", "kernels", "precision", "turned", "seed"]].tolist() == [
         7, 104, "bf16", True, 3
     ]  # fmt: skip
@@ -264,7 +264,7 @@ def test_linear_weights_are_rounded_as_asked_and_a_part_of_their_own(made, kclib
         out, path = made(*options, name="headed")
         assert printed_bytes(out)["linear weights"] == n_bytes
         assert printed_bytes(kclib("inspect", path)[1])["linear weights"] == n_bytes
-    assert container.inspect(made("--linear", "int4", name="headed")[1]).bytes["linear weights"] <= n_bytes
+    assert _container.inspect(made("--linear", "int4", name="headed")[1]).bytes["linear weights"] <= n_bytes
     code, _, said = kclib(
         "compress", "kclib_test_factories:headed", "--clusters", 5, "-o", path, "--linear", "int9"
     )
@@ -276,7 +276,7 @@ def test_linear_weights_are_rounded_as_asked_and_a_part_of_their_own(made, kclib
 @pytest.mark.parametrize(("coding", "found"), [("entropy", {"group", "layer"}), ("fixed", {"fixed"})])
 def test_indices_are_coded_as_asked_for(made, coding, found):
     out, path = made("--indices", coding, name="uneven", clusters=2)
-    codings = set(container.inspect(path).layers.coding)
+    codings = set(_container.inspect(path).layers.coding)
     assert codings <= found | {"fixed"}
     assert codings & found
     assert ("frequency tables" in printed_bytes(out)) == (coding == "entropy")
@@ -286,7 +286,7 @@ def test_the_accuracy_on_a_data_set_is_kept_in_the_file(kclib, made, monkeypatch
     whole = datasets.load_data
     monkeypatch.setattr("kclib.load_data", lambda name, limit=None: whole(name, limit=40))
     out, path = made("--data", "fashion-mnist")
-    top1 = container.inspect(path).description["accuracy"]
+    top1 = _container.inspect(path).description["accuracy"]
     loaded = compression.load(path, architecture=f"{factories}:make")
     assert top1 == evaluation.evaluate(loaded, whole(limit=40), progress=False).top1.estimate
     assert f"top-1 {top1:.2f} [" in out
@@ -296,7 +296,7 @@ def test_the_accuracy_on_a_data_set_is_kept_in_the_file(kclib, made, monkeypatch
 def test_inspecting_shows_groups_layers_and_bytes(kclib, made, factories):
     out, path = made("--turned")
     code, shown, said = kclib("inspect", path)
-    contents = container.inspect(path)
+    contents = _container.inspect(path)
     assert (code, said) == (0, "")
     assert shown.startswith(f"architecture {factories}:make, accuracy unknown, written by kclib ")
     assert contents.sha256 in shown
@@ -385,8 +385,8 @@ def test_shape_and_dense_reach_the_exporter(kclib, made, factories, monkeypatch,
         asked.append((shape, options))
         path.write_text("12345")
 
-    monkeypatch.setattr("kclib.compression.exporting.to_onnx", write)
-    monkeypatch.setattr("kclib.compression.exporting.to_program", write)
+    monkeypatch.setattr("kclib.compression._exporting.to_onnx", write)
+    monkeypatch.setattr("kclib.compression._exporting.to_program", write)
     _, path = made()
     model = ("--model", f"{factories}:make")
     assert kclib("export", path, tmp_path / "a.onnx", "--shape", 3, 9, 8, "--dense", *model)[0] == 0

@@ -14,7 +14,7 @@ import tiny
 from gates import PATIENCE
 from sentences import is_one_sentence
 
-from kclib.experiments import cell
+from kclib.experiments import _cell
 from kclib.store import Entry, Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +39,7 @@ def swept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.write_pictures(tmp_path / "pictures")
     (tmp_path / "small.yaml").write_text(SWEEP.format(seeds="0"))
-    cell.forget()
+    _cell.forget()
     return tmp_path / "small.yaml"
 
 
@@ -166,8 +166,8 @@ def test_a_cell_that_fails_is_exit_code_1_and_its_traceback_is_in_the_report(kcl
 def test_a_report_made_anew_forgets_failures_that_are_mended(kclib, swept, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("kclib.evaluation.evaluate", lambda *_, **__: 1 / 0)
-        patch.setattr("kclib.experiments.grid.check_memory", lambda _: None)
-        patch.setattr("kclib.experiments.grid.Rates.seconds", lambda *_: 1.0)
+        patch.setattr("kclib.experiments._grid.check_memory", lambda _: None)
+        patch.setattr("kclib.experiments._grid.Rates.seconds", lambda *_: 1.0)
         assert kclib("sweep", swept)[0] == 1
     index = tmp_path / "reports" / "small" / "index.html"
     assert index.read_text().count("failed:") == 3

@@ -14,7 +14,7 @@ from kclib._util import progress_bars
 from kclib.clustering import cluster, quantized
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer, extract, insert
-from kclib.kmeans import entropy, symmetric
+from kclib.kmeans import _entropy, symmetric
 
 A, B, C = (np.full((2, 2), value, np.float32) for value in (1, 5, 20))
 
@@ -339,7 +339,7 @@ def test_each_group_pays_for_its_bits_alone_and_fewer_clusters_are_no_note(weigh
     for group, layer in zip(result.groups, bank.layers, strict=True):
         mine = None if weights is None else weights[layer.rows]
         k = min(40, layer.n_kernels)
-        alone = entropy.fit(bank.points[layer.rows], k, price=1.5, weights=mine, seed=3)
+        alone = _entropy.fit(bank.points[layer.rows], k, price=1.5, weights=mine, seed=3)
         np.testing.assert_array_equal(group.indices, alone.labels)
         np.testing.assert_array_equal(group.codebook.reshape(-1, 9), alone.centres)
     assert result.groups[0].n_clusters < 40

@@ -19,7 +19,7 @@ from kclib import (
     models,
     training,
 )
-from kclib.recovery import _calibration, sensitivity, sequential
+from kclib.recovery import _calibration, _sequential, sensitivity
 from kclib.store import Store
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA device here")
@@ -92,7 +92,7 @@ def test_corrections_are_the_same(made, exact):
     model, data, _, found = made
     small = models.Model("tiny", compression.compress(model.network, found), model.preprocess)
     assert_same_network(on_both(partial(_calibration.calibrate, small, model.network, data, **QUIET)))
-    both = on_both(partial(sequential.correct, model, data, 3, **QUIET))
+    both = on_both(partial(_sequential.correct, model, data, 3, **QUIET))
     assert_same_network(found.network for found in both)
 
 

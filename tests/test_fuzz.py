@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 from kclib import clustering, compression, kernels, models
-from kclib.compression import container
+from kclib.compression import _container
 from kclib.errors import KclibError
-from kclib.experiments import profiles
+from kclib.experiments import _profiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONG = settings(max_examples=max(500, settings().max_examples), deadline=None)
@@ -108,13 +108,13 @@ def change(draw, content: dict) -> dict:
 @LONG
 @given(st.data())
 def test_a_checkpoint_described_otherwise_under_a_right_hash_is_told_or_read(data):
-    description, _, tensors = read(compressed(), ".safetensors", lambda path: container.read(Path(path)))
+    description, _, tensors = read(compressed(), ".safetensors", lambda path: _container.read(Path(path)))
     description = change(data.draw, description)
     if data.draw(st.booleans()):
         name = data.draw(st.sampled_from(sorted(tensors)))
         tensors[name] = data.draw(st.sampled_from([tensors[name].float(), tensors[name][:1], torch.zeros(0)]))
     with TemporaryDirectory() as folder:
-        container.write(Path(folder) / "x.safetensors", description, tensors)
+        _container.write(Path(folder) / "x.safetensors", description, tensors)
         content = (Path(folder) / "x.safetensors").read_bytes()
     read(content, ".safetensors", load)
 
@@ -128,21 +128,21 @@ def test_weights_of_strangers_are_told_or_read(content, suffix):
 @LONG
 @given(st.text(max_size=200) | st.text("[]{}:,-&*!|>'\"#%@\n \tabc019.~", max_size=80))
 def test_a_text_as_a_profile_is_told_or_read(text):
-    read(text.encode("utf-8", "surrogatepass"), ".yaml", profiles.load)
+    read(text.encode("utf-8", "surrogatepass"), ".yaml", _profiles.load)
 
 
 @LONG
 @given(damaged(yaml.safe_dump(PROFILE, sort_keys=False).encode()))
 def test_a_damaged_profile_is_told_or_read(content):
-    read(content, ".yaml", profiles.load)
+    read(content, ".yaml", _profiles.load)
 
 
 @LONG
 @given(st.data())
 def test_a_profile_with_another_value_is_told_or_read_with_the_types_it_promises(data):
     text = yaml.safe_dump(change(data.draw, PROFILE), sort_keys=False)
-    found = read(text.encode(), ".yaml", profiles.load)
-    if isinstance(found, profiles.Profile) and found.sweep is not None:
+    found = read(text.encode(), ".yaml", _profiles.load)
+    if isinstance(found, _profiles.Profile) and found.sweep is not None:
         assert all(type(k) is int and k > 0 for k in found.sweep.clusters)
         assert all(type(x) is int and x >= 0 for x in (found.sweep.limit, *found.sweep.seeds))
         assert set(found.sweep.scopes) <= {"layer", "global"}

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 from kclib import compression, datasets, models, training
 from kclib.compression import byte_counts
-from kclib.experiments import batch, profiles, reports
+from kclib.experiments import _batch, _profiles, reports
 
-NOTEBOOKS = sorted(profiles.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = sorted(_profiles.NOTEBOOKS.glob("*.ipynb"))
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -61,12 +61,12 @@ def test_begins_with_its_question_and_ends_with_claims_and_a_headline(notebook):
     assert "reports.headline(" in notebook.cells[-1].source
 
 
-@pytest.mark.parametrize("name", profiles.names())
+@pytest.mark.parametrize("name", _profiles.names())
 def test_every_profile_names_the_notebooks_in_order_with_known_parameters(name):
     expected = [path.stem for path in NOTEBOOKS]
     if name == "imagenet":
         expected = expected[:6]  # no training images there
-    assert list(profiles.load(name).parameters) == expected
+    assert list(_profiles.load(name).parameters) == expected
 
 
 SMALL = """
@@ -123,7 +123,7 @@ def smoke(tmp_path_factory, small):
         patch.setenv("KCLIB_STORE", str(folder / "store"))
         patch.setenv("PYTHONPATH", str(small))
         changes = {"limit": 200, "clusters": [16, 4096], "per_layer": 60, "batches": [1, 2]}
-        profile = profiles.load("smoke", changes=changes | {"held_back": 1000, "images": 1280})
+        profile = _profiles.load("smoke", changes=changes | {"held_back": 1000, "images": 1280})
         own = {
             "02-similarity": {},
             "03-embedding": {"per_layer": 40},
@@ -140,7 +140,7 @@ def smoke(tmp_path_factory, small):
         }
         parameters = {stem: given | own.get(stem, {}) for stem, given in profile.parameters.items()}
         timeouts = dict.fromkeys(parameters, 900)  # a cell that hangs fails
-        batch.run(replace(profile, parameters=parameters, timeouts=timeouts), folder)
+        _batch.run(replace(profile, parameters=parameters, timeouts=timeouts), folder)
     return folder / "smoke"
 
 
@@ -229,7 +229,7 @@ def test_the_interactive_map_is_in_the_page_and_asks_no_network(smoke):
 
 
 def test_papermill_alone_runs_a_notebook_from_any_folder(tmp_path, small):
-    command = [sys.executable, "-m", "papermill", profiles.NOTEBOOKS / "05-accuracy.ipynb", "out.ipynb"]
+    command = [sys.executable, "-m", "papermill", _profiles.NOTEBOOKS / "05-accuracy.ipynb", "out.ipynb"]
     options = ["-p", "limit", "50", "-p", "report_dir", "found", "-y", "{clusters: [16]}"]
     options += ["-p", "model", "smallnet:model", "-p", "n_clusters", "32"]
     path = os.pathsep.join([str(small), os.environ.get("PYTHONPATH", "")])

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from kclib.experiments import batch, profiles
+from kclib.experiments import _batch, _profiles
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,11 @@ def imagenet(tmp_path_factory):
         patch.setenv("TORCH_HOME", str(folder))
         data = f"folder:{folder / 'images'}"
         changes = {"data": data, "clusters": [16, 256], "per_layer": 30, "batches": [1]}
-        profile = profiles.load("imagenet", changes=changes)
+        profile = _profiles.load("imagenet", changes=changes)
         if "SOAK" not in os.environ:
             chosen = {stem: profile.parameters[stem] for stem in ("01-kernels", "05-accuracy")}
             profile = replace(profile, parameters=chosen)
-        batch.run(profile, folder / "reports")
+        _batch.run(profile, folder / "reports")
     return folder / "reports" / "imagenet"
 
 

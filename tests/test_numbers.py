@@ -10,14 +10,14 @@ from torch import nn
 
 from kclib import clustering, combination, datasets, evaluation, experiments, kernels, kmeans, plots, training
 from kclib.combination import factorial
-from kclib.compression import formats, latency, packing
+from kclib.compression import _formats, _packing, latency
 from kclib.errors import InvalidValueError
-from kclib.experiments import cell, pool
+from kclib.experiments import _cell, _pool
 from kclib.kernels import KernelBank
 from kclib.kmeans import symmetric
-from kclib.models import state_dicts
-from kclib.recovery import sequential, tradeoff
-from kclib.similarity import embedding, neighbours
+from kclib.models import _state_dicts
+from kclib.recovery import _sequential, _tradeoff
+from kclib.similarity import _neighbours, embedding
 from kclib.store import Entry, Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +35,7 @@ class Given:
 def given(tmp_path):
     given = Given()
     given.store = Store(tmp_path)
-    given.subject = cell.Subject(given.model, given.data, given.store)
+    given.subject = _cell.Subject(given.model, given.data, given.store)
     return given
 
 
@@ -45,18 +45,18 @@ WHOLE = {
     "cluster, K of a group": (lambda g, x: clustering.cluster(g.bank, {"0": x, "2": 2}, progress=False), 3),
     "cluster, seed": (lambda g, x: clustering.cluster(g.bank, 3, seed=x, progress=False), 1),
     "cluster, threads": (lambda g, x: clustering.cluster(g.bank, 3, n_threads=x, progress=False), 1),
-    "clusterings, K": (lambda g, x: cell.stored_clustering(g.bank, x, store=g.store, progress=False), 3),
+    "clusterings, K": (lambda g, x: _cell.stored_clustering(g.bank, x, store=g.store, progress=False), 3),
     "clusterings, seed": (
-        lambda g, x: cell.stored_clustering(g.bank, 3, seed=x, store=g.store, progress=False), 1,
+        lambda g, x: _cell.stored_clustering(g.bank, 3, seed=x, store=g.store, progress=False), 1,
     ),
     "kmeans, K": (lambda g, x: kmeans.fit(g.points, x), 3),
     "kmeans, max_iter": (lambda g, x: kmeans.fit(g.points, 3, max_iter=x), 3),
     "ladder": (lambda g, x: kmeans.ladder(g.points, [x]), 3),
     "symmetry, K": (lambda g, x: symmetric.fit(g.points, x, turned=True), 3),
-    "neighbours": (lambda g, x: neighbours.nearest(g.points, k=x), 3),
+    "neighbours": (lambda g, x: _neighbours.nearest(g.points, k=x), 3),
     "graph": (lambda g, x: embedding.graph(g.points, n_neighbors=x, store=g.store), 4),
     "curves": (
-        lambda g, x: tradeoff.curves(
+        lambda g, x: _tradeoff.curves(
             g.bank, np.ones(len(g.bank), np.float32), ks=[x], seed=x, store=g.store, progress=False
         ),
         3,
@@ -67,20 +67,20 @@ WHOLE = {
     "factorial, seed": (lambda g, x: factorial.cells([0], [3], ["layer"], [None], factorial.ORDERS, [x]), 3),
     "Cluster": (lambda g, x: combination.Cluster(x), 64),
     "Cluster, K of a group": (lambda g, x: combination.Cluster({"0": x}), 64),
-    "Workers": (lambda g, x: pool.Workers(x), 2),
+    "Workers": (lambda g, x: _pool.Workers(x), 2),
     "batches": (lambda g, x: list(datasets.batches(g.data, g.model.preprocess, x)), 9),
     "batches, workers": (lambda g, x: list(datasets.batches(g.data, g.model.preprocess, 40, workers=x)), 0),
     "limit": (lambda g, x: datasets.limited(g.data, x), 9),
     "evaluate": (lambda g, x: evaluation.evaluate(g.model, g.data, batch_size=x, progress=False), 20),
     "sequential, seed": (
-        lambda g, x: sequential.correct(g.model, g.data, 3, seed=x, progress=False).network, 1,
+        lambda g, x: _sequential.correct(g.model, g.data, 3, seed=x, progress=False).network, 1,
     ),
     "latency, batch": (lambda g, x: latency.of_network(g.model, (3, 8, 8), [x]), 1),
     "latency, side": (lambda g, x: latency.of_network(g.model, (3, x, 8), [1], seed=x), 8),
     "figures": (lambda g, x: plots.kernel_sheet(g.bank.weights[:5], columns=x), 2),
-    "pack": (lambda g, x: packing.pack(np.arange(4), x), 3),
-    "palette": (lambda g, x: formats.Palette(x, "kmeans", "tensor"), 3),
-    "product": (lambda g, x: formats.Product(x, 1).bytes(g.bank.layers[0]), 3),
+    "pack": (lambda g, x: _packing.pack(np.arange(4), x), 3),
+    "palette": (lambda g, x: _formats.Palette(x, "kmeans", "tensor"), 3),
+    "product": (lambda g, x: _formats.Product(x, 1).bytes(g.bank.layers[0]), 3),
     "Recipe, epochs": (lambda g, x: training.Recipe(epochs=x), 3),
     "Recipe, seed": (lambda g, x: training.Recipe(seed=x), 3),
 }  # fmt: skip
@@ -114,14 +114,14 @@ def test_what_is_no_list_is_no_list_of_one_digit_numbers(given, ks, seen):
 
 CALLS = {
     "kclib.sweep(model, data, [2.7])": lambda g: experiments.sweep(g.model, g.data, [2.7], store=g.store),
-    "pool.Workers(1.5)": lambda g: pool.Workers(1.5),
-    "pool.Workers(True)": lambda g: pool.Workers(True),
+    "_pool.Workers(1.5)": lambda g: _pool.Workers(1.5),
+    "_pool.Workers(True)": lambda g: _pool.Workers(True),
     'combination.Cluster("64")': lambda g: combination.Cluster("64"),
     "combination.Cluster(0)": lambda g: combination.Cluster(0),
     "kclib.insert of 1e9 into a float16 network": lambda g: kernels.insert(
         tiny_model().network.half(), replace(g.bank, weights=np.full_like(g.bank.weights, 1e9))
     ),
-    "kclib.load_model of weights of 1e6 into a float16 network": lambda g: state_dicts.fill(
+    "kclib.load_model of weights of 1e6 into a float16 network": lambda g: _state_dicts.fill(
         tiny_model().network.half(),
         {"": {name: x * 1e6 for name, x in tiny_model().network.state_dict().items()}},
         "weights.pt",

@@ -8,7 +8,7 @@ import yaml
 from benchmarks import tables
 from kclib import models
 from kclib.datasets import _named_sets
-from kclib.experiments import profiles
+from kclib.experiments import _profiles
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,7 +65,7 @@ def test_the_workflow_is_yaml_whose_commands_exist():
         '.venv/bin/kclib sweep "$PROFILE" --jobs 2',
         '.venv/bin/kclib batch --profile "$PROFILE" --no-open',
     ]
-    assert workflow["jobs"]["report"]["env"]["PROFILE"] in profiles.names()
+    assert workflow["jobs"]["report"]["env"]["PROFILE"] in _profiles.names()
     uploaded = next(step for step in steps if "upload-artifact" in step.get("uses", ""))
     assert uploaded["with"]["path"] == "reports/"
     assert uploaded["if"] == "always()"  # also of a run that failed

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from kclib import clustering, compression, kernels, models
-from kclib.compression import layers
+from kclib.compression import _layers
 from kclib.errors import InvalidValueError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -291,7 +291,7 @@ def test_as_many_clusters_as_kernels_change_no_answer(make, tmp_path):
     network = make().eval()
     expected, found = answers(network), all_clusters(network)
     packed = compression.compress(network, found)
-    assert layers.clustered(packed)
+    assert _layers.clustered(packed)
     compression.save(packed, tmp_path / "a.safetensors")
     loaded = compression.load(tmp_path / "a.safetensors", architecture=network).network
     results = [packed, compression.replaced(network, found), compression.expand(packed), loaded]
@@ -331,7 +331,7 @@ def test_a_stand_in_is_of_the_convolutions_class_and_comes_back_as_it():
     network = OfItsOwnClass()
     small = compression.compress(network, some_clusters(network))
     assert isinstance(small.conv, Gained)
-    assert isinstance(small.conv, layers.ClusteredConv2d)
+    assert isinstance(small.conv, _layers.ClusteredConv2d)
     dense = compression.expand(small)
     assert type(dense.conv) is Gained
     assert (dense.conv.extra, str(dense)) == (5, str(network))
@@ -445,7 +445,7 @@ def test_a_layer_left_out_need_not_run():
     network = Unused()
     bank = kernels.extract(network).only("conv.0")
     small = compression.compress(network, clustering.cluster(bank, 2, progress=False))
-    assert list(layers.clustered(small)) == ["conv.0"]
+    assert list(_layers.clustered(small)) == ["conv.0"]
 
 
 def test_a_network_whose_hooks_write_the_weight_is_refused():
@@ -489,7 +489,7 @@ def test_a_clustering_of_other_weights_is_refused(replace):
         changed.conv.weight[7, 2, 2, 2] += 1e-6
     with pytest.raises(InvalidValueError, match="conv has other kernels"):
         replace(changed, found)
-    assert layers.clustered(compression.compress(compression.replaced(network, found), found))
+    assert _layers.clustered(compression.compress(compression.replaced(network, found), found))
 
 
 def test_a_model_in_is_a_model_out(tmp_path):

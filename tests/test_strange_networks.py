@@ -16,8 +16,8 @@ from kclib.compression import byte_counts
 from kclib.errors import InvalidValueError
 from kclib.evaluation import attribution, damage, peers
 from kclib.kmeans import symmetric
-from kclib.recovery import _calibration, allocation, restoration, sensitivity, sequential
-from kclib.similarity import distances, embedding, measures, null_models
+from kclib.recovery import _calibration, _sequential, allocation, restoration, sensitivity
+from kclib.similarity import _measures, distances, embedding, null_models
 from kclib.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +52,7 @@ def test_corrected_networks_answer_nearer_than_plain_ones(kind, preprocess):
     given, data = model(kind, preprocess), pictures()
     bank = kernels.extract(given.network)
     plain = compression.replaced(given.network, clustering.cluster(bank, 5, **QUIET))
-    ours = sequential.correct(given, data, 5, precision="fp32", **QUIET).network
+    ours = _sequential.correct(given, data, 5, precision="fp32", **QUIET).network
     assert all(torch.isfinite(x).all() for x in ours.state_dict().values())
     for layer in bank.layers:
         one, all_ = layer_error(given.network, ours, layer.name, data, preprocess)
@@ -79,7 +79,7 @@ def test_calibrated_networks_answer_nearer_than_uncalibrated_ones(kind):
 @pytest.mark.parametrize("images", ["constant", "black"])
 def test_images_that_are_all_alike_leave_networks_finite_and_their_answers_as_they_were(images):
     given, data = model("ordinary"), pictures(images)
-    found = sequential.correct(given, data, 5, precision="fp32", **QUIET).network
+    found = _sequential.correct(given, data, 5, precision="fp32", **QUIET).network
     torch.testing.assert_close(
         answers(found, given, data), answers(given.network, given, data), rtol=0.2, atol=0.3
     )
@@ -201,7 +201,7 @@ def test_distances_are_in_range_and_every_pair_is_counted(kind, distance):
     assert np.isfinite(found.error).all()
     nearest = similarity.nearest_distances(points, distance=distance)
     assert ((nearest >= 0) & (nearest <= largest * (1 + 1e-6))).all()
-    table = measures.closeness(bank, np.arange(len(bank)), distance=distance, **QUIET)
+    table = _measures.closeness(bank, np.arange(len(bank)), distance=distance, **QUIET)
     assert np.isfinite(table[["real", "chance"]]).all(axis=None)
     known = table.dropna()
     assert (known.low <= known.ratio * (1 + 1e-6)).all()
@@ -261,11 +261,11 @@ def test_a_single_kernel_is_clustered_mapped_and_corrected(tmp_path):
     np.testing.assert_array_equal(clustering.quantized(made), bank.weights)
     with pytest.raises(InvalidValueError, match="1 of 1 kernels can be compared"):
         similarity.nearest_distances(bank.points)
-    assert not len(measures.closeness(bank, np.arange(1), **QUIET))
+    assert not len(_measures.closeness(bank, np.arange(1), **QUIET))
     graph = embedding.graph(bank.points, n_neighbors=1, store=Store(tmp_path))
     assert embedding.layout(graph, n_neighbors=1).tolist() == [[0, 0]]
     given = models.Model("one", net, lambda x: scaled(x)[:, :1])
-    found = sequential.correct(given, data, 1, precision="fp32", **QUIET)
+    found = _sequential.correct(given, data, 1, precision="fp32", **QUIET)
     torch.testing.assert_close(answers(found.network, given), answers(net, given), rtol=1e-3, atol=1e-4)
 
 

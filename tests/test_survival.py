@@ -20,7 +20,7 @@ from tiny import tiny_data, tiny_model
 
 from kclib import clustering, evaluation, experiments
 from kclib.errors import StorageError
-from kclib.experiments import cell
+from kclib.experiments import _cell
 from kclib.store import Store
 
 KS = (1, 5, 36)
@@ -164,8 +164,8 @@ def test_another_data_set_clusters_nothing_again_and_another_k_takes_no_kernels_
     assert len(other) == len(undisturbed)
     assert not other.top1.equals(undisturbed.top1)
     monkeypatch.undo()
-    taken, genuine = {"n": 0}, cell.kernels.extract
-    monkeypatch.setattr(cell.kernels, "extract", counted(genuine, taken, "n"))
+    taken, genuine = {"n": 0}, _cell.kernels.extract
+    monkeypatch.setattr(_cell.kernels, "extract", counted(genuine, taken, "n"))
     experiments.sweep(tiny_model(), tiny_data(), [3, 4, 6], store=Store(tmp_path))
     assert taken["n"] == 1
 

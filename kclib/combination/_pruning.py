@@ -9,11 +9,11 @@ from torch import nn
 
 from kclib import kernels, models
 from kclib._util import checks
-from kclib.compression import byte_counts, formats
-from kclib.compression.packing import index_bytes
+from kclib.compression import _formats, byte_counts
+from kclib.compression._packing import index_bytes
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
-from kclib.kmeans import entropy, settings
+from kclib.kmeans import _entropy, _settings
 
 KINDS = ("kernels", "filters", "weights")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -116,22 +116,22 @@ def sparse_bytes(network: nn.Module, *, kind: str = "kernels", precision: str = 
     checks.check_known("kind of pruning", kind, KINDS)
     checks.check_known("precision", precision, PRECISIONS)
     bank = kernels.extract(network)
-    dense = sum(formats.size(layer) * layer.itemsize for layer in bank.layers)
+    dense = sum(_formats.size(layer) * layer.itemsize for layer in bank.layers)
     total = byte_counts.convolution_bytes(network) - dense
     for name, module in kernels.matched(network, bank.layers).items():
         layer = bank.layer(name)
         alive = _alive(module, bank.weights[layer.rows], kind)
         n = int(np.count_nonzero(alive))
-        mask = entropy.entropy_bytes(np.array([n, alive.size - n]))
-        scales = formats.channels(layer)[0] * _HALF if precision in ("int8", "int4") else 0
-        values = index_bytes(n * (formats.size(layer) // alive.size), _BITS[precision])
+        mask = _entropy.entropy_bytes(np.array([n, alive.size - n]))
+        scales = _formats.channels(layer)[0] * _HALF if precision in ("int8", "int4") else 0
+        values = index_bytes(n * (_formats.size(layer) // alive.size), _BITS[precision])
         total += math.ceil(mask) + values + scales
     return total
 
 
 def _scores(network: nn.Module, bank: KernelBank, kind: str, weights) -> dict[str, np.ndarray]:
     """Return the scores of each layer's kernels, filters ``(n,)`` or weights ``(n, kh, kw)``, float64."""
-    weights, found = settings.checked_weights(weights, len(bank)), {}
+    weights, found = _settings.checked_weights(weights, len(bank)), {}
     for name, module in kernels.matched(network, bank.layers).items():
         rows = bank.layer(name).rows
         squares = np.square(bank.weights[rows], dtype=np.float64)

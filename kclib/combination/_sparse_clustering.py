@@ -9,7 +9,7 @@ from kclib import clustering
 from kclib._util import checks
 from kclib.clustering import Clustering, Group
 from kclib.kernels import KernelBank, Kernels, Layer, bank_of, rows_of
-from kclib.kmeans import entropy, settings
+from kclib.kmeans import _entropy, _settings
 
 
 def cluster(
@@ -45,11 +45,11 @@ def cluster(
         As there; K may be up to the number of all kernels of a group, zero or not.
     """
     bank = bank_of(bank)
-    entropy.checked_price(price)
+    _entropy.checked_price(price)
     checks.check_seed(seed)
     members = clustering.grouping(bank, scope)
     asked = clustering.wanted(members, n_clusters)
-    weights, alive = settings.checked_weights(weights, len(bank)), bank.weights.any(axis=(1, 2))
+    weights, alive = _settings.checked_weights(weights, len(bank)), bank.weights.any(axis=(1, 2))
     options = {"price": price, "seed": seed, "n_threads": n_threads, "progress": progress}
     options["weights"] = None if weights is None else weights[alive]
     found = _of_others(_others(bank, alive), members, asked, options)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from kclib import compression, kernels
 from kclib.clustering import Clustering, Group, by_use
 from kclib.combination import _pruning
-from kclib.compression import byte_counts, formats, layers, precisions
+from kclib.compression import _formats, _layers, _precisions, byte_counts
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank, copying
+from kclib.kernels import KernelBank, _copying
 from kclib.models import Model
 
-_FORMS = {"fp16": formats.Half(), "int8": formats.Rounded(8), "int4": formats.Rounded(4)}
+_FORMS = {"fp16": _formats.Half(), "int8": _formats.Rounded(8), "int4": _formats.Rounded(4)}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Stage:
     def of(cls, model: Model) -> "Stage":
         """Return a dense model before any step."""
         first = kernels.extract(model.network).layers[0].name
-        return cls(model, precisions.own(model.network.get_submodule(first).weight.dtype))
+        return cls(model, _precisions.own(model.network.get_submodule(first).weight.dtype))
 
     @property
     def bank(self) -> KernelBank:
@@ -78,21 +78,21 @@ class Stage:
         if self.clustering is None:
             return self.on(kernels.insert(self.model.network, _rounded(self.bank, self.precision)))
         groups = self.clustering.groups
-        books = [precisions.rounded(torch.from_numpy(x.codebook), self.precision).numpy() for x in groups]
+        books = [_precisions.rounded(torch.from_numpy(x.codebook), self.precision).numpy() for x in groups]
         pairs = zip(groups, books, strict=True)
         return self.clustered(tuple(replace(group, codebook=book) for group, book in pairs))
 
     def packed(self) -> nn.Module:
         """Return a copy of the network, compressed where it is clustered."""
         if self.clustering is None:
-            return copying.copied(self.model.network)
+            return _copying.copied(self.model.network)
         return compression.compress(self.model.network, self.clustering, precision=self.precision)
 
     def final(self) -> nn.Module:
         """Return the packed network with linear layers and biases rounded."""
         if self.linear is None and self.biases is None:
             return self.packed()
-        return precisions.quantize(self.packed(), linear=self.linear, biases=self.biases)
+        return _precisions.quantize(self.packed(), linear=self.linear, biases=self.biases)
 
     def n_bytes(self, network: nn.Module) -> int:
         """Return the bytes of the convolutions of the final network, as stored."""
@@ -115,7 +115,7 @@ class Stage:
         if self.held is None:
             return network
         for name, module in network.named_modules():
-            if isinstance(module, layers.Codebook):
+            if isinstance(module, _layers.Codebook):
                 _guard(module, "values", self._held_values(module))
             elif isinstance(module, nn.modules.conv._ConvNd) and name in self.held:
                 _guard(module, "weight", self.held[name])
@@ -132,7 +132,7 @@ class Stage:
             stage = stage.clustered(tuple(groups))
         return stage.as_stored()
 
-    def _held_values(self, codebook: layers.Codebook) -> Tensor:
+    def _held_values(self, codebook: _layers.Codebook) -> Tensor:
         """Return where all kernels of a representative were made zero, bool, in the order of a codebook."""
         group = next(x for x in self.clustering.groups if x.name == codebook.group)
         mask = np.ones(group.codebook.shape, bool)
@@ -218,8 +218,8 @@ def _first(group: Group) -> np.ndarray:
 def _rounded(bank: KernelBank, precision: str) -> KernelBank:
     """Return kernels that are not clustered as a precision stores them."""
     if precision in _FORMS:
-        return formats.decoded(bank, _FORMS[precision])
-    return replace(bank, weights=precisions.rounded(torch.tensor(bank.weights), precision).numpy())
+        return _formats.decoded(bank, _FORMS[precision])
+    return replace(bank, weights=_precisions.rounded(torch.tensor(bank.weights), precision).numpy())
 
 
 def _guard(module: nn.Module, part: str, mask: Tensor) -> None:

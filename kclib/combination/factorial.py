@@ -14,11 +14,11 @@ from kclib._util import checks, threads
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import largest
 from kclib.combination import _pruning
+from kclib.combination._pipeline import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.combination._stages import Stage
-from kclib.combination.pipeline import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.compression import byte_counts
-from kclib.evaluation import accuracy
-from kclib.evaluation.cells import Cells
+from kclib.evaluation import _accuracy
+from kclib.evaluation._cells import Cells
 from kclib.kernels import KernelBank
 from kclib.store import Entry, Store
 from kclib.training import Recipe
@@ -46,11 +46,11 @@ def cells(
     Parameters
     ----------
     sparsities : iterable of float
-        Shares of the kernels, filters or weights that are pruned (`pipeline.Prune`); 0 for none.
+        Shares of the kernels, filters or weights that are pruned (`_pipeline.Prune`); 0 for none.
     clusters, scopes
-        K, and who shares a codebook (`pipeline.Cluster`); None clusters nothing.
+        K, and who shares a codebook (`_pipeline.Cluster`); None clusters nothing.
     precisions : iterable of str or None
-        Of the codebooks, or of the kernels where none are clustered (`pipeline.Quantize`), always last;
+        Of the codebooks, or of the kernels where none are clustered (`_pipeline.Quantize`), always last;
         None rounds nothing.
     orders : iterable of {"prune first", "cluster first"}
     seeds : iterable of int
@@ -181,7 +181,7 @@ def trained(
     device: str = "cpu",
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Train some combinations, the dense model as teacher (`pipeline.Train`), and evaluate them again.
+    """Train some combinations, the dense model as teacher (`_pipeline.Train`), and evaluate them again.
 
     Parameters
     ----------
@@ -217,7 +217,7 @@ def trained(
         network = steps.run(model, seed=seed, **given).network
         answers = evaluation.evaluate(replace(model, network=network), data, **options)
         before = {name: row[name] for name in _GIVEN} | {"untrained": row["drop"]}
-        rows.append(before | accuracy.accuracy(answers, dense))
+        rows.append(before | _accuracy.accuracy(answers, dense))
     return pd.DataFrame(rows, table.index)
 
 

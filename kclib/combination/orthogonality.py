@@ -11,7 +11,7 @@ from statsmodels.stats.anova import anova_lm
 
 from kclib._util import checks
 from kclib.errors import InvalidValueError
-from kclib.evaluation import intervals
+from kclib.evaluation import _intervals
 
 RESPONSES = ("drop", "logit")
 _FACTORS = ["sparsity", "clustering", "precision"]
@@ -190,5 +190,5 @@ def _interval(excess: np.ndarray, n_methods: int) -> dict[str, float]:
     """Return the mean of what each image loses beyond the sum, and its interval, in points."""
     values, counts = np.unique(excess.round(9), return_counts=True)  # means over seeds, rounded alike
     # At most an image is lost to every method alone and not to all together, or won by each and not by all.
-    low, high = intervals.of_mean(values, counts, -n_methods, n_methods)
+    low, high = _intervals.of_mean(values, counts, -n_methods, n_methods)
     return {"excess": 100 * float(excess.mean()), "low": 100 * low, "high": 100 * high}

@@ -10,11 +10,11 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "replacement": ["compress", "replaced", "expand", "expanded", "inserted"],
-        "checkpoint": ["save", "load"],
-        "exporting": ["export", "to_onnx", "to_program"],
+        "_replacement": ["compress", "replaced", "expand", "expanded", "inserted"],
+        "_checkpoint": ["save", "load"],
+        "_exporting": ["export", "to_onnx", "to_program"],
         "byte_counts": ["footprint"],
-        "container": ["Contents", "inspect"],
-        "layers": ["ClusteredConv2d"],
+        "_container": ["Contents", "inspect"],
+        "_layers": ["ClusteredConv2d"],
     },
 )

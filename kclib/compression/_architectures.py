@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kclib import models
-from kclib.compression import layers, precisions
+from kclib.compression import _layers, _precisions
 from kclib.errors import DamagedFileError, InvalidValueError
-from kclib.kernels import copying
+from kclib.kernels import _copying
 
 # How a file calls the parts of a tensor, before its name; until format 3 linear weights were as all others.
 _STATE = {"values": "state ", "steps": "steps "}
@@ -54,7 +54,7 @@ def of(path: Path, named: object, given: str | nn.Module | models.Model | None) 
 def others(network: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers but those that clustered convolutions have in place of weights."""
     own = set()
-    for module in layers.clustered(network).values():
+    for module in _layers.clustered(network).values():
         own |= {id(x) for x in (module.indices, module.scales, module.codebook.values, module.codebook.turns)}
     named = (*network.named_parameters(), *network.named_buffers())
     return {name: value for name, value in named if id(value) not in own}
@@ -70,12 +70,12 @@ def stored(network: nn.Module, *, entropy_coded: bool = True) -> tuple[dict[str,
         Whether linear weights that are whole numbers are entropy-coded, where that takes fewer bytes.
     """
     tensors, described = {}, {}
-    chosen, linear = precisions.precisions(network), precisions.linear_weights(network)
+    chosen, linear = _precisions.precisions(network), _precisions.linear_weights(network)
     for name, value in others(network).items():
         parts, precision = {"values": value}, chosen.get(id(value))
         if precision is not None:
-            pack = precisions.coded if entropy_coded else precisions.pack
-            parts = pack(precisions.store(value, precision), precision)
+            pack = _precisions.coded if entropy_coded else _precisions.pack
+            parts = pack(_precisions.store(value, precision), precision)
             described[name] = {"precision": precision, "dtype": str(value.dtype).removeprefix("torch.")}
         places = _LINEAR if id(value) in linear else _STATE
         tensors |= {f"{places[part]}{name}": held for part, held in parts.items()}
@@ -113,7 +113,7 @@ def fill(
         for place in (module._parameters, module._buffers):
             for name, old in place.items():
                 place[name] = filled.get(id(old), old)
-    precisions.mark(
+    _precisions.mark(
         network, {id(filled[id(places[name])]): how["precision"] for name, how in described.items()}
     )
 
@@ -123,8 +123,8 @@ def _restored(name: str, shape: torch.Size, tensors: Mapping[str, Tensor], how: 
     parts = {part: tensors[called] for part, called in named if called in tensors}
     if how is None:
         return parts["values"]
-    parts = precisions.unpack(parts, how["precision"], tuple(shape))
-    return precisions.restore(parts).to(precisions.named(how["dtype"]))
+    parts = _precisions.unpack(parts, how["precision"], tuple(shape))
+    return _precisions.restore(parts).to(_precisions.named(how["dtype"]))
 
 
 def _built(name: str) -> models.Model:
@@ -145,4 +145,4 @@ def _without_values(network: nn.Module) -> nn.Module:
         raise InvalidValueError(f"the architecture's {lazy[0]} has no shape yet (lazy); run it once first.")
     empty = {id(x): x.detach().to("meta") for x in network.buffers()}
     empty |= {id(x): nn.Parameter(x.detach().to("meta"), x.requires_grad) for x in network.parameters()}
-    return copying.copied(network, empty)
+    return _copying.copied(network, empty)

@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from kclib import models
 from kclib.compression import _example_inputs
-from kclib.compression.layers import ClusteredConv2d
+from kclib.compression._layers import ClusteredConv2d
 from kclib.errors import InvalidValueError, reason
-from kclib.kernels import copying
-from kclib.kernels.convolutions import ALONE
+from kclib.kernels import _copying
+from kclib.kernels._convolutions import ALONE
 
 _LOG = logging.getLogger(__name__)
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3}  # of the largest answer; coarser types:
@@ -61,7 +61,7 @@ def check(
     names = list(names)
     if inputs is False or not names:
         return
-    first = copying.copied(made) if reference is None else reference
+    first = _copying.copied(made) if reference is None else reference
     arguments = _example_inputs.arguments(first, given, inputs)
     if arguments is None:
         _LOG.warning(
@@ -71,10 +71,12 @@ def check(
         return
     if inputs is not None:
         _check_runs(first, arguments)
-    trial = _tried(copying.copied(made), names, source, arguments)
+    trial = _tried(_copying.copied(made), names, source, arguments)
     _check_source(trial)
     if missing := [name for name in names if name not in trial.reached]:
-        trained = _tried(copying.copied(made), names, source, _example_inputs.twice(arguments), training=True)
+        trained = _tried(
+            _copying.copied(made), names, source, _example_inputs.twice(arguments), training=True
+        )
         _check_source(trained)
         if missing := [name for name in missing if name not in trained.reached]:
             others = f" (nor {len(missing) - 1} others)" * (len(missing) > 1)

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from kclib import models
 from kclib.clustering import Clustering, Group, checked, grouping
-from kclib.compression import _architectures, checkpoint, entropy_coding, precisions
-from kclib.compression.container import Contents
-from kclib.compression.layers import N_TURNS, ClusteredConv2d, by_codebook
-from kclib.compression.packing import index_bits, index_bytes
-from kclib.compression.precisions import codebook_bytes, float_type, scale_type
-from kclib.compression.replacement import output_order, packed_layers, users
+from kclib.compression import _architectures, _checkpoint, _entropy_coding, _precisions
+from kclib.compression._container import Contents
+from kclib.compression._layers import N_TURNS, ClusteredConv2d, by_codebook
+from kclib.compression._packing import index_bits, index_bytes
+from kclib.compression._precisions import codebook_bytes, float_type, scale_type
+from kclib.compression._replacement import output_order, packed_layers, users
 from kclib.errors import UnknownNameError
 from kclib.kernels import Kernels, Layer, bank_of, matched
-from kclib.kernels.convolutions import parameters
-from kclib.kmeans.entropy import counts, entropy_bytes
+from kclib.kernels._convolutions import parameters
+from kclib.kmeans._entropy import counts, entropy_bytes
 from kclib.models import Model
 
 # Codebook precisions that are compared.
@@ -47,14 +47,14 @@ def footprint(
     codings: Iterable[str] = ("fixed", "entropy"),
     linear: str | None = None,
 ) -> pd.DataFrame:
-    """Return where the bytes go, dense and clustered, as `checkpoint.save` writes them, and in memory.
+    """Return where the bytes go, dense and clustered, as `_checkpoint.save` writes them, and in memory.
 
     Parameters
     ----------
     codings : iterable of {"fixed", "entropy"}
         How indices, and linear weights of whole numbers, are coded. Entropy coding them takes a moment.
     linear : {"int8", "int4", "fp16", "bf16", "fp32"}, optional
-        What linear weights are rounded to, as in `replacement.compress`.
+        What linear weights are rounded to, as in `_replacement.compress`.
 
     Returns
     -------
@@ -85,8 +85,8 @@ def footprint(
     values = [value for owner in owners.values() for value in parameters(owner)]
     other, biases, dense_linear, rest = _others(network, values)
     columns = {"dense": (dense, 0, 0, 0, 0, other, biases, dense_linear, rest)}
-    if unknown := set(codings) - set(checkpoint.CODINGS):
-        raise UnknownNameError("coding of indices", min(unknown), checkpoint.CODINGS)
+    if unknown := set(codings) - set(_checkpoint.CODINGS):
+        raise UnknownNameError("coding of indices", min(unknown), _checkpoint.CODINGS)
     copies = _copies(network, clustering)
     shapes = [(g.n_clusters, g.codebook[0].size) for g in clustering.groups]
     scaled = {layer.name for group in clustering.groups if group.scales is not None for layer in group.layers}
@@ -95,7 +95,7 @@ def footprint(
     for name in codings:
         indices, tables, linear_bytes = fixed, 0, dense_linear
         if linear is not None:
-            linear_bytes = precisions.linear_bytes(network, linear, entropy_coded=name == "entropy")
+            linear_bytes = _precisions.linear_bytes(network, linear, entropy_coded=name == "entropy")
         if name == "entropy":
             indices, tables = _entropy_coded(network, clustering)
         for precision in PRECISIONS:
@@ -248,7 +248,7 @@ def convolution_bytes(network: Model | nn.Module) -> int:
 
 
 def stored(network: Model | nn.Module) -> pd.Series:
-    """Return where the bytes of a network go, compressed or not, as `checkpoint.save` writes them.
+    """Return where the bytes of a network go, compressed or not, as `_checkpoint.save` writes them.
 
     Whatever the precisions of codebooks, linear layers and biases. The items are those of `footprint`, from
     ``indices`` to ``rest``; a file has a header besides.
@@ -256,17 +256,17 @@ def stored(network: Model | nn.Module) -> pd.Series:
     network = models.network_of(network)
     parts = dict.fromkeys(_ITEMS, 0)
     convolutions = _convolutions(network)
-    for name, value in checkpoint.encoded(network)[1].items():
+    for name, value in _checkpoint.encoded(network)[1].items():
         kind, _, of = name.partition(" ")
         parts[_NAMED.get(kind) or _item(of, convolutions)] += value.nbytes
     return pd.Series(parts, dtype="int64", name="bytes")
 
 
 def stored_bytes(network: Model | nn.Module) -> int:
-    """Return the bytes of a network's convolutions, compressed or not, as `checkpoint.save` writes them."""
+    """Return the bytes of a network's convolutions, compressed or not, as `_checkpoint.save` writes them."""
     network = models.network_of(network)
-    convolutions, chosen = _convolutions(network), precisions.precisions(network)
-    total = sum(value.nbytes for value in checkpoint.encoded_layers(network)[1].values())
+    convolutions, chosen = _convolutions(network), _precisions.precisions(network)
+    total = sum(value.nbytes for value in _checkpoint.encoded_layers(network)[1].values())
     for name, value in _architectures.others(network).items():
         if _item(name, convolutions) != "rest":
             precision = chosen.get(id(value))
@@ -287,7 +287,7 @@ def index_bits_by_layer(network: Model | nn.Module) -> pd.DataFrame:
     Parameters
     ----------
     network : torch.nn.Module
-        From `replacement.compress`.
+        From `_replacement.compress`.
 
     Returns
     -------
@@ -298,7 +298,7 @@ def index_bits_by_layer(network: Model | nn.Module) -> pd.DataFrame:
     network = models.network_of(network)
     rows = []
     for codebook, members in by_codebook(network):
-        coded = entropy_coding.coded([module.members() for module in members.values()], codebook.n_members)
+        coded = _entropy_coding.coded([module.members() for module in members.values()], codebook.n_members)
         alike = [
             m.n_kernels for m, table in zip(members.values(), coded.tables, strict=True) if not table.size
         ]
@@ -396,7 +396,7 @@ def _entropy_coded(network: nn.Module, clustering: Clustering) -> tuple[int, int
     """Return the bytes of all indices and of all frequency tables, as a file codes them."""
     indices = tables = 0
     for codebook, members in by_codebook(nn.ModuleList(packed_layers(network, clustering).values())):
-        coded = checkpoint.coded(codebook, members)
+        coded = _checkpoint.coded(codebook, members)
         if coded is None:
             indices += sum(module.indices.numel() for module in members.values())
         else:
@@ -406,7 +406,7 @@ def _entropy_coded(network: nn.Module, clustering: Clustering) -> tuple[int, int
 
 def _others(network: nn.Module, clustered: Iterable[Tensor]) -> tuple[int, int, int, int]:
     """Return bytes of convolution weights not clustered, convolution biases, linear weights, and the rest."""
-    linear = precisions.linear_weights(network)
+    linear = _precisions.linear_weights(network)
     convolutions = _convolutions(network)
     parts = dict.fromkeys(_ITEMS, 0)
     seen = {id(value) for value in clustered}

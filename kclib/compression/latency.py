@@ -9,10 +9,10 @@ from torch import nn
 
 from kclib import models
 from kclib._util import checks
-from kclib.compression.replacement import expanded
+from kclib.compression._replacement import expanded
 from kclib.errors import InvalidValueError
-from kclib.kernels import copying
-from kclib.models import inference
+from kclib.kernels import _copying
+from kclib.models import _inference
 
 _SECONDS = 0.5  # that each is run for, at least
 
@@ -29,7 +29,7 @@ def of_network(
     Parameters
     ----------
     network : Model or torch.nn.Module
-        From `replacement.compress`.
+        From `_replacement.compress`.
     shape : (int, int, int)
         Channels, height and width.
     batches : iterable of int
@@ -50,12 +50,12 @@ def of_network(
     shape = [checks.check_whole("a side of shape", x, 1) for x in shape]
     batches = [checks.check_whole("a batch", x, 1) for x in checks.several("batches", batches)]
     seed = checks.check_seed(seed)
-    network, rows = copying.copied(models.network_of(network)).eval(), {}
-    dense, dtype = expanded(network), inference.precision_of(network)
+    network, rows = _copying.copied(models.network_of(network)).eval(), {}
+    dense, dtype = expanded(network), _inference.precision_of(network)
     for batch in batches:
         images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
         calls = {
-            name: partial(inference.run, x, images) for name, x in (("dense", dense), ("packed", network))
+            name: partial(_inference.run, x, images) for name, x in (("dense", dense), ("packed", network))
         }
         times = _alternating(calls)
         rows[batch] = times | {"ratio": times["packed"] / times["dense"]}

@@ -18,9 +18,9 @@ import psutil
 import torch
 
 from kclib import models
-from kclib.compression import checkpoint, container
+from kclib.compression import _checkpoint, _container
 from kclib.errors import KclibError
-from kclib.models import inference
+from kclib.models import _inference
 
 _INTERVAL = 0.002  # seconds between two looks
 _PAUSE = 0.15  # seconds of rest before, between and after what is measured
@@ -69,10 +69,10 @@ def measure(
     Parameters
     ----------
     path : path
-        A file that `checkpoint.save` wrote.
+        A file that `_checkpoint.save` wrote.
     architecture : str, optional
     resident : {"packed", "dense"}
-        As in `checkpoint.load`.
+        As in `_checkpoint.load`.
     answers : int
     input_shape : (int, int, int), optional
         Channels, height and width of the image; by default `models.input_shape` of the model.
@@ -80,9 +80,9 @@ def measure(
     Raises
     ------
     KclibError
-        As `checkpoint.load`, or if the process fails.
+        As `_checkpoint.load`, or if the process fails.
     """
-    container.inspect(path)
+    _container.inspect(path)
     told = str(path), architecture or "", resident, str(answers), json.dumps(input_shape)
     command = [sys.executable, "-m", "kclib.compression.residence", *told]
     pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
@@ -131,16 +131,16 @@ def _run(
 ) -> dict[str, float]:
     """Load, rest, answer, rest; return when each began or ended."""
     ends = {"begin": time.time()}
-    model = checkpoint.load(path, architecture=architecture or None, resident=resident)
+    model = _checkpoint.load(path, architecture=architecture or None, resident=resident)
     _give_back()
     ends["loading"] = time.time()
     time.sleep(_PAUSE)
     images = torch.zeros(
-        1, *(shape or models.input_shape(model)), dtype=inference.precision_of(model.network)
+        1, *(shape or models.input_shape(model)), dtype=_inference.precision_of(model.network)
     )
     ends["loaded"] = time.time()
     for _ in range(answers):
-        inference.run(model.network, images)
+        _inference.run(model.network, images)
     _give_back()
     ends["answering"] = time.time()
     time.sleep(_PAUSE)

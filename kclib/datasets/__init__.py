@@ -10,7 +10,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "loader": [
+        "_loader": [
             "load_data",
             "train_and_test",
             "as_image_set",
@@ -21,6 +21,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "readers",
             "limited",
         ],
-        "image_set": ["ImageSet"],
+        "_image_set": ["ImageSet"],
     },
 )

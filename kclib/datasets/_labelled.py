@@ -27,9 +27,9 @@ from kclib._util import files
 from kclib._util.progress_bars import tqdm
 from kclib.datasets import _preprocessing
 from kclib.datasets._class_names import listed
+from kclib.datasets._image_set import ImageSet
 from kclib.datasets._pictures import Pictures
 from kclib.datasets._preprocessing import described
-from kclib.datasets.image_set import ImageSet
 from kclib.errors import DamagedFileError, InvalidValueError, reason
 
 _ALLOWED = (
@@ -48,7 +48,7 @@ _PREPARED = (
 
 
 def read(data) -> ImageSet:
-    """Return labelled images from what a user has; see `loader.as_image_set`."""
+    """Return labelled images from what a user has; see `_loader.as_image_set`."""
     if isinstance(data, DataLoader):
         return _of_loader(data)
     if isinstance(data, pd.DataFrame):

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from kclib._util import files
 from kclib.datasets import _class_names, _image_folders, _labelled
-from kclib.datasets.image_set import ImageSet
+from kclib.datasets._image_set import ImageSet
 from kclib.errors import DamagedFileError, MissingFileError, StorageError, reason
 
 FASHION_FILES = {

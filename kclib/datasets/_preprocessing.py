@@ -25,7 +25,7 @@ _MODES = (1, 3, 4)  # channels of a tensor that PIL has a mode for
 def batches(
     images: torch.Tensor | Dataset, name: str, preprocess: Callable, batch_size: int, workers: int
 ) -> Iterator[torch.Tensor]:
-    """Yield the float inputs ``(b, c, h, w)`` of images in order; see `loader.batches`."""
+    """Yield the float inputs ``(b, c, h, w)`` of images in order; see `_loader.batches`."""
     if torch.is_tensor(images):
         yield from _from_memory(images, name, preprocess, batch_size)
         return

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from kclib import compression, datasets, kernels, models
 from kclib._util import checks
 from kclib.clustering import Clustering, checked
-from kclib.compression import replacement
+from kclib.compression import _replacement
 from kclib.datasets import ImageSet
-from kclib.evaluation import accuracy
-from kclib.evaluation.accuracy import Evaluation, Interval
-from kclib.kernels import convolutions, copying
-from kclib.models import Model, inference
+from kclib.evaluation import _accuracy
+from kclib.evaluation._accuracy import Evaluation, Interval
+from kclib.kernels import _convolutions, _copying
+from kclib.models import Model, _inference
 
 WAYS = ("alone", "all but")
 _ALL = ("all layers", "all")
@@ -49,7 +49,7 @@ def by_layer(
     data : ImageSet
     ways : sequence of {"alone", "all but"}
     batch_size, precision, device
-        As in `accuracy.evaluate`.
+        As in `_accuracy.evaluate`.
     progress : bool
         Whether to show a progress bar.
 
@@ -57,31 +57,31 @@ def by_layer(
     -------
     pandas.DataFrame
         ``layer``; ``way``; ``top1`` in percent; ``drop`` from the dense model in points, with the ends of its
-        paired 95 % interval (`accuracy.drop`), ``drop_low`` and ``drop_high``; ``agreement``, percent of
+        paired 95 % interval (`_accuracy.drop`), ``drop_low`` and ``drop_high``; ``agreement``, percent of
         the images that the dense model answers alike. A last row, ``all layers`` and ``all``, is the whole
         clustering.
 
     Raises
     ------
     InvalidValueError, UnknownNameError
-        A clustering of another architecture; an unknown way; what `accuracy.evaluate` raises.
+        A clustering of another architecture; an unknown way; what `_accuracy.evaluate` raises.
     """
     for way in ways:
         checks.check_known("way to cluster a layer", way, WAYS)
     model, data = models.as_model(model), datasets.as_image_set(data)
     owners = kernels.matched(model.network, checked(clustering).layers)
-    users = {name: tuple(replacement.users(model.network, name)) for name, x in owners.items()}
+    users = {name: tuple(_replacement.users(model.network, name)) for name, x in owners.items()}
     keys = [*((layer, way) for layer in users for way in ways), _ALL]
     found: dict[tuple[str, str], list[Tensor]] = {key: [] for key in keys}
 
     def tell(key: tuple[str, str], logits: Tensor) -> None:
         found[key].append(logits.cpu().topk(min(5, logits.shape[1])).indices)
 
-    pair = copying.copied(model.network).eval(), compression.replaced(model.network, clustering)
-    dense, small = map(convolutions.plain, pair)  # weights that can be put in for each other
+    pair = _copying.copied(model.network).eval(), compression.replaced(model.network, clustering)
+    dense, small = map(_convolutions.plain, pair)  # weights that can be put in for each other
     many = replace(model, name=f"{model.name} by layer", network=_Variants(dense, small, users, ways, tell))
     options = {"batch_size": batch_size, "precision": precision, "device": device, "progress": progress}
-    answers = accuracy.evaluate(many, data, **options)
+    answers = _accuracy.evaluate(many, data, **options)
     rows = [(*key, *_compared(answers, torch.cat(top))) for key, top in found.items()]
     return pd.DataFrame(rows, columns=["layer", "way", "top1", "drop", "drop_low", "drop_high", "agreement"])
 
@@ -108,11 +108,11 @@ def by_class(before: Evaluation, after: Evaluation) -> pd.DataFrame:
     """
     _check_images(before, after)
     rows = []
-    for i, name in enumerate(accuracy.told_apart(before.classes)):
+    for i, name in enumerate(_accuracy.told_apart(before.classes)):
         mine = before.labels == i
         if mine.any():
             first, second = _part(before, mine), _part(after, mine)
-            drop = accuracy.drop(first, second)
+            drop = _accuracy.drop(first, second)
             accuracies = first.top1.estimate, second.top1.estimate
             rows.append((name, int(mine.sum()), *accuracies, *_ends(drop.points), drop.lost, drop.won))
     columns = ["name", "images", "before", "after", "drop", "drop_low", "drop_high", "lost", "won"]
@@ -167,13 +167,13 @@ class _Variants(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the dense logits."""
         pairs = {"alone": (self.dense, self.small), "all but": (self.small, self.dense)}
-        logits, whole = (inference.answers(x, inputs.clone()) for x in (self.dense, self.small))
+        logits, whole = (_inference.answers(x, inputs.clone()) for x in (self.dense, self.small))
         answers = {_ALL: whole}
         for layer, names in self.users.items():
             for way in self.ways:
                 network, other = pairs[way]
                 with _swapped(network, other, names):
-                    answers[layer, way] = inference.answers(network, inputs.clone())
+                    answers[layer, way] = _inference.answers(network, inputs.clone())
         for key, answer in answers.items():  # told once all of them have run
             self.tell(key, answer)
         return logits
@@ -198,7 +198,7 @@ def _compared(dense: Evaluation, top: Tensor) -> tuple[float, ...]:
     top = top.numpy()
     after = replace(dense, predictions=top[:, 0], in_top5=(top == dense.labels[:, None]).any(1))
     agreement = 100 * float((after.predictions == dense.predictions).mean())
-    return after.top1.estimate, *_ends(accuracy.drop(dense, after).points), agreement
+    return after.top1.estimate, *_ends(_accuracy.drop(dense, after).points), agreement
 
 
 def _ends(points: Interval) -> tuple[float, float, float]:
@@ -212,4 +212,4 @@ def _part(found: Evaluation, mine: np.ndarray) -> Evaluation:
 
 
 def _check_images(before: Evaluation, after: Evaluation) -> None:
-    accuracy.drop(before, after)
+    _accuracy.drop(before, after)

@@ -11,7 +11,7 @@ from kclib import kernels, models
 from kclib._util import checks
 from kclib.clustering import Clustering, Group, checked, kernel_errors, quantized
 from kclib.datasets import ImageSet
-from kclib.evaluation import accuracy
+from kclib.evaluation import _accuracy
 from kclib.kernels import KernelBank, Kernels
 from kclib.models import Model
 
@@ -97,7 +97,7 @@ def won_back(
     counts : sequence of int
         Clusters to restore, from the top of the table.
     **options
-        Of `accuracy.evaluate`.
+        Of `_accuracy.evaluate`.
 
     Returns
     -------
@@ -109,11 +109,11 @@ def won_back(
     for n in counts:
         checks.check_whole("clusters to restore", n, 0, len(table))
     answers = [
-        accuracy.evaluate(restored(model, clustering, table.head(n)), data, **options) for n in (0, *counts)
+        _accuracy.evaluate(restored(model, clustering, table.head(n)), data, **options) for n in (0, *counts)
     ]
     rows = []
     for n, after in zip(counts, answers[1:], strict=True):
-        worst, won = table.head(n), accuracy.drop(after, answers[0]).points
+        worst, won = table.head(n), _accuracy.drop(after, answers[0]).points
         rows.append(
             (n, worst.kernels.sum(), worst.share.sum(), after.top1.estimate, won.estimate, won.low, won.high)
         )

@@ -19,10 +19,10 @@ from kclib import compression, datasets, kernels, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, Group, cluster
-from kclib.compression import byte_counts, formats
+from kclib.compression import _formats, byte_counts
 from kclib.datasets import ImageSet
-from kclib.evaluation import accuracy
-from kclib.evaluation.accuracy import Evaluation
+from kclib.evaluation import _accuracy
+from kclib.evaluation._accuracy import Evaluation
 from kclib.kernels import KernelBank
 from kclib.models import Model
 
@@ -78,7 +78,7 @@ def palettized(network: Model | nn.Module, bits: int, *, kind: str = "kmeans", p
         Bits out of range, weights beyond fp16, an unknown kind or granularity.
     """
     network = models.network_of(network)
-    return _peer(f"{kind} palette per {per}", f"{bits}-bit", network, formats.Palette(bits, kind, per))
+    return _peer(f"{kind} palette per {per}", f"{bits}-bit", network, _formats.Palette(bits, kind, per))
 
 
 def product_quantized(network: Model | nn.Module, n_clusters: int, width: int, *, seed: int = 0) -> Peer:
@@ -106,7 +106,7 @@ def product_quantized(network: Model | nn.Module, n_clusters: int, width: int, *
         K, width or seed out of range; weights beyond fp16.
     """
     network = models.network_of(network)
-    form = formats.Product(n_clusters, width, seed)
+    form = _formats.Product(n_clusters, width, seed)
     return _peer("product quantization", f"K={n_clusters}, width {width}", network, form)
 
 
@@ -130,7 +130,7 @@ def quantized(network: Model | nn.Module, bits: int) -> Peer:
         Bits out of range, weights beyond fp16.
     """
     network = models.network_of(network)
-    return _peer("quantization", f"{bits}-bit", network, formats.Rounded(bits))
+    return _peer("quantization", f"{bits}-bit", network, _formats.Rounded(bits))
 
 
 def pruned(network: Model | nn.Module, keep: float, *, precision: str = "fp16") -> Peer:
@@ -156,7 +156,7 @@ def pruned(network: Model | nn.Module, keep: float, *, precision: str = "fp16") 
     network = models.network_of(network)
     checks.check_real("keep", keep, lambda x: 0 < x <= 1, "a share of the weights, above 0 to 1")
     bank = kernels.extract(network)
-    form = partial(formats.Sparse, _ranks(bank), precision)
+    form = partial(_formats.Sparse, _ranks(bank), precision)
     return _pruned(network, bank, form, max(1, round(keep * bank.weights.size)))
 
 
@@ -182,7 +182,7 @@ def son(network: Model | nn.Module, n_clusters: int, *, turned: bool, seed: int 
     bank = kernels.extract(network)
     found = cluster(bank, n_clusters, scope="global", scaled=True, turned=turned, seed=seed)
     (group,) = found.groups
-    halved = replace(group, codebook=formats.half(group.codebook), scales=formats.half(group.scales))
+    halved = replace(group, codebook=_formats.half(group.codebook), scales=_formats.half(group.scales))
     small = compression.inserted(network, replace(found, groups=(halved,)))
     name = "Son et al. 2018" + ", turned" * turned
     return Peer(
@@ -239,21 +239,21 @@ class _Way:
 
 def _ways(network: nn.Module, bank: KernelBank, seed: int) -> list[_Way]:
     def way(
-        make: Callable[[int], Peer], settings: Sequence[int], form: Callable[[int], formats.Form]
+        make: Callable[[int], Peer], settings: Sequence[int], form: Callable[[int], _formats.Form]
     ) -> _Way:
         return _Way(make, settings, lambda setting: _total(network, bank, form(setting)))
 
-    ways = [way(partial(quantized, network), range(2, 9), formats.Rounded)]
-    for how in ({"kind": kind, "per": per} for kind in formats.KINDS for per in formats.PER):
-        ways.append(way(partial(palettized, network, **how), range(1, 9), partial(formats.Palette, **how)))
+    ways = [way(partial(quantized, network), range(2, 9), _formats.Rounded)]
+    for how in ({"kind": kind, "per": per} for kind in _formats.KINDS for per in _formats.PER):
+        ways.append(way(partial(palettized, network, **how), range(1, 9), partial(_formats.Palette, **how)))
     for width in _WIDTHS:
-        form = partial(formats.Product, width=width)
+        form = partial(_formats.Product, width=width)
         if any(form(1).fits(layer) for layer in bank.layers):
             make = partial(product_quantized, network, width=width, seed=seed)
             ways.append(way(make, _PRODUCT_KS, form))
     ranks = _ranks(bank)
-    for precision in formats.PRECISIONS:
-        form = partial(formats.Sparse, ranks, precision)
+    for precision in _formats.PRECISIONS:
+        form = partial(_formats.Sparse, ranks, precision)
         ways.append(way(partial(_pruned, network, bank, form), range(1, ranks.size + 1), form))
     return ways + _son_ways(network, bank, seed)
 
@@ -275,22 +275,22 @@ def _son_bytes(network: nn.Module, bank: KernelBank, turned: bool, n_clusters: i
     return byte_counts.clustered_bytes(network, Clustering((group,), "global", 0), coding="fixed")
 
 
-def _total(network: nn.Module, bank: KernelBank, form: formats.Form) -> int:
+def _total(network: nn.Module, bank: KernelBank, form: _formats.Form) -> int:
     """Return the bytes of all convolutions where those of the bank have a form."""
-    dense = sum(formats.size(layer) * layer.itemsize for layer in bank.layers)
+    dense = sum(_formats.size(layer) * layer.itemsize for layer in bank.layers)
     return byte_counts.convolution_bytes(network) - dense + sum(map(form.bytes, bank.layers))
 
 
-def _peer(name: str, setting: str, network: nn.Module, form: formats.Form) -> Peer:
+def _peer(name: str, setting: str, network: nn.Module, form: _formats.Form) -> Peer:
     bank = kernels.extract(network)
-    small = kernels.insert(network, formats.decoded(bank, form))
+    small = kernels.insert(network, _formats.decoded(bank, form))
     return Peer(name, setting, small, _total(network, bank, form))
 
 
-def _pruned(network: nn.Module, bank: KernelBank, form: Callable[[int], formats.Sparse], kept: int) -> Peer:
+def _pruned(network: nn.Module, bank: KernelBank, form: Callable[[int], _formats.Sparse], kept: int) -> Peer:
     sparse = form(kept)
     zeroed = replace(bank, weights=np.where(sparse.ranks < kept, bank.weights, 0))
-    small = kernels.insert(network, formats.decoded(zeroed, sparse))
+    small = kernels.insert(network, _formats.decoded(zeroed, sparse))
     setting = f"{kept / bank.weights.size:.3g} kept, {sparse.precision}"
     return Peer("pruning", setting, small, _total(network, bank, sparse))
 
@@ -328,24 +328,24 @@ def compare(
     dense : Evaluation, optional
         Of the model on these images, if it is there already.
     precision, device
-        As in `accuracy.evaluate`.
+        As in `_accuracy.evaluate`.
     progress : bool
 
     Returns
     -------
     pandas.DataFrame
         A row for the dense model and one for each peer: ``method``, ``setting``, ``bytes`` of all
-        convolutions, ``ratio`` of the dense ones' to them, and what `accuracy.accuracy` says.
+        convolutions, ``ratio`` of the dense ones' to them, and what `_accuracy.accuracy` says.
     """
     model, data = models.as_model(model), datasets.as_image_set(data)
     options = {"precision": precision, "device": device, "progress": False}
-    dense = dense or accuracy.evaluate(model, data, **(options | {"progress": progress}))
+    dense = dense or _accuracy.evaluate(model, data, **(options | {"progress": progress}))
     n_bytes, peers = byte_counts.convolution_bytes(model.network), list(peers)
     rows = [
-        {"method": "dense", "setting": "", "bytes": n_bytes, "ratio": 1.0} | accuracy.accuracy(dense, dense)
+        {"method": "dense", "setting": "", "bytes": n_bytes, "ratio": 1.0} | _accuracy.accuracy(dense, dense)
     ]
     for peer in tqdm(peers, desc="evaluating", unit="network", delay=2, leave=False, disable=not progress):
-        answers = accuracy.evaluate(replace(model, network=models.network_of(peer.network)), data, **options)
+        answers = _accuracy.evaluate(replace(model, network=models.network_of(peer.network)), data, **options)
         what = {"method": peer.name, "setting": peer.setting, "bytes": peer.bytes}
-        rows.append(what | {"ratio": n_bytes / peer.bytes} | accuracy.accuracy(answers, dense))
+        rows.append(what | {"ratio": n_bytes / peer.bytes} | _accuracy.accuracy(answers, dense))
     return pd.DataFrame(rows)

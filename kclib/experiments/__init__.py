@@ -9,5 +9,5 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"cell": ["sweep"], "pool": ["Workers"], "profiles": ["Grid", "ModelSource", "Profile"]},
+    submod_attrs={"_cell": ["sweep"], "_pool": ["Workers"], "_profiles": ["Grid", "ModelSource", "Profile"]},
 )

@@ -15,8 +15,8 @@ from kclib.clustering import largest
 from kclib.compression import byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, KclibError
-from kclib.kernels import KernelBank, copying
-from kclib.models import Model, inference
+from kclib.kernels import KernelBank, _copying
+from kclib.models import Model, _inference
 from kclib.training import Recipe
 
 _SHARE = 4  # of what there is, one in so many is taken where more was asked for than there is
@@ -47,7 +47,7 @@ def several(
 ) -> tuple[list[int | None], str]:
     """Return those of some K that one of the scopes has kernels for; if none is left, what `clusters` takes.
 
-    What is left out in one scope alone is said too: `cell.sweep` and `factorial.cells` do not compute it.
+    What is left out in one scope alone is said too: `_cell.sweep` and `factorial.cells` do not compute it.
 
     Parameters
     ----------
@@ -84,10 +84,10 @@ def _some(n_kernels: int) -> int:
 
 def in_float32(model: Model) -> tuple[Model, str]:
     """Return a model whose network computes in float32, as training and rounding need it."""
-    dtype = inference.precision_of(model.network)
+    dtype = _inference.precision_of(model.network)
     if dtype == torch.float32:
         return model, ""
-    network = copying.copied(model.network).float()
+    network = _copying.copied(model.network).float()
     return models.like(model, network), f"Its {dtype} values are computed and counted as float32 here."
 
 

@@ -148,7 +148,7 @@ class Report:
         How many cells of the sweep the results lack, if they lack some.
     provenance : mapping of str to str
     results : pandas.DataFrame or None
-        As `cell.Subject.table`.
+        As `_cell.Subject.table`.
     picture : str
         A ``data:`` URL of a PNG of the results, or empty.
     """
@@ -274,7 +274,7 @@ def picture(results: pd.DataFrame) -> str:
     Parameters
     ----------
     results : pandas.DataFrame
-        As `cell.Subject.table`, of any models and data sets.
+        As `_cell.Subject.table`, of any models and data sets.
     """
     subjects = list(results.groupby(["model", "data"], sort=False))
     figure, axes = plt.subplots(

@@ -7,7 +7,7 @@ _CODEBOOKS = {"dense": "dense", "layer": "a layer", "global": "for all"}
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table of a sweep (`cell.Subject.table`, of any models and data sets) as text for readers.
+    """Return the table of a sweep (`_cell.Subject.table`, of any models and data sets) as text for readers.
 
     Drops have their paired 95 % interval; ``p`` is that of McNemar's exact test.
     """

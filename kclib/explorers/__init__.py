@@ -9,9 +9,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "similarity_explorer": ["SimilarityExplorer", "SimilarityQuestion"],
-        "map_explorer": ["MapExplorer", "MapQuestion"],
-        "cluster_explorer": ["ClusterExplorer", "ClusterQuestion"],
+        "_similarity_explorer": ["SimilarityExplorer", "SimilarityQuestion"],
+        "_map_explorer": ["MapExplorer", "MapQuestion"],
+        "_cluster_explorer": ["ClusterExplorer", "ClusterQuestion"],
         "widgets": ["explore"],
     },
 )

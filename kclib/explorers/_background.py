@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kclib._util import checks
 from kclib.errors import KclibError, StoppedError
 from kclib.kernels import KernelBank
-from kclib.kmeans.fit_progress import FitStep
+from kclib.kmeans._fit_progress import FitStep
 
 Q, T = TypeVar("Q"), TypeVar("T")
 _TELL_EVERY = 0.2  # seconds

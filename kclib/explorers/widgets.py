@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from kclib.datasets import ImageSet
 from kclib.errors import KclibError
-from kclib.explorers import cluster_explorer, map_explorer
+from kclib.explorers import _cluster_explorer, _map_explorer
 from kclib.explorers._background import Explorer
-from kclib.explorers.cluster_explorer import ClusterExplorer
-from kclib.explorers.map_explorer import MapExplorer
-from kclib.explorers.similarity_explorer import SimilarityExplorer
+from kclib.explorers._cluster_explorer import ClusterExplorer
+from kclib.explorers._map_explorer import MapExplorer
+from kclib.explorers._similarity_explorer import SimilarityExplorer
 from kclib.models import Model
 from kclib.similarity import distances
 
@@ -74,7 +74,7 @@ def maps(explorer: MapExplorer) -> widgets.VBox:
     controls = {
         "layers": _layers(explorer),
         "kind": _choice("kernels compared", {kind: kind for kind in explorer.graphs}),
-        "colour": _choice("colour", {name: name for name in map_explorer.COLOURS}),
+        "colour": _choice("colour", {name: name for name in _map_explorer.COLOURS}),
         "n_clusters": _Count("clusters K (colour)", explorer.largest),
     }
     return _View(explorer, controls).box
@@ -84,9 +84,9 @@ def clusters(explorer: ClusterExplorer) -> widgets.VBox:
     """Return the view of a `ClusterExplorer`: what to cluster, the codebook, and accuracy on demand."""
     controls = {
         "layers": _layers(explorer),
-        "scope": _choice("codebook", {text: name for name, text in cluster_explorer.SCOPES.items()}),
-        "distance": _choice("distance", {name: name for name in cluster_explorer.METHODS}),
-        "colour": _choice("colour", {name: name for name in cluster_explorer.COLOURS}),
+        "scope": _choice("codebook", {text: name for name, text in _cluster_explorer.SCOPES.items()}),
+        "distance": _choice("distance", {name: name for name in _cluster_explorer.METHODS}),
+        "colour": _choice("colour", {name: name for name in _cluster_explorer.COLOURS}),
         "n_clusters": _Count("clusters K a codebook", explorer.largest),
     }
     view = _View(explorer, controls)
@@ -263,7 +263,7 @@ class _Accuracy:
         row = self.explorer.rows[-1]
         top1 = f"{row['top1']:.2f} %"
         if self.explorer.accuracy_is_stale:
-            codebook = cluster_explorer.SCOPES[row["codebook"]]
+            codebook = _cluster_explorer.SCOPES[row["codebook"]]
             which = f"K = {row['k']:,} ({row['layers']}, {codebook}, {row['distance']})"
             said.append(f"stale: {top1} top-1 is that of {which}, not of what is shown now")
         else:
@@ -283,7 +283,7 @@ def _row(row: Mapping) -> dict[str, str]:
     dense = row["scope"] == "dense"
     return {
         "layers": "dense model" if dense else row["layers"],
-        "codebook": "" if dense else cluster_explorer.SCOPES[row["codebook"]],
+        "codebook": "" if dense else _cluster_explorer.SCOPES[row["codebook"]],
         "distance": row["distance"],
         "K": "" if dense else f"{row['k']:,}",
         "kernels removed (%)": f"{row['kernels_removed']:.3f}",

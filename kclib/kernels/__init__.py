@@ -9,7 +9,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "bank": [
+        "_bank": [
             "extract",
             "insert",
             "matched",

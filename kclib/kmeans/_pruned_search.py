@@ -1,4 +1,4 @@
-"""The search behind `nearest.nearest`: the centres that a point need not look at (numba)."""
+"""The search behind `_nearest.nearest`: the centres that a point need not look at (numba)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ def pruned(
     n_threads: int,
     done: Callable[[float], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels, int32 ``(n,)``, and squared distances, float32 ``(n,)``; see `nearest.nearest`.
+    """Return labels, int32 ``(n,)``, and squared distances, float32 ``(n,)``; see `_nearest.nearest`.
 
-    `order` and `starts` list the points by their guess, as `nearest.by_label` does.
+    `order` and `starts` list the points by their guess, as `_nearest.by_label` does.
     """
     n, k = len(points), len(centres)
     tiles = _tiles(centres)

@@ -4,7 +4,7 @@ import numpy as np
 
 from kclib._util import threads
 from kclib._util.compiled import njit
-from kclib.kmeans import nearest
+from kclib.kmeans import _nearest
 from kclib.kmeans._inner_loops import TILE, scanned
 
 
@@ -71,7 +71,7 @@ def split(
     labels : numpy.ndarray
         int32 ``(n,)``: a centre near each point, not always the nearest.
     """
-    order, starts = nearest.by_label(cells, len(counts))
+    order, starts = _nearest.by_label(cells, len(counts))
     first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     centres = np.empty((first[-1], points.shape[1]), np.float32)
     labels = np.empty(len(points), np.int32)

@@ -9,9 +9,9 @@ from joblib import Parallel, delayed
 
 from kclib._util import checks
 from kclib.errors import InvalidValueError
-from kclib.kmeans import lloyd, nearest, rescaling
-from kclib.kmeans.fit_progress import Progress
-from kclib.kmeans.settings import FLAT, KMeans, Options
+from kclib.kmeans import _lloyd, _nearest, _rescaling
+from kclib.kmeans._fit_progress import Progress
+from kclib.kmeans._settings import FLAT, KMeans, Options
 
 _BLOCK = 1 << 19  # points in a block
 # points that centres are started on: 64 a cluster, within these
@@ -51,7 +51,7 @@ class Parts:
             if not np.isfinite(block).all():
                 raise InvalidValueError("the points hold NaN or infinite values; they must be finite.")
             self.n, self.d = self.n + len(block), block.shape[1]
-        self.frame = rescaling.Frame.of(self._raw()) if self.n else None
+        self.frame = _rescaling.Frame.of(self._raw()) if self.n else None
 
     def _raw(self) -> Iterator[np.ndarray]:
         for part in self.parts:
@@ -77,7 +77,7 @@ class Parts:
         for block, weight in self._weighted(weights):
             mass += weight.sum(dtype=np.float64)
             sums += weight.astype(np.float64) @ block
-            squares += lloyd.total(np.square(block).sum(1), weight)
+            squares += _lloyd.total(np.square(block).sum(1), weight)
         mean = (sums / mass).astype(np.float32)
         spread = squares - mass * np.square(mean, dtype=np.float64).sum()
         draw, kept = np.random.default_rng(seed), []
@@ -126,7 +126,7 @@ def fit(
     ----------
     parts : Parts
     n_clusters, weights, init
-        As in `fitting.fit`, checked; `init` framed.
+        As in `_fitting.fit`, checked; `init` framed.
     options : Options
     device : str
         A torch device.
@@ -137,12 +137,12 @@ def fit(
     if init is None:
         centres = _from_sample(parts, n_clusters, weights, options)
     progress(_SAMPLE_SHARE)
-    labels, rounds = None, lloyd.Rounds(options, n_clusters, progress)
+    labels, rounds = None, _lloyd.Rounds(options, n_clusters, progress)
     reach = None if n_clusters <= FLAT else options.reach
     run = _Pass(parts, weights, options.threads, device, progress)
     for _ in range(options.max_iter):
         near = reach if labels is not None else None
-        labels, step = run(centres, labels, near, lloyd.ROUND_SHARE * progress.left)
+        labels, step = run(centres, labels, near, _lloyd.ROUND_SHARE * progress.left)
         if not rounds.another(step.inertia):
             break
         centres = np.where(
@@ -151,12 +151,12 @@ def fit(
         centres = centres.astype(np.float32)
     while True:
         labels, step = run(centres, labels, None, progress.left / 2)
-        labels = lloyd.merged(centres, labels)
-        if not len(empty := lloyd.unused(centres, labels)):
+        labels = _lloyd.merged(centres, labels)
+        if not len(empty := _lloyd.unused(centres, labels)):
             break
         worst = _distinct_worst(step, len(empty))
         if not len(worst):
-            centres, labels = lloyd.used(centres, labels)
+            centres, labels = _lloyd.used(centres, labels)
             break
         centres = centres.copy()
         centres[empty[: len(worst)]] = worst
@@ -169,7 +169,7 @@ def fit(
 def memory(n: int, d: int, n_clusters: int, n_threads: int) -> int:
     """Return about how many bytes a fit takes at most, beside the points."""
     sample = _sample_size(n, n_clusters)
-    held = 4 * d * sample + lloyd.memory(sample, d, n_clusters, n_threads)
+    held = 4 * d * sample + _lloyd.memory(sample, d, n_clusters, n_threads)
     blocks = 2 * n_threads * (min(n, _BLOCK) * 4 * (3 * d + 10) + 16 * n_clusters * (d + 1))
     return 12 * n + held + blocks  # labels, the ones before, weights
 
@@ -182,8 +182,8 @@ def _from_sample(parts: Parts, n_clusters: int, weights: np.ndarray | None, opti
     """Return the centres of a fit of a sample; those that it cannot find lie where no point is."""
     size = _sample_size(parts.n, n_clusters)
     sample, mass = parts.sample(size, weights, options.seed)
-    start = lloyd.start(sample, mass, min(n_clusters, len(sample)), options)
-    centres = lloyd.fit(sample, mass, *start, options, Progress()).centres
+    start = _lloyd.start(sample, mass, min(n_clusters, len(sample)), options)
+    centres = _lloyd.fit(sample, mass, *start, options, Progress()).centres
     missing = np.arange(n_clusters - len(centres), dtype=np.float32)[:, None]
     far = np.repeat(_FAR * (1 + missing), parts.d, axis=1)
     return np.concatenate([centres, far])
@@ -232,10 +232,10 @@ class _Pass:
 def _block_step(block, weights, guess, centres, reach, device) -> _Step:
     """Assign one block and sum up; runs wherever joblib sends it."""
     if device == "cpu":
-        found = nearest.nearest(block, centres, guess=guess, reach=reach, n_threads=1)
+        found = _nearest.nearest(block, centres, guess=guess, reach=reach, n_threads=1)
     else:
         labels = nearest_on_device(block, centres, device)
-        found = nearest.Found(labels, nearest.errors(block, centres, labels, n_threads=1))
+        found = _nearest.Found(labels, _nearest.errors(block, centres, labels, n_threads=1))
     weights = np.ones(len(block), np.float32) if weights is None else weights
     k = len(centres)
     loss = found.errors * np.maximum(weights, np.float32(1e-12))  # those without weight come last
@@ -244,7 +244,7 @@ def _block_step(block, weights, guess, centres, reach, device) -> _Step:
         found.labels,
         np.stack([np.bincount(found.labels, x * weights.astype(np.float64), k) for x in block.T], axis=1),
         np.bincount(found.labels, weights, k),
-        lloyd.total(found.errors, weights),
+        _lloyd.total(found.errors, weights),
         block[worst],
         loss[worst],
     )
@@ -269,4 +269,4 @@ def nearest_on_device(points: np.ndarray, centres: np.ndarray, device: str) -> n
 def _distinct_worst(step: _Step, count: int) -> Sequence[np.ndarray]:
     """Return up to `count` of the points that lie furthest from their centres, the worst first."""
     order = np.argsort(-step.loss, kind="stable")
-    return step.worst[lloyd.distinct(step.worst, order[step.loss[order] > 0])[:count]]
+    return step.worst[_lloyd.distinct(step.worst, order[step.loss[order] > 0])[:count]]

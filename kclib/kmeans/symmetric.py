@@ -9,9 +9,9 @@ import numpy as np
 from kclib._util import threads
 from kclib._util.compiled import njit
 from kclib.errors import InvalidValueError
-from kclib.kmeans import lloyd, nearest, rescaling, settings
-from kclib.kmeans.fit_progress import FitStep, Progress
-from kclib.kmeans.settings import Options
+from kclib.kmeans import _lloyd, _nearest, _rescaling, _settings
+from kclib.kmeans._fit_progress import FitStep, Progress
+from kclib.kmeans._settings import Options
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def fit(
 ) -> SymmetricKMeans:
     """Cluster kernels by the squared distance to the nearest member of a centre's orbit.
 
-    The members of all orbits are searched (`nearest.nearest`), so labels, turns and scales are exact. A
+    The members of all orbits are searched (`_nearest.nearest`), so labels, turns and scales are exact. A
     centre is the mean of its kernels turned back to it; if kernels are scaled, it is the direction that
     carries most of their squared lengths, the leading eigenvector of their second moments (gain-shape
     quantization, Gersho and Gray 1992, *Vector Quantization and Signal Compression*, section 12.10).
@@ -90,7 +90,7 @@ def fit(
     turned : bool
         Whether a kernel is its centre flipped or rotated.
     weights, max_iter, tol, seed, n_threads, progress
-        As in `fitting.fit`.
+        As in `_fitting.fit`.
 
     Raises
     ------
@@ -100,15 +100,15 @@ def fit(
     options = Options(max_iter, tol, None, seed, n_threads)
     points, weights = _checked(points, weights, n_clusters, turned)
     n_clusters = int(n_clusters)
-    frame = rescaling.Frame.of([points], shifted=False)
+    frame = _rescaling.Frame.of([points], shifted=False)
     orbits = _Orbits.of(frame.into(points), weights, scaled, turned)
     report = Progress(progress)
     report.unit = frame.inertia_unit
     centres = _start(orbits, n_clusters, options)
-    rounds = lloyd.Rounds(options, n_clusters, report)
+    rounds = _lloyd.Rounds(options, n_clusters, report)
     found = orbits.assigned(centres, None, options.threads)
     while True:
-        report(lloyd.ROUND_SHARE * report.left)
+        report(_lloyd.ROUND_SHARE * report.left)
         centres, found = _filled(orbits, centres, found, options.threads)
         if not rounds.another(found.inertia):
             break
@@ -171,7 +171,7 @@ class _Orbits:
     def assigned(self, centres: np.ndarray, guess: np.ndarray | None, n_threads: int) -> _Assigned:
         """Find the nearest member of all orbits, and the best scale."""
         members = self.members(centres)
-        found = nearest.nearest(self.shapes, members, guess=guess, n_threads=n_threads)
+        found = _nearest.nearest(self.shapes, members, guess=guess, n_threads=n_threads)
         scales, errors = np.ones(len(self.points), np.float32), np.empty(len(self.points), np.float32)
         for block in threads.blocks(len(self.points)):
             chosen = members[found.labels[block]]
@@ -195,8 +195,8 @@ class _Orbits:
         turn = found.members % self.size % len(self.turns)
         aligned = np.take_along_axis(self.points, backwards[turn], axis=1)
         if not self.scaled:
-            return lloyd.means(aligned, self.weights, found.labels, centres, n_threads)
-        order, starts = nearest.by_label(found.labels, len(centres))
+            return _lloyd.means(aligned, self.weights, found.labels, centres, n_threads)
+        order, starts = _nearest.by_label(found.labels, len(centres))
         result = centres.copy()
         _directions(aligned, self.weights, order, starts, result)
         return result
@@ -214,7 +214,7 @@ def _start(orbits: _Orbits, n_clusters: int, options: Options) -> np.ndarray:
         aligned *= np.where(np.take_along_axis(leaning, turn[:, None], axis=1) < 0, -1, 1)
         weights = weights * np.square(orbits.points).sum(1)
         weights = weights / max(weights.max(), np.finfo(np.float32).tiny)
-    centres, _ = lloyd.start(aligned, weights if weights.any() else None, n_clusters, options)
+    centres, _ = _lloyd.start(aligned, weights if weights.any() else None, n_clusters, options)
     if orbits.scaled:
         lengths = np.linalg.norm(centres, axis=1, keepdims=True)
         centres = np.where(lengths > 0, centres / np.where(lengths > 0, lengths, 1), np.eye(1, d))
@@ -224,7 +224,7 @@ def _start(orbits: _Orbits, n_clusters: int, options: Options) -> np.ndarray:
 def _filled(orbits, centres, found: _Assigned, n_threads: int) -> tuple[np.ndarray, _Assigned]:
     """Move centres that serve nobody to the worst served kernels; give them up if every kernel is met."""
     for _ in range(len(centres)):
-        if not len(empty := lloyd.unused(centres, found.labels)):
+        if not len(empty := _lloyd.unused(centres, found.labels)):
             return centres, found
         worst = np.argsort(-found.errors, kind="stable")[: len(empty)]
         least = 1e-10 * orbits.weights[worst] * np.square(orbits.points[worst]).sum(1)
@@ -234,7 +234,7 @@ def _filled(orbits, centres, found: _Assigned, n_threads: int) -> tuple[np.ndarr
         centres = centres.copy()
         centres[empty[: len(worst)]] = orbits.shapes[worst]
         found = orbits.assigned(centres, found.members, n_threads)
-    centres, labels = lloyd.used(centres, found.labels)
+    centres, labels = _lloyd.used(centres, found.labels)
     members = labels.astype(np.int64) * orbits.size + found.members % orbits.size
     return centres, replace(found, members=members.astype(np.int32), labels=labels)
 
@@ -257,8 +257,8 @@ def _directions(points, weights, order, starts, centres):
 
 
 def _checked(points, weights, n_clusters: int, turned: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    points = settings.checked_points(points)
+    points = _settings.checked_points(points)
     if turned and math.isqrt(points.shape[1]) ** 2 != points.shape[1]:
         raise InvalidValueError(f"the kernels have {points.shape[1]} weights; they must be square.")
-    settings.check_k(n_clusters, len(points))
-    return points, settings.checked_weights(weights, len(points))
+    _settings.check_k(n_clusters, len(points))
+    return points, _settings.checked_weights(weights, len(points))

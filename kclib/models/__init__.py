@@ -10,7 +10,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "model": [
+        "_model": [
             "Model",
             "told",
             "network_of",
@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "precision_of",
             "read_weights",
         ],
-        "loading": [
+        "_loading": [
             "architecture",
             "names",
             "torchvision_names",

@@ -18,7 +18,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "accuracy": [
+        "_accuracy": [
             "accuracy_curve",
             "REPORT_POINT",
             "equal_bytes",
@@ -26,10 +26,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "layer_sensitivities",
             "allocated_clusters",
         ],
-        "kernels": ["kernel_sheet", "cluster_sizes", "norm_histogram"],
-        "similarity": ["distance_histograms", "closeness", "layers_by_layers", "density", "embedding"],
-        "bytes": ["byte_bars", "index_bits", "memory_traces"],
-        "damage": ["damage_by_layer", "damage_by_cluster", "damage_by_class", "flipped_images"],
-        "combination": ["interactions", "excess"],
+        "_kernels": ["kernel_sheet", "cluster_sizes", "norm_histogram"],
+        "_similarity": ["distance_histograms", "closeness", "layers_by_layers", "density", "embedding"],
+        "_bytes": ["byte_bars", "index_bits", "memory_traces"],
+        "_damage": ["damage_by_layer", "damage_by_cluster", "damage_by_class", "flipped_images"],
+        "_combination": ["interactions", "excess"],
     },
 )

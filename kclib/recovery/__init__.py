@@ -10,9 +10,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "shrinking": ["shrink"],
+        "_shrinking": ["shrink"],
         "allocation": ["Allocation"],
         "_calibration": ["calibrate"],
-        "finetuning": ["finetune", "RECIPE"],
+        "_finetuning": ["finetune", "RECIPE"],
     },
 )

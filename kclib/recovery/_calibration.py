@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from kclib import datasets, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.compression import layers, precisions
-from kclib.compression.layers import ClusteredConv2d
+from kclib.compression import _layers, _precisions
+from kclib.compression._layers import ClusteredConv2d
 from kclib.errors import InvalidValueError
-from kclib.kernels import copying
+from kclib.kernels import _copying
 from kclib.recovery import _moments
 from kclib.recovery._moments import Moments
 
@@ -66,11 +66,11 @@ def calibrate(
     check_damping(damping)
     checks.check_seed(seed)
     model, given, images = models.as_model(model), model, datasets.as_image_set(images)
-    small = models.moved(copying.copied(model.network).eval(), device)
-    dense = models.moved(copying.copied(models.network_of(dense)).eval(), device)
-    found = {name: x for name, x in layers.clustered(small).items() if not x.transposed}
+    small = models.moved(_copying.copied(model.network).eval(), device)
+    dense = models.moved(_copying.copied(models.network_of(dense)).eval(), device)
+    found = {name: x for name, x in _layers.clustered(small).items() if not x.transposed}
     _check_fit(found, dense)
-    users = [module.codebook for module in layers.clustered(small).values()]
+    users = [module.codebook for module in _layers.clustered(small).values()]
     batches = _moments.batches(images, model.preprocess, batch_size, device)
     order = _moments.steps(dense, next(batches())[:1], set(found))
     for i, step in enumerate(
@@ -210,9 +210,9 @@ def _fit(module: ClusteredConv2d, original: nn.Module, read: Moments, damping: f
             part.copy_(new)
 
     if alone:
-        fit(book.values, lambda x: decode(x, scales), lambda x: precisions.rounded(x, book.precision))
+        fit(book.values, lambda x: decode(x, scales), lambda x: _precisions.rounded(x, book.precision))
     if module.scales is not None:
-        kind = precisions.scale_type(book.precision)
+        kind = _precisions.scale_type(book.precision)
         fit(module.scales, lambda x: decode(book.values.detach(), x), lambda x: x.to(kind).to(x.dtype))
 
 

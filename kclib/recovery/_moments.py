@@ -15,8 +15,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from kclib import datasets
 from kclib._util import checks
 from kclib.errors import InvalidValueError
-from kclib.kernels import convolutions
-from kclib.models import inference
+from kclib.kernels import _convolutions
+from kclib.models import _inference
 
 POSITIONS = 1 << 14  # of a layer's output, over all images, that its moments are taken at
 _RANGE = 40  # inputs of up to 2**40 and down to 2**-40 have squares that float32 sums safely
@@ -266,7 +266,7 @@ def _centre(x: Tensor) -> Tensor:
 
 def grouped(convolution: nn.Module, weight: Tensor | None = None) -> Tensor:
     """Return a convolution's weight, its own by default, as float32 ``(groups, out / groups, d)``."""
-    weight = convolutions.weight(convolution) if weight is None else weight
+    weight = _convolutions.weight(convolution) if weight is None else weight
     return weight.detach().float().reshape(convolution.groups, weight.shape[0] // convolution.groups, -1)
 
 
@@ -317,7 +317,7 @@ def _first(args: tuple, named: dict) -> Tensor:
 
 def _run(network: nn.Module, inputs: Tensor) -> None:
     """Run a network, whatever it answers, on inputs in the type of its own values."""
-    inference.run(network, inputs.to(inference.precision_of(network)))
+    _inference.run(network, inputs.to(_inference.precision_of(network)))
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Drop, Evaluation
 from kclib.kernels import KernelBank, Layer
-from kclib.kmeans import fitting, settings
+from kclib.kmeans import _fitting, _settings
 from kclib.models import Model
-from kclib.recovery import tradeoff
-from kclib.recovery.tradeoff import KS, Curve, curves, solve
+from kclib.recovery import _tradeoff
+from kclib.recovery._tradeoff import KS, Curve, curves, solve
 from kclib.store import Store
 
 _MARGIN = 0.99  # of the bytes are spent at a second try, so that a third is rare
@@ -127,9 +127,9 @@ def allocate(
     """
     _check(n_bytes, max_drop, precision)
     given, model, data = model, models.as_model(model), datasets.as_image_set(data)
-    weights = settings.required_weights(weights, len(bank))
+    weights = _settings.required_weights(weights, len(bank))
     options = {
-        "ks": fitting.checked_ks(ks),
+        "ks": _fitting.checked_ks(ks),
         "precision": precision,
         "coding": coding,
         "seed": seed,
@@ -144,7 +144,7 @@ def allocate(
     def clustered(scope: Scope, n_clusters: dict[str, int]) -> tuple[nn.Module, Clustering]:
         how = {"scope": scope, "weights": weights, "seed": seed, "progress": progress}
         made = clusterings.cluster(bank, n_clusters, **how)
-        return compression.inserted(model.network, tradeoff.stored(made, precision)), made
+        return compression.inserted(model.network, _tradeoff.stored(made, precision)), made
 
     build = build or clustered
     dense = evaluation.evaluate(model, data, device=device, progress=progress)

@@ -12,13 +12,13 @@ from kclib import compression, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, kernel_errors, with_inertia
-from kclib.compression import byte_counts, precisions
+from kclib.compression import _precisions, byte_counts
 from kclib.errors import InvalidValueError
 from kclib.evaluation import damage
 from kclib.kernels import KernelBank
-from kclib.kmeans import entropy, nearest
+from kclib.kmeans import _entropy, _nearest
 from kclib.models import Model
-from kclib.recovery import tradeoff
+from kclib.recovery import _tradeoff
 
 # Most rounds of k-means in a cluster that is split.
 _ROUNDS = 50
@@ -99,7 +99,7 @@ def restore_worst(
         for old, new in zip(clustering.groups, made.groups, strict=True)
     ]
     table = pd.DataFrame(rows, columns=["group", "clusters", "before", "after"])
-    network = compression.inserted(dense, tradeoff.stored(made, precision))
+    network = compression.inserted(dense, _tradeoff.stored(made, precision))
     return Restored(made, network, n_bytes, table, models.like(model, network))
 
 
@@ -151,7 +151,7 @@ class _Market:
     def of(cls, bank: KernelBank, clustering: Clustering, weights, precision: str) -> "_Market":
         weights = np.ones(len(bank), np.float32) if weights is None else np.asarray(weights, np.float32)
         rows = [group.rows for group in clustering.groups]
-        price = precisions.codebook_bytes(1, bank.points.shape[1], precision)
+        price = _precisions.codebook_bytes(1, bank.points.shape[1], precision)
         return cls(clustering, [bank.points[x] for x in rows], [weights[x] for x in rows], price)
 
     def bought(self, budget: float, progress: bool) -> list[_Split]:
@@ -170,7 +170,7 @@ class _Market:
                     heapq.heappush(shelf, (-most / self.row_bytes, next(order), whole))
 
             for i, group in enumerate(self.clustering.groups):
-                rows, starts = nearest.by_label(group.indices, group.n_clusters)
+                rows, starts = _nearest.by_label(group.indices, group.n_clusters)
                 for k, mine in enumerate(np.split(rows, starts[1:-1])):
                     offer(_Cluster(i, k, mine, group.codebook[k].ravel()))
             while shelf:
@@ -213,7 +213,7 @@ class _Market:
         if not gain > 0:
             return None
         # A group's entropy is that of its clusters' shares and, within each, of the parts' shares.
-        n_bytes = self.row_bytes + entropy.entropy_bytes(np.array([(~moves).sum(), moves.sum()]))
+        n_bytes = self.row_bytes + _entropy.entropy_bytes(np.array([(~moves).sum(), moves.sum()]))
         parts = whole.rows[~moves], whole.rows[moves]
         return _Split(whole.group, whole.cluster, *parts, centres.astype(np.float32), float(gain), n_bytes)
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from kclib import datasets, kernels, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.compression import replacement
+from kclib.compression import _replacement
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank, convolutions, copying
-from kclib.models import inference
+from kclib.kernels import KernelBank, _convolutions, _copying
+from kclib.models import _inference
 
 _PROBES = 4  # random directions a batch, of which each costs a backward pass through the backward pass
 
@@ -109,13 +109,13 @@ class _Run:
 
     @classmethod
     def of(cls, model, images, bank, batch_size, seed, device, progress) -> "_Run":
-        network = convolutions.plain(copying.copied(model.network)).eval().float()
+        network = _convolutions.plain(_copying.copied(model.network)).eval().float()
         network = models.moved(network, device).requires_grad_(False)
         layers = kernels.matched(network, bank.layers)
         found = {name: x.weight.requires_grad_(True) for name, x in layers.items()}
         run = cls(model, network, found, images, batch_size, seed, progress, device)
         for layer in found:
-            for user in replacement.users(network, layer).values():
+            for user in _replacement.users(network, layer).values():
                 user.register_forward_hook(partial(run._heard, layer))
         return run
 
@@ -176,7 +176,7 @@ class _Calls:
         self.run, self.number = run, Counter()
         self.reads, self.answers = defaultdict(float), defaultdict(float)
         for layer in run.parameters:
-            for user in replacement.users(run.network, layer).values():
+            for user in _replacement.users(run.network, layer).values():
                 user.register_forward_hook(partial(self._ran, layer), with_kwargs=True)
 
     def by_kernel(self, *, answered: bool) -> dict[str, Tensor]:
@@ -237,7 +237,7 @@ def _input(run: _Run) -> dict[str, Tensor]:
     calls = _Calls(run)
     for inputs, _ in run.batches():
         calls.number.clear()
-        answer = inference.counting(inference.run(run.network, inputs))
+        answer = _inference.counting(_inference.run(run.network, inputs))
         if answer is not None:  # logits, or a map, or what else matters elsewhere
             run.finite(answer)
     run.reached.update(layer for layer, *_ in calls.reads)

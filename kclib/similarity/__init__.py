@@ -19,8 +19,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "measures": ["closeness", "near_zero", "comparable", "nearest_distances", "explained", "closest"],
-        "histograms": ["PairHistogram", "pair_histogram", "layer_histograms", "within_and_across"],
+        "_measures": ["closeness", "near_zero", "comparable", "nearest_distances", "explained", "closest"],
+        "_histograms": ["PairHistogram", "pair_histogram", "layer_histograms", "within_and_across"],
         "distances": ["named"],
     },
 )

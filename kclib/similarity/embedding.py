@@ -12,8 +12,8 @@ from threadpoolctl import threadpool_limits
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
 from kclib.errors import InvalidValueError
+from kclib.similarity import _neighbours
 from kclib.similarity import distances as similarity_distances
-from kclib.similarity import neighbours
 from kclib.store import Entry, Store
 
 # What is compared, by the name of a map: the kernels, their shapes, or the kernels up to flips and rotations.
@@ -81,7 +81,7 @@ def graph(
 
     def compute() -> Entry:
         turns, signs = named.orbit(prepared.shape[1])
-        found = neighbours.nearest(prepared, k=n_neighbors - 1, turns=turns, signs=signs)
+        found = _neighbours.nearest(prepared, k=n_neighbors - 1, turns=turns, signs=signs)
         arrays = {
             "indices": np.hstack([itself, found.indices]),
             "distances": np.hstack([np.zeros_like(itself, np.float32), np.sqrt(found.squared)]),

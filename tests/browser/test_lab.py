@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect
 from serving import free_port, running
 
-from kclib.experiments import profiles
+from kclib.experiments import _profiles
 
 TOKEN = "for-tests-only"
 SETTINGS = {
@@ -27,7 +27,7 @@ HARMLESS = ("favicon",)
 def lab(tmp_path_factory):
     """A JupyterLab on a copy of notebook 04, at an address."""
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copy(profiles.NOTEBOOKS / "04-clustering.ipynb", folder)
+    shutil.copy(_profiles.NOTEBOOKS / "04-clustering.ipynb", folder)
     for name, values in SETTINGS.items():
         path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,12 +149,13 @@ def test_accuracy_joins_the_table_and_goes_stale_when_the_slider_moves_on(explor
 
 
 def test_the_dashboard_serves_the_explorer_alone(chromium, tmp_path):
-    shutil.copy(profiles.NOTEBOOKS / "04-clustering.ipynb", tmp_path)
+    shutil.copy(_profiles.NOTEBOOKS / "04-clustering.ipynb", tmp_path)
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [
         sys.executable, "-m", "voila", "04-clustering.ipynb", "--no-browser", "--Voila.ip=127.0.0.1",
-        f"--Voila.config_file_paths={profiles.NOTEBOOKS / 'dashboard'}", f"--port={port}", "--port_retries=0",
+        f"--Voila.config_file_paths={_profiles.NOTEBOOKS / 'dashboard'}", f"--port={port}",
+        "--port_retries=0",
     ]  # fmt: skip
     page = chromium.new_page(viewport={"width": 1400, "height": 1100})
     page.set_default_timeout(120_000)

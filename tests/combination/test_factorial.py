@@ -8,10 +8,10 @@ from statsmodels.formula.api import ols
 from torch import nn
 
 from kclib import evaluation
-from kclib.combination import Cluster, Prune, Quantize, Train, _pruning, factorial, orthogonality, pipeline
+from kclib.combination import Cluster, Prune, Quantize, Train, _pipeline, _pruning, factorial, orthogonality
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.evaluation import intervals
+from kclib.evaluation import _intervals
 from kclib.models import Model
 from kclib.store import Store
 from kclib.training import Recipe
@@ -68,7 +68,7 @@ def counted(monkeypatch):
         monkeypatch.setattr(module, name, called)
 
     count(evaluation, "evaluate")
-    count(pipeline, "cluster")
+    count(_pipeline, "cluster")
     return calls
 
 
@@ -331,7 +331,7 @@ def test_what_is_lost_beyond_the_sum_is_the_excess_with_its_paired_interval():
     row = found.loc["4 layer"]
     assert (row["drop"], row.predicted, row.excess) == pytest.approx((70, 10 + 15 + 10, 35))
     excess = np.array([0, 0, 0.5, 0, 1, 1, 1, 0, 0, 0])
-    ends = intervals.of_mean(*np.unique(excess, return_counts=True), -3, 3)
+    ends = _intervals.of_mean(*np.unique(excess, return_counts=True), -3, 3)
     assert (row.low, row.high) == pytest.approx((100 * ends[0], 100 * ends[1]))
     assert row.order == "prune first"
     assert found.loc["none", "excess"] == pytest.approx(-10)

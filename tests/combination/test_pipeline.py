@@ -12,7 +12,7 @@ from torch import nn
 from kclib import clustering, compression, kernels
 from kclib import training as train_module
 from kclib.combination import Cluster, Pipeline, Prune, Quantize, Step, Train, _pruning
-from kclib.compression import byte_counts, precisions
+from kclib.compression import _precisions, byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.models import Model
@@ -141,7 +141,7 @@ def test_rounding_before_clustering_rounds_the_kernels_and_then_the_codebooks():
     found = run(Quantize("int8") >> Cluster(66, "global"))
     kept = run(Quantize("int8")).network
     book = torch.from_numpy(clustering.cluster(kernels.extract(kept), 66, scope="global").groups[0].codebook)
-    expected = precisions.rounded(book, "int8").numpy().reshape(-1, 9)
+    expected = _precisions.rounded(book, "int8").numpy().reshape(-1, 9)
     assert {row.tobytes() for row in rows(found).reshape(-1, 9)} == {row.tobytes() for row in expected}
     steps = (
         kept[0].weight.detach().numpy()

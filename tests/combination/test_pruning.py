@@ -11,7 +11,7 @@ from torch.nn.utils import prune as reference
 
 from kclib import kernels, models
 from kclib.combination import _pruning
-from kclib.compression import byte_counts, formats
+from kclib.compression import _formats, byte_counts
 from kclib.errors import InvalidValueError, UnknownNameError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -196,12 +196,12 @@ def test_bytes_by_hand_of_each_kind_of_mask():
         assert _pruning.sparse_bytes(network, kind=kind, precision="fp32") == mask + 4 * values[kind]
 
 
-@given(SEEDS, st.floats(0.1, 0.9), st.sampled_from(formats.PRECISIONS))
+@given(SEEDS, st.floats(0.1, 0.9), st.sampled_from(_formats.PRECISIONS))
 @settings(deadline=None, max_examples=10)
 def test_bytes_of_single_weights_are_those_of_the_sparse_form(seed, sparsity, precision):
     network = prune(random_network(seed), sparsity, kind="weights").network
     bank = kernels.extract(network)
-    form = formats.Sparse((bank.weights == 0).astype(int), precision, 1)
+    form = _formats.Sparse((bank.weights == 0).astype(int), precision, 1)
     others = 4 * (6 + 4 + 5 * 4 + 5)
     expected = others + sum(form.bytes(layer) for layer in bank.layers)
     assert _pruning.sparse_bytes(network, kind="weights", precision=precision) == expected

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 from kclib import compression
 from kclib.clustering import Clustering, Group, cluster
-from kclib.compression import compress, entropy_coding, footprint, precisions
+from kclib.compression import _entropy_coding, _precisions, compress, footprint
 from kclib.compression.byte_counts import (
     PRECISIONS,
     break_even,
@@ -23,7 +23,7 @@ from kclib.compression.byte_counts import (
     ways,
 )
 from kclib.kernels import KernelBank, Layer, extract
-from kclib.kmeans import entropy
+from kclib.kmeans import _entropy
 
 ROW = {"fp32": lambda area: 4 * area, "fp16": lambda area: 2 * area, "bf16": lambda area: 2 * area,
        "int8": lambda area: area + 2}  # fmt: skip
@@ -178,8 +178,8 @@ def test_uneven_indices_take_fewer_bytes_coded_and_their_table_is_counted(tmp_pa
     indices = np.repeat([0, 1, 2, 3, 4], [900, 50, 30, 19, 1])
     result = clustered([extract(network).layers], 5, indices=indices)
     table = footprint(network, result)
-    frequencies = entropy.counts(indices, 5)
-    words, counts = entropy_coding.encode(indices, frequencies), entropy_coding.packed_counts(frequencies)
+    frequencies = _entropy.counts(indices, 5)
+    words, counts = _entropy_coding.encode(indices, frequencies), _entropy_coding.packed_counts(frequencies)
     assert table.loc["indices", "fixed_fp16"] == 1000 * 3 // 8
     assert table.loc["indices", "entropy_fp16"] == words.nbytes
     assert table.loc["frequency tables"].to_dict() == {
@@ -478,7 +478,7 @@ def test_up_to_the_k_it_says_each_way_keeps_less_than_dense_and_not_beyond(count
 def test_stored_bytes_of_a_tiny_network_are_as_by_hand():
     network = tiny()
     packed = compress(network, cluster(extract(network), 3, scaled=True), precision="int4")
-    packed = precisions.quantize(packed, linear="int8", biases="fp16")
+    packed = _precisions.quantize(packed, linear="int8", biases="fp16")
     assert stored(packed).to_dict() == {
         "indices": 2, "frequency tables": 0, "codebooks": 14 + 3 * 2, "scales": 8 * 2,
         "other convolution weights": 32, "convolution biases": 2 * (4 + 2),
@@ -494,7 +494,7 @@ def test_stored_bytes_of_a_tiny_network_are_as_by_hand():
     st.sampled_from(["layer", "global"]),
     st.booleans(),
     st.booleans(),
-    st.sampled_from(precisions.PRECISIONS),
+    st.sampled_from(_precisions.PRECISIONS),
     st.sampled_from([(None, None), ("int8", "fp16"), ("int4", "bf16")]),
 )
 @settings(deadline=None, max_examples=20)
@@ -506,7 +506,7 @@ def test_stored_bytes_are_what_a_file_takes_but_for_its_header(
     most = len(bank) if scope == "global" else max(layer.n_kernels for layer in bank.layers)
     result = cluster(bank, min(n_clusters, most), scope=scope, scaled=scaled, turned=turned)
     plain = compress(network, result, precision=precision)
-    packed = precisions.quantize(plain, linear=others[0], biases=others[1])
+    packed = _precisions.quantize(plain, linear=others[0], biases=others[1])
     found = stored(packed)
     parts = compression.save(packed, tmp_path_factory.mktemp("file") / "model").bytes
     apart = found[["linear weights", "rest"]].sum()
@@ -518,7 +518,7 @@ def test_stored_bytes_are_what_a_file_takes_but_for_its_header(
     for item in ("indices", "frequency tables", "codebooks", "scales"):
         assert found[item] == parts[item]
     books = [(g.n_clusters, g.codebook[0].size) for g in result.groups]
-    assert found["codebooks"] == sum(precisions.codebook_bytes(*book, precision) for book in books)
+    assert found["codebooks"] == sum(_precisions.codebook_bytes(*book, precision) for book in books)
     if precision in PRECISIONS:
         column = footprint(network, result)[f"entropy_{precision}"]
         assert stored(plain).to_dict() == column[found.index].to_dict()

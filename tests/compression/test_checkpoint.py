@@ -20,10 +20,10 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kclib import clustering, compression, loading, models
-from kclib.compression import checkpoint, container, layers, load, packing, save
-from kclib.compression import precisions as compression_precisions
-from kclib.compression.container import inspect
-from kclib.compression.precisions import PRECISIONS, quantize, restore, scale_type, store
+from kclib.compression import _checkpoint, _container, _layers, _packing, load, save
+from kclib.compression import _precisions as compression_precisions
+from kclib.compression._container import inspect
+from kclib.compression._precisions import PRECISIONS, quantize, restore, scale_type, store
 from kclib.errors import (
     DamagedFileError,
     InvalidValueError,
@@ -33,8 +33,8 @@ from kclib.errors import (
     UnknownNameError,
 )
 from kclib.kernels import extract
-from kclib.kernels.copying import copied
-from kclib.kmeans import entropy as kmeans_entropy
+from kclib.kernels._copying import copied
+from kclib.kmeans import _entropy as kmeans_entropy
 
 
 class Odd(nn.Module):
@@ -143,7 +143,7 @@ def assert_same(found, expected):
     found_bits, expected_bits = ({n: bits(x) for n, x in tensors(y).items()} for y in (found, expected))
     assert found_bits == expected_bits
     assert sharing(found) == sharing(expected)
-    pairs = zip(layers.by_codebook(found), layers.by_codebook(expected), strict=True)
+    pairs = zip(_layers.by_codebook(found), _layers.by_codebook(expected), strict=True)
     for (ours, members), (theirs, other_members) in pairs:
         assert list(members) == list(other_members)
         assert [type(ours), ours.precision, ours.turned, ours.seed, ours.n_members] == [
@@ -197,7 +197,7 @@ def test_a_network_comes_back_to_the_bit_and_shared_as_it_was(tmp_path_factory, 
         linear, biases = data.draw(st.sampled_from([(None, None), ("int8", "fp16"), ("int4", "bf16")]))
         expected = quantize(expected, linear=linear, biases=biases)
     path, again = (tmp_path_factory.getbasetemp() / f"any {i}.safetensors" for i in range(2))
-    coding = data.draw(st.sampled_from(checkpoint.CODINGS))
+    coding = data.draw(st.sampled_from(_checkpoint.CODINGS))
     saved = save(expected, path, indices=coding)
     found = load(path, architecture=built(*parts, seed=1)).network
     assert_same(found, expected)
@@ -208,7 +208,7 @@ def test_a_network_comes_back_to_the_bit_and_shared_as_it_was(tmp_path_factory, 
     assert saved.bytes.sum() == path.stat().st_size
 
 
-@pytest.mark.parametrize("indices", checkpoint.CODINGS)
+@pytest.mark.parametrize("indices", _checkpoint.CODINGS)
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_network_of_everything_comes_back(path, indices, scope):
     expected = compressed(built(*PARTS), 4, size=3, scope=scope, scaled=True, turned=True, precision="bf16")
@@ -220,7 +220,7 @@ def test_a_network_of_everything_comes_back(path, indices, scope):
     assert found[-1].weight is found[-2].weight
 
 
-@pytest.mark.parametrize("indices", checkpoint.CODINGS)
+@pytest.mark.parametrize("indices", _checkpoint.CODINGS)
 def test_a_loaded_network_is_saved_to_the_same_bytes(tmp_path, indices):
     save(by_hand(built("plain", "norm", "groups"), 7), tmp_path / "one", indices=indices, accuracy=91.5)
     for _ in range(8):
@@ -254,7 +254,7 @@ def test_an_int8_codebook_of_next_to_nothing_comes_back(path, scale):
 def test_two_codebooks_of_one_name_come_back_each_to_its_layers(path):
     dense = built("5x5", "plain", "5x5")
     expected = compressed(compressed(dense, 3, size=3, scope="global"), 2, size=5, scope="global")
-    assert {module.codebook.group for module in layers.clustered(expected).values()} == {"global"}
+    assert {module.codebook.group for module in _layers.clustered(expected).values()} == {"global"}
     contents = save(expected, path)
     assert contents.groups.clusters.to_dict() == {"global": 3, "global 2": 2}
     assert contents.layers.group.to_dict() == dict(
@@ -276,7 +276,7 @@ def test_a_group_may_have_any_name(path, dense, name):
     assert found[0].codebook.group == name
 
 
-@pytest.mark.parametrize("indices", checkpoint.CODINGS)
+@pytest.mark.parametrize("indices", _checkpoint.CODINGS)
 @pytest.mark.parametrize("name", ["a b", "{}", "values", "indices", "é"])
 def test_a_layer_may_have_any_name(path, name, indices):
     dense = nn.Sequential(OrderedDict({name: nn.Conv2d(8, 32, 3), f"{name} {name}": nn.Conv2d(8, 32, 3)}))
@@ -322,7 +322,7 @@ def test_what_a_precision_cannot_hold_is_refused_and_the_old_file_stays(path, de
 
 def test_packed_is_the_default_and_dense_is_the_expanded_network(path, dense, small):
     packed, loaded = load(path, architecture=dense).network, load(path, architecture=dense, resident="dense")
-    assert set(layers.clustered(packed)) == {"0", "2"}
+    assert set(_layers.clustered(packed)) == {"0", "2"}
     assert [type(module) for module in loaded.network] == [nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]
     assert_same(loaded.network, compression.expand(small))
     assert not loaded.network.training
@@ -344,9 +344,9 @@ def test_all_goes_to_the_device(path, dense, small, resident):
 
 
 def test_block_bytes_reach_every_layer(path, dense, small):
-    for options, expected in (({}, layers.BLOCK_BYTES), ({"block_bytes": 200}, 200)):
+    for options, expected in (({}, _layers.BLOCK_BYTES), ({"block_bytes": 200}, 200)):
         network = load(path, architecture=dense, **options).network
-        assert {x.block_bytes for x in layers.clustered(network).values()} == {expected}
+        assert {x.block_bytes for x in _layers.clustered(network).values()} == {expected}
     assert len(list(network[0].blocks())) > 1
     with pytest.raises(InvalidValueError, match="block_bytes is 0"):
         load(path, architecture=dense, block_bytes=0)
@@ -477,7 +477,7 @@ def measured():
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("indices", checkpoint.CODINGS)
+@pytest.mark.parametrize("indices", _checkpoint.CODINGS)
 @pytest.mark.parametrize("given", ["module", "factory"])
 def test_no_dense_weight_is_made_on_the_way(path, monkeypatch, indices, given):
     """The weight is 18.9 MB, its unpacked indices 2.1 MB."""
@@ -485,7 +485,7 @@ def test_no_dense_weight_is_made_on_the_way(path, monkeypatch, indices, given):
     save(by_hand(large, 8), path, indices=indices)
     architecture = large
     if given == "factory":  # one of the names that are built on the meta device
-        monkeypatch.setattr("kclib.models.loading.vgg16_fashion", lambda: nn.Conv2d(128, 4096, 3))
+        monkeypatch.setattr("kclib.models._loading.vgg16_fashion", lambda: nn.Conv2d(128, 4096, 3))
         architecture = "vgg16-fashion"
     with measured() as packed:
         load(path, architecture=architecture, inputs=False)
@@ -540,7 +540,7 @@ def test_inspect_tells_groups_layers_and_bytes_without_the_network(path):
 def test_entropy_coded_bytes_are_counted_as_what_they_are(path):
     network = by_hand(nn.Sequential(nn.Conv2d(8, 64, 3), nn.Conv2d(64, 32, 3)), 8)
     fixed, entropy = (save(network, path, indices=kind).bytes for kind in ("fixed", "entropy"))
-    assert fixed["indices"] == packing.index_bytes(512, 3) + packing.index_bytes(2048, 3)
+    assert fixed["indices"] == _packing.index_bytes(512, 3) + _packing.index_bytes(2048, 3)
     assert entropy["frequency tables"] > 0
     best = sum(kmeans_entropy.entropy_bytes(np.bincount(x.members())) for x in network)
     assert best * 0.98 < entropy["indices"] < best * 1.02 + 16
@@ -552,7 +552,7 @@ def coded_apart(*shifts):
     dense = nn.Sequential(*(nn.Conv2d(16, 64, 3) for _ in shifts))
     network = by_hand(dense, 16)
     for module, shift in zip(network, shifts, strict=True):
-        module.indices = torch.from_numpy(packing.pack((module.members() + shift) % 16, 4))
+        module.indices = torch.from_numpy(_packing.pack((module.members() + shift) % 16, 4))
     return dense, network
 
 
@@ -565,7 +565,7 @@ def test_layers_that_use_a_codebook_alike_share_frequencies_and_others_have_thei
     for shifts, expected in cases:
         dense, network = coded_apart(*shifts)
         assert set(save(network, path).layers.coding) == expected
-        names = container.read(path)[2]
+        names = _container.read(path)[2]
         assert ("frequencies group global" in names) == ("group" in expected)
         assert_same(load(path, architecture=dense).network, network)
 
@@ -645,9 +645,9 @@ def test_what_is_no_compressed_model_is_refused(path, dense):
 
 def rewritten(path, change):
     """Change a file's description and tensors; its hash is right again."""
-    description, _, tensors = container.read(path)
+    description, _, tensors = _container.read(path)
     change(description, tensors)
-    container.write(path, description, tensors)
+    _container.write(path, description, tensors)
 
 
 def setting(*place, to):

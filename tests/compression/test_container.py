@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from kclib.compression import container
-from kclib.compression.container import inspect, read, write
+from kclib.compression import _container
+from kclib.compression._container import inspect, read, write
 from kclib.errors import DamagedFileError, InvalidValueError, KclibError, MissingFileError, StorageError
 
 DESCRIPTION = {"groups": {}, "layers": {}, "architecture": "añ 'b'", "accuracy": 91.25}
@@ -251,12 +251,12 @@ def test_missing_folders_are_made(tmp_path):
 
 
 def test_whatever_the_reader_behind_it_raises_is_damage(path, monkeypatch):
-    for error in (container.SafetensorError("x"), OSError("x"), ValueError("x"), RuntimeError("x")):
+    for error in (_container.SafetensorError("x"), OSError("x"), ValueError("x"), RuntimeError("x")):
 
         def failing(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(container, "safe_open", failing)
+        monkeypatch.setattr(_container, "safe_open", failing)
         with pytest.raises(DamagedFileError, match=f"{path.name} is truncated"):
             read(path)
 

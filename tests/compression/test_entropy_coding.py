@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from kclib.compression.entropy_coding import coded, decode, encode, packed_counts, unpacked_counts
+from kclib.compression._entropy_coding import coded, decode, encode, packed_counts, unpacked_counts
 from kclib.errors import DamagedFileError
-from kclib.kmeans.entropy import counts, entropy_bytes
+from kclib.kmeans._entropy import counts, entropy_bytes
 
 
 def skewed(n, n_symbols, seed=0, order=None):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from kclib.clustering import cluster
-from kclib.compression import compress, expand, precisions, to_onnx, to_program
-from kclib.compression.layers import by_codebook
+from kclib.compression import _precisions, compress, expand, to_onnx, to_program
+from kclib.compression._layers import by_codebook
 from kclib.errors import InvalidValueError, StorageError
 from kclib.kernels import extract
 from kclib.models import Model
@@ -133,12 +133,12 @@ def test_onnxruntime_answers_like_torch_at_every_precision_and_scope(options, tm
     torch.manual_seed(0)
     dense = two_layers()
     scopes = [("layer", "global")[(i + len(options)) % 2] for i in range(1, 6)]
-    parts = zip(precisions.PRECISIONS, scopes, strict=True)
+    parts = zip(_precisions.PRECISIONS, scopes, strict=True)
     networks = [compressed(dense, 7, precision=kind, scope=scope, **options) for kind, scope in parts]
     path = written(Beside(*networks), tmp_path / "model.onnx")
     assert_answers_alike(Beside(*networks), path)
     types = {name: tensor.data_type for name, tensor in initializers(path).items()}
-    for i, precision in enumerate(precisions.PRECISIONS):
+    for i, precision in enumerate(_precisions.PRECISIONS):
         codebooks = [x for n, x in types.items() if n.startswith(f"networks.{i}.") and n.endswith("values")]
         n_codebooks = {"layer": 2, "global": 1}[scopes[i]]
         assert codebooks == [FLOATS.get(precision, onnx.TensorProto.INT8)] * n_codebooks
@@ -270,8 +270,8 @@ def test_file_takes_indices_codebooks_the_rest_and_little_else(exported, large):
     for codebook, members in by_codebook(network):
         n = sum(module.n_kernels for module in members.values())
         indices += n * (1 if codebook.n_members <= 256 else 2)
-        codebooks += precisions.codebook_bytes(len(codebook.values), 9, precision)
-        scales += n * precisions.scale_type(precision).itemsize * (kind != "plain")
+        codebooks += _precisions.codebook_bytes(len(codebook.values), 9, precision)
+        scales += n * _precisions.scale_type(precision).itemsize * (kind != "plain")
     weights = {f"{name}.weight" for name in ("0", "3", "5")}
     rest = sum(x.nbytes for name, x in large.state_dict().items() if name not in weights)
     least = indices + codebooks + scales + rest - 8  # batch norm's counter of batches is not exported

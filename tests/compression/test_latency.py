@@ -7,7 +7,7 @@ from torch import nn
 
 from kclib.clustering import cluster
 from kclib.compression import compress, latency
-from kclib.compression.layers import ClusteredConv2d
+from kclib.compression._layers import ClusteredConv2d
 from kclib.kernels import extract
 
 

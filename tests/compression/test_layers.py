@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kclib.compression import expand, packing
-from kclib.compression.layers import BLOCK_BYTES, ClusteredConv2d, Codebook, by_codebook, clustered
+from kclib.compression import _packing, expand
+from kclib.compression._layers import BLOCK_BYTES, ClusteredConv2d, Codebook, by_codebook, clustered
 from kclib.errors import InvalidValueError
 from kclib.kmeans import symmetric
 
@@ -35,7 +35,7 @@ def layer_of(
         codebook = Codebook(values, group="all", precision="fp32", turned=turned)
     indices = draw.integers(0, codebook.n_members, n)
     scales = nn.Parameter(torch.from_numpy(draw.normal(size=n)).to(dtype)) if scaled else None
-    packed = torch.from_numpy(packing.pack(indices, codebook.bits))
+    packed = torch.from_numpy(_packing.pack(indices, codebook.bits))
     return ClusteredConv2d(
         convolution, codebook, packed, scales=scales, bias=convolution.bias, block_bytes=block_bytes
     )

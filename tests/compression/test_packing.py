@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from kclib.compression.packing import MAX_BITS, _unpack_anywhere, index_bits, index_bytes, pack, unpack
+from kclib.compression._packing import MAX_BITS, _unpack_anywhere, index_bits, index_bytes, pack, unpack
 from kclib.errors import InvalidValueError
 
 WIDTHS = st.integers(0, MAX_BITS)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from torch import nn
 
 from kclib import clustering, compression, kernels
-from kclib.compression import precisions
-from kclib.compression.layers import ClusteredConv2d
-from kclib.compression.precisions import PRECISIONS, codebook_bytes, pack, restore, store, unpack
+from kclib.compression import _precisions
+from kclib.compression._layers import ClusteredConv2d
+from kclib.compression._precisions import PRECISIONS, codebook_bytes, pack, restore, store, unpack
 from kclib.errors import DamagedFileError, InvalidValueError, UnknownNameError
-from kclib.kernels import copying
+from kclib.kernels import _copying
 
 EACH = pytest.mark.parametrize("precision", PRECISIONS)
 
@@ -98,7 +98,7 @@ def test_floats_are_rounded_to_their_precision_and_no_further(precision, unit):
     back = restore(store(values, precision))
     off = (back.double() - values.double()).abs()
     assert (off <= unit * values.double().abs()).all()
-    assert back.dtype == precisions.float_type(precision)
+    assert back.dtype == _precisions.float_type(precision)
     assert (off.sum() == 0) == (precision == "fp32")
 
 
@@ -156,13 +156,13 @@ def test_largest_values_of_each_precision_are_kept():
 
 
 def test_unknown_precision_is_refused_with_the_nearest_known_one():
-    for use in (lambda: store(codebook(), "int3"), lambda: precisions.float_type("int3")):
+    for use in (lambda: store(codebook(), "int3"), lambda: _precisions.float_type("int3")):
         with pytest.raises(UnknownNameError, match=r"'int3'.*'int8'\?"):
             use()
 
 
 def test_scales_beside_a_codebook_have_its_type_and_fp16_beside_whole_numbers():
-    assert [precisions.scale_type(precision) for precision in PRECISIONS] == [
+    assert [_precisions.scale_type(precision) for precision in PRECISIONS] == [
         torch.float32,
         torch.float16,
         torch.bfloat16,
@@ -173,7 +173,7 @@ def test_scales_beside_a_codebook_have_its_type_and_fp16_beside_whole_numbers():
 
 def test_own_precision_is_that_of_the_weights():
     for precision in ("fp32", "fp16", "bf16"):
-        assert precisions.own(precisions.float_type(precision)) == precision
+        assert _precisions.own(_precisions.float_type(precision)) == precision
 
 
 # ---- int4
@@ -228,13 +228,13 @@ def network():
 def test_linear_layers_and_biases_are_rounded_and_nothing_else():
     before = network()
     original = copy.deepcopy(before.state_dict())
-    after = precisions.quantize(before, linear="int4", biases="bf16")
+    after = _precisions.quantize(before, linear="int4", biases="bf16")
     wanted = {"6.weight": "int4", "8.weight": "int4"} | dict.fromkeys(
         ("0.bias", "2.bias", "3.bias", "6.bias"), "bf16"
     )
     for name, value in after.state_dict().items():
         old = original[name]
-        expected = precisions.rounded(old, wanted[name]) if name in wanted else old
+        expected = _precisions.rounded(old, wanted[name]) if name in wanted else old
         assert torch.equal(value, expected)
         assert torch.equal(value, old) == (name not in wanted)
         assert torch.equal(before.state_dict()[name], old)
@@ -245,33 +245,33 @@ def test_linear_layers_and_biases_are_rounded_and_nothing_else():
         for name, precision in getattr(module, "stored_as", {}).items()
     }
     assert noted == wanted
-    assert not precisions.precisions(before)
+    assert not _precisions.precisions(before)
 
 
 def test_what_is_noted_is_kept_by_copies_and_added_to():
-    first = precisions.quantize(network(), linear=None)
-    assert precisions.precisions(first)
-    again = precisions.quantize(copying.copied(first), linear="int8", biases=None)
+    first = _precisions.quantize(network(), linear=None)
+    assert _precisions.precisions(first)
+    again = _precisions.quantize(_copying.copied(first), linear="int8", biases=None)
     assert again[6].stored_as == {"weight": "int8", "bias": "fp16"}
     assert first[6].stored_as == {"bias": "fp16"}
     assert isinstance(again[0], ClusteredConv2d)
     assert again[0].stored_as == {"bias": "fp16"}
-    assert set(precisions.precisions(again)) == {
+    assert set(_precisions.precisions(again)) == {
         id(x) for x in (again[0].bias, again[2].bias, again[3].bias, again[6].bias, again[6].weight)
     }
 
 
 def test_unknown_precisions_and_other_types_are_refused():
     with pytest.raises(UnknownNameError, match="unknown precision of linear layers 'int5'"):
-        precisions.quantize(network(), linear="int5")
+        _precisions.quantize(network(), linear="int5")
     with pytest.raises(UnknownNameError, match="biases 'int8'"):
-        precisions.quantize(network(), biases="int8")
+        _precisions.quantize(network(), biases="int8")
     with pytest.raises(InvalidValueError, match=r"0\.weight.*float16.*\.float\(\)"):
-        precisions.quantize(nn.Sequential(nn.Linear(2, 2)).half())
+        _precisions.quantize(nn.Sequential(nn.Linear(2, 2)).half())
     large = nn.Linear(1, 1)
     nn.init.constant_(large.bias, 1e6)
     with pytest.raises(InvalidValueError, match="no finite fp16"):
-        precisions.quantize(large)
+        _precisions.quantize(large)
 
 
 # ---- Linear weights, entropy-coded
@@ -280,7 +280,7 @@ ROWS = torch.tensor([[0.0, 0, 0, 0], [-3, -3, -3, -3], [7, -7, 3.4, -3.6], [1e-3
 
 
 def test_rows_of_linear_weights_are_rounded_as_by_hand():
-    network = precisions.quantize(layer_of(ROWS), linear="int4")
+    network = _precisions.quantize(layer_of(ROWS), linear="int4")
     whole = [[0, 0, 0, 0], [-7, -7, -7, -7], [7, -7, 3, -4], [7, 0, -7, 0]]
     steps = torch.tensor([0, 3 / 7, 1, 1e-3 / 7]).bfloat16()
     stored = store(ROWS, "int4")
@@ -302,7 +302,7 @@ def test_rows_of_linear_weights_are_rounded_as_by_hand():
 )  # fmt: skip
 def test_coded_weights_come_back_to_the_bit_and_take_no_more_than_packed_ones(precision, values):
     stored = store(values, precision)
-    packed, found = pack(stored, precision), precisions.coded(stored, precision)
+    packed, found = pack(stored, precision), _precisions.coded(stored, precision)
     taken = [sum(x.nbytes for x in parts.values()) for parts in (found, packed)]
     assert taken[0] <= taken[1]
     assert ("frequencies" in found) == (taken[0] < taken[1]) == (values.numel() > 16)
@@ -315,7 +315,7 @@ def test_coded_weights_take_about_their_entropy(n_out, n_in, precision, skew):
     draw = np.random.default_rng(0)
     values = draw.normal(size=(n_out, n_in)) * (draw.random((n_out, n_in)) < skew)
     stored = store(torch.from_numpy(values.astype("f")), precision)
-    found = precisions.coded(stored, precision)
+    found = _precisions.coded(stored, precision)
     assert_same_bits(unpack(found, precision, (n_out, n_in)), stored)
     if "frequencies" in found:
         counts = np.unique(stored["values"].numpy(), return_counts=True)[1]
@@ -324,7 +324,7 @@ def test_coded_weights_take_about_their_entropy(n_out, n_in, precision, skew):
 
 
 def test_coded_weights_that_are_damaged_are_refused():
-    stored = precisions.coded(store(torch.eye(100), "int8"), "int8")
+    stored = _precisions.coded(store(torch.eye(100), "int8"), "int8")
     with pytest.raises(DamagedFileError, match="table of 10000"):
         unpack(stored, "int8", (100, 101))
     with pytest.raises(DamagedFileError, match="fp16 weights"):
@@ -339,12 +339,12 @@ def test_compressing_rounds_linear_weights_alone_where_asked():
     found = clustering.cluster(kernels.extract(dense), 3, n_threads=1, progress=False)
     plain = compression.compress(dense, found)
     assert torch.equal(plain[3].weight, dense[3].weight)
-    assert not precisions.precisions(plain)
+    assert not _precisions.precisions(plain)
     small = compression.compress(dense, found, linear="int8")
-    assert torch.equal(small[3].weight, precisions.rounded(dense[3].weight, "int8"))
+    assert torch.equal(small[3].weight, _precisions.rounded(dense[3].weight, "int8"))
     assert torch.equal(small[3].bias, dense[3].bias)
-    assert precisions.precisions(small) == {id(small[3].weight): "int8"}
-    assert not precisions.precisions(dense)
+    assert _precisions.precisions(small) == {id(small[3].weight): "int8"}
+    assert not _precisions.precisions(dense)
 
 
 def test_compressing_refuses_linear_weights_that_cannot_be_rounded():
@@ -357,10 +357,10 @@ def test_compressing_refuses_linear_weights_that_cannot_be_rounded():
     with pytest.raises(InvalidValueError, match=r"3\.weight is torch\.float16; call \.float\(\)"):
         compression.compress(half, found, linear="int8")
     with pytest.raises(InvalidValueError, match="weight has no shape yet"):
-        precisions.quantize(nn.Sequential(nn.LazyLinear(3)), linear="int8")
+        _precisions.quantize(nn.Sequential(nn.LazyLinear(3)), linear="int8")
     nn.init.constant_(dense[3].weight, torch.nan)
     with pytest.raises(InvalidValueError, match="no finite int8"):
-        precisions.quantize(dense, linear="int8")
+        _precisions.quantize(dense, linear="int8")
 
 
 def layer_of(weights):

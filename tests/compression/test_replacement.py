@@ -11,8 +11,8 @@ from torch import nn
 
 from kclib import kernels
 from kclib.clustering import cluster, quantized
-from kclib.compression import compress, expand, packing, precisions, replaced
-from kclib.compression.layers import ClusteredConv2d, by_codebook, clustered
+from kclib.compression import _packing, _precisions, compress, expand, replaced
+from kclib.compression._layers import ClusteredConv2d, by_codebook, clustered
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import extract
 
@@ -226,8 +226,8 @@ def test_no_dense_copy_is_kept(network, how, dtype, n_clusters):
     network = network.to(dtype)
     result = cluster(extract(network), n_clusters, scope="global", **how)
     (group,), item = result.groups, dtype.itemsize
-    bits = packing.index_bits(group.n_clusters * (8 if "turned" in how else 1))
-    expected = sum(packing.index_bytes(layer.n_kernels, bits) for layer in result.layers)
+    bits = _packing.index_bits(group.n_clusters * (8 if "turned" in how else 1))
+    expected = sum(_packing.index_bytes(layer.n_kernels, bits) for layer in result.layers)
     expected += group.n_clusters * 9 * item
     expected += len(group.indices) * item if "scaled" in how else 0
     expected += 8 * 9 * 8 if "turned" in how else 0
@@ -442,13 +442,13 @@ def test_replaced_kernels_are_those_of_the_expanded_network_also_where_layers_sh
     assert not placed(dense) & placed(network)
 
 
-@pytest.mark.parametrize("precision", precisions.PRECISIONS)
+@pytest.mark.parametrize("precision", _precisions.PRECISIONS)
 @EACH
 def test_precision_rounds_the_codebook_and_scales_as_a_file_will(network, how, precision):
     result = cluster(extract(network), 4, scope="global", **how)
     (group,) = result.groups
     values = torch.from_numpy(group.codebook)
-    rounded = precisions.restore(precisions.store(values, precision)).float()
+    rounded = _precisions.restore(_precisions.store(values, precision)).float()
     packed = compress(network, result, precision=precision)
     ((codebook, _),) = by_codebook(packed)
     assert codebook.precision == precision

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kclib.evaluation import intervals
+from kclib.evaluation import _intervals
 
 Z = stats.norm.ppf(0.975)
 
@@ -31,7 +31,7 @@ def tango(b: int, c: int, n: int) -> tuple[float, float]:
 
 
 def paired(b: int, c: int, n: int) -> tuple[float, float]:
-    return intervals.of_mean([-1, 0, 1], [c, n - b - c, b], -1, 1)
+    return _intervals.of_mean([-1, 0, 1], [c, n - b - c, b], -1, 1)
 
 
 @settings(deadline=None, max_examples=25)
@@ -47,7 +47,7 @@ def test_of_three_values_it_is_tangos(b, c, rest):
 def test_of_two_values_it_is_wilsons(hits, misses):
     if n := hits + misses:
         ends = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
-        assert intervals.of_mean([0, 1], [misses, hits], 0, 1) == pytest.approx(
+        assert _intervals.of_mean([0, 1], [misses, hits], 0, 1) == pytest.approx(
             (ends.low, ends.high), abs=1e-9
         )
 
@@ -61,12 +61,12 @@ def test_a_published_example_comes_out():
 @given(st.lists(st.integers(0, 30), min_size=5, max_size=5).filter(any), st.floats(0.5, 3))
 def test_it_holds_the_mean_within_the_limits_and_has_a_width(counts, scale):
     values = scale * np.arange(-2, 3)
-    low, high = intervals.of_mean(values, counts, -2 * scale, 2 * scale)
+    low, high = _intervals.of_mean(values, counts, -2 * scale, 2 * scale)
     mean = np.average(values, weights=counts)
     assert -2 * scale <= low <= mean + 1e-9
     assert mean - 1e-9 <= high <= 2 * scale
     assert high - low > 0.1 * scale
-    turned = intervals.of_mean(values, counts[::-1], -2 * scale, 2 * scale)
+    turned = _intervals.of_mean(values, counts[::-1], -2 * scale, 2 * scale)
     assert turned == pytest.approx((-high, -low), abs=1e-8)
 
 
@@ -74,7 +74,7 @@ def test_of_many_values_it_is_students():
     values = np.random.default_rng(0).integers(-2, 3, 4000)
     kinds, counts = np.unique(values, return_counts=True)
     ends = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert intervals.of_mean(kinds, counts, -2, 2) == pytest.approx((ends.low, ends.high), abs=1e-3)
+    assert _intervals.of_mean(kinds, counts, -2, 2) == pytest.approx((ends.low, ends.high), abs=1e-3)
 
 
 @pytest.mark.parametrize("mean", [0.02, 0.3, 0.5])

@@ -11,11 +11,11 @@ from torch import nn
 
 from kclib import compression, models
 from kclib.clustering import cluster
-from kclib.compression import byte_counts, formats
+from kclib.compression import _formats, byte_counts
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.evaluation import peers
 from kclib.kernels import extract
-from kclib.kmeans.palettes import palette
+from kclib.kmeans._palettes import palette
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,7 +146,7 @@ def test_a_uniform_palette_goes_evenly_from_the_smallest_to_the_largest():
     np.testing.assert_array_equal(decoded.ravel(), halves(expected))
 
 
-@given(NETWORKS, st.integers(1, 8), st.sampled_from(formats.KINDS), st.sampled_from(formats.PER))
+@given(NETWORKS, st.integers(1, 8), st.sampled_from(_formats.KINDS), st.sampled_from(_formats.PER))
 @settings(deadline=None, max_examples=20)
 def test_each_weight_gets_the_nearest_of_few_fp16_values(network, bits, kind, per):
     original = weight(network).reshape(1 if per == "tensor" else 4, -1)
@@ -257,7 +257,7 @@ def test_product_quantization_of_a_whole_filter_of_one_tap_is_k_means_of_filters
     np.testing.assert_allclose(decoded[:, :, 0, 1], expected, rtol=2e-3, atol=1e-3)
 
 
-@given(NETWORKS, st.floats(0.001, 1), st.sampled_from(formats.PRECISIONS))
+@given(NETWORKS, st.floats(0.001, 1), st.sampled_from(_formats.PRECISIONS))
 @settings(deadline=None, max_examples=25)
 def test_pruning_keeps_exactly_the_largest_of_all_layers(network, keep, precision):
     network.append(nn.Conv2d(2, 3, 3))
@@ -297,9 +297,9 @@ def test_son_is_a_clustering_with_scales_in_fp16_as_a_ledger_counts_it(turned):
 # At 3,500, 32 clusters fit only if kernels are not turned.
 BUDGETS = [1_300, 2_100, 3_100, 3_500, 4_300, 5_900, 9_000]
 GRIDS = {
-    "kmeans palette per tensor": [formats.Palette(b, "kmeans", "tensor") for b in range(1, 9)],
-    "uniform palette per channel": [formats.Palette(b, "uniform", "channel") for b in range(1, 9)],
-    "quantization": [formats.Rounded(b) for b in range(2, 9)],
+    "kmeans palette per tensor": [_formats.Palette(b, "kmeans", "tensor") for b in range(1, 9)],
+    "uniform palette per channel": [_formats.Palette(b, "uniform", "channel") for b in range(1, 9)],
+    "quantization": [_formats.Rounded(b) for b in range(2, 9)],
 }
 
 
@@ -333,7 +333,7 @@ def test_the_best_width_and_precision_are_those_that_move_the_weights_least():
 
     products = [peers.product_quantized(network, 2**b, w) for b in range(1, 13) for w in (2, 4, 8, 16)]
     shares = np.linspace(0.02, 1, 50)
-    pruned = [peers.pruned(network, share, precision=p) for share in shares for p in formats.PRECISIONS]
+    pruned = [peers.pruned(network, share, precision=p) for share in shares for p in _formats.PRECISIONS]
     for budget in (2_000, 6_000):
         found = {peer.name: peer for peer in peers.at_bytes(network, budget)}
         largest = {}

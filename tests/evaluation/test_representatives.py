@@ -12,7 +12,7 @@ from benchmarks.representatives import KINDS, cluster
 from kclib import clustering, compression, kernels
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
-from kclib.kmeans import nearest as kmeans_nearest
+from kclib.kmeans import _nearest as kmeans_nearest
 from kclib.kmeans import symmetric
 
 EACH = pytest.mark.parametrize("kind", KINDS)

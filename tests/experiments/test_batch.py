@@ -18,7 +18,7 @@ from disks import full_disk
 from nbformat import v4
 
 from kclib import errors, experiments
-from kclib.experiments import batch, profiles, reports
+from kclib.experiments import _batch, _profiles, reports
 from kclib.store import Store
 
 PARAMETERS = 'greeting: str = "hello"  # what to say\ncount: int = 1  # how many\nreport_dir: str = ""'
@@ -83,8 +83,8 @@ def finished(folder, tmp_path_factory):
     """The report of a batch that ends well."""
     notebooks = {"good": {"parameters": {"count": 2}}, "other": None}
     path = profile_file(folder, notebooks, {"greeting": "ahoy", "count": 3})
-    profile = profiles.load(path, changes={"greeting": "moin"})
-    return batch.run(profile, tmp_path_factory.mktemp("out")).parent
+    profile = _profiles.load(path, changes={"greeting": "moin"})
+    return _batch.run(profile, tmp_path_factory.mktemp("out")).parent
 
 
 def outputs(path: Path) -> list:
@@ -138,9 +138,9 @@ def test_the_notebooks_themselves_stay_without_outputs(finished, folder):
     ],
 )
 def test_a_notebook_that_fails_is_kept_with_its_error_and_the_others_run(folder, tmp_path, stem, error):
-    profile = profiles.load(profile_file(folder, {stem: {"timeout": 2}, "other": None}))
+    profile = _profiles.load(profile_file(folder, {stem: {"timeout": 2}, "other": None}))
     with pytest.raises(errors.NotebookError, match=f"notebook {stem} failed.*{error}.*{stem}.ipynb"):
-        batch.run(profile, tmp_path)
+        _batch.run(profile, tmp_path)
     written = {path.stem for path in (tmp_path / "tiny").iterdir()}
     assert written == {stem, "other", "index", "report"}
     index = (tmp_path / "tiny" / "index.html").read_text()
@@ -166,8 +166,8 @@ def test_batches_side_by_side_on_one_folder_each_end_well_and_leave_nothing_ther
 def test_a_batch_that_is_killed_leaves_no_kernel_and_no_socket(folder, tmp_path):
     told = tmp_path / "told"
     path = profile_file(folder, {"waits": None}, {"said": str(told)})
-    code = "from kclib.experiments import batch, profiles; "
-    code += f"batch.run(profiles.load({path!r}), {str(tmp_path)!r})"
+    code = "from kclib.experiments import _batch, _profiles; "
+    code += f"_batch.run(_profiles.load({path!r}), {str(tmp_path)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     try:
         wait_until(told.is_file)
@@ -181,8 +181,8 @@ def test_a_batch_that_is_killed_leaves_no_kernel_and_no_socket(folder, tmp_path)
         process.wait()
     wait_until(lambda: not private.exists())
     wait_until(lambda: not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == "zombie")
-    again = profiles.load(profile_file(folder, {"other": None}))
-    assert batch.run(again, tmp_path).is_file(), "the report's folder is free again"
+    again = _profiles.load(profile_file(folder, {"other": None}))
+    assert _batch.run(again, tmp_path).is_file(), "the report's folder is free again"
 
 
 def wait_until(true) -> None:
@@ -196,34 +196,34 @@ def wait_until(true) -> None:
 def test_notebooks_import_modules_of_the_folder_where_one_works(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("kclib_test_here.py").write_text("SAID = 'found'")
-    batch.run(profiles.load(profile_file(folder, {"imports": None})), "out")
+    _batch.run(_profiles.load(profile_file(folder, {"imports": None})), "out")
     assert reports.read(tmp_path / "out" / "tiny", "tiny").chapters[0].headline == "found"
 
 
 def test_a_second_batch_into_one_report_is_refused(folder, tmp_path, monkeypatch):
-    profile = profiles.load(profile_file(folder, {"other": None}))
+    profile = _profiles.load(profile_file(folder, {"other": None}))
 
     def execute(*_, **__):
         with pytest.raises(errors.StorageError, match=r"another batch is writing .*tiny"):
-            batch.run(profile, tmp_path)
-        assert batch.run(replace(profile, parameters={}), tmp_path / "elsewhere").is_file()
+            _batch.run(profile, tmp_path)
+        assert _batch.run(replace(profile, parameters={}), tmp_path / "elsewhere").is_file()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     with pytest.raises(KeyboardInterrupt):
-        batch.run(profile, tmp_path)
+        _batch.run(profile, tmp_path)
 
 
 def test_every_notebook_that_failed_is_named_and_a_later_run_forgets_them(folder, tmp_path):
-    failing = profiles.load(profile_file(folder, dict.fromkeys(["broken", "no_headline"])))
+    failing = _profiles.load(profile_file(folder, dict.fromkeys(["broken", "no_headline"])))
     with pytest.raises(errors.NotebookError, match=r"notebooks broken failed .*; no_headline failed"):
-        batch.run(failing, tmp_path)
-    index = batch.run(profiles.load(profile_file(folder, {"other": None})), tmp_path)
+        _batch.run(failing, tmp_path)
+    index = _batch.run(_profiles.load(profile_file(folder, {"other": None})), tmp_path)
     assert "failed" not in re.sub("<style>.*?</style>", "", index.read_text(), flags=re.DOTALL)
 
 
 def test_a_million_printed_lines_are_kept_and_cut_on_the_page(folder, tmp_path):
-    batch.run(profiles.load(profile_file(folder, {"prints": None})), tmp_path)
+    _batch.run(_profiles.load(profile_file(folder, {"prints": None})), tmp_path)
     (stream,) = [x.text for x in outputs(tmp_path / "tiny" / "prints.ipynb") if x.output_type == "stream"]
     assert stream.splitlines() == [f"line {i}" for i in range(1_000_000)]
     page = (tmp_path / "tiny" / "prints.html").read_text()
@@ -233,9 +233,9 @@ def test_a_million_printed_lines_are_kept_and_cut_on_the_page(folder, tmp_path):
 
 
 def test_a_disk_that_is_full_is_named_and_no_half_page_is_left(folder, tmp_path):
-    profile = profiles.load(profile_file(folder, {"other": None}))
+    profile = _profiles.load(profile_file(folder, {"other": None}))
     with full_disk(), pytest.raises(errors.StorageError, match=r"could not be written"):
-        batch.run(profile, tmp_path)
+        _batch.run(profile, tmp_path)
     assert not [x for x in (tmp_path / "tiny").iterdir() if x.suffix == ".html" and x.stem == "other"]
     assert not [x for x in (tmp_path / "tiny").iterdir() if x.name.startswith(".")]
 
@@ -249,7 +249,7 @@ def test_a_table_that_a_sweep_writes_meanwhile_is_kept(folder, tmp_path, monkeyp
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     with pytest.raises(errors.NotebookError):  # nothing was executed
-        batch.run(profiles.load(profile_file(folder, {"good": None})), tmp_path)
+        _batch.run(_profiles.load(profile_file(folder, {"good": None})), tmp_path)
     left = reports.read(tmp_path / "tiny", "tiny")
     pd.testing.assert_frame_equal(left.results, results)
     assert left.provenance["sweep"] == "K 5"
@@ -266,9 +266,9 @@ def test_a_notebook_that_cannot_be_written_stops_no_other(folder, tmp_path, monk
         execute(source, target, *arguments, **options)
 
     monkeypatch.setattr(papermill, "execute_notebook", refuse)
-    profile = profiles.load(profile_file(folder, dict.fromkeys(["good", "other"])))
+    profile = _profiles.load(profile_file(folder, dict.fromkeys(["good", "other"])))
     with pytest.raises(errors.NotebookError, match=r"good failed.*No space left.*index\.html"):
-        batch.run(profile, tmp_path)
+        _batch.run(profile, tmp_path)
     assert 'href="good' not in (tmp_path / "tiny" / "index.html").read_text()
     chapters = reports.read(tmp_path / "tiny", "tiny").chapters
     assert [x.status for x in chapters] == ["failed", "done"]
@@ -291,9 +291,9 @@ def test_an_interrupted_batch_leaves_an_index_with_its_finished_part(folder, tmp
         nbformat.write(v4.new_notebook(cells=[v4.new_code_cell("", outputs=[shown])]), target)
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
-    profile = profiles.load(profile_file(folder, dict.fromkeys(["good", "other", "broken"])))
+    profile = _profiles.load(profile_file(folder, dict.fromkeys(["good", "other", "broken"])))
     with pytest.raises(KeyboardInterrupt):
-        batch.run(profile, tmp_path)
+        _batch.run(profile, tmp_path)
     index = (tmp_path / "tiny" / "index.html").read_text()
     assert "<p>forty-two</p>" in index
     assert re.findall('<p class="(interrupted|not run)">', index) == ["interrupted", "not run"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from kclib import evaluation, experiments, kernels
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.experiments import cell
+from kclib.experiments import _cell
 from kclib.store import Store
 
 KS = (1, 24, 36)  # the layers have 12 and 24 kernels: a K of 36 fits the scope global only
@@ -145,7 +145,7 @@ def test_another_order_of_classes_or_another_architecture_is_another_key(tmp_pat
     padded = copy.deepcopy(model.network)
     next(x for x in padded.modules() if isinstance(x, nn.Conv2d)).padding = (1, 1)
     others = [replace(model, classes=tuple("fedcba")), replace(model, network=padded), tiny_model()]
-    keys = [cell.Subject(x, data, Store(tmp_path)).key for x in (model, *others)]
+    keys = [_cell.Subject(x, data, Store(tmp_path)).key for x in (model, *others)]
     assert keys[0] == keys[3]
     assert keys[0]["weights"] == keys[2]["weights"]
     assert len({key["input"] for key in keys}) == 3

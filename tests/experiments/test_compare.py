@@ -7,8 +7,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from tiny import tiny_data, tiny_model
 
 from kclib import experiments
-from kclib.evaluation import intervals
-from kclib.experiments import compare
+from kclib.evaluation import _intervals
+from kclib.experiments import _compare
 from kclib.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,27 +32,27 @@ def row(right, k=2, images_hash="x", **changed) -> pd.DataFrame:
 
 
 def test_a_run_against_itself_moves_nothing(table):
-    found = compare.compare(table, table)
+    found = _compare.compare(table, table)
     assert len(found) == len(table) == 5
     assert (found.change == 0).all()
     assert (found.p_value == 1).all()
     assert found.paired.all()
-    assert compare.broken(found, 0) == []
-    assert compare.answer(found).startswith("5 cells are in both runs; 0 of them moved beyond chance")
+    assert _compare.broken(found, 0) == []
+    assert _compare.answer(found).startswith("5 cells are in both runs; 0 of them moved beyond chance")
 
 
 def test_the_same_images_are_compared_in_pairs():
     before, after = [1] * 90 + [0] * 10, [0] * 12 + [1] * 82 + [0] * 6
-    found = compare.compare(row(before), row(after)).iloc[0]
+    found = _compare.compare(row(before), row(after)).iloc[0]
     assert found.change == pytest.approx(-8)
     assert found.p_value == pytest.approx(mcnemar([[78, 12], [4, 6]], exact=True).pvalue)
-    ends = intervals.of_mean([-1, 0, 1], [12, 84, 4], -1, 1)
+    ends = _intervals.of_mean([-1, 0, 1], [12, 84, 4], -1, 1)
     assert (found.change_low, found.change_high) == pytest.approx((100 * ends[0], 100 * ends[1]))
     assert found.change_low < -8 < found.change_high < 0
 
 
 def test_other_images_are_compared_as_independent():
-    found = compare.compare(row([1] * 56 + [0] * 14), row([1] * 48 + [0] * 32, images_hash="y")).iloc[0]
+    found = _compare.compare(row([1] * 56 + [0] * 14), row([1] * 48 + [0] * 32, images_hash="y")).iloc[0]
     assert not found.paired
     assert found.change == pytest.approx(100 * (48 / 80 - 56 / 70))
     # Newcombe (1998), table II, example (a), method 10: 56/70 - 48/80 is 0.0524 to 0.3339
@@ -64,18 +64,18 @@ def test_a_gate_names_what_lost_more_than_it_may_and_what_is_gone():
     right = [1] * 50 + [0] * 50
     before = pd.concat([row(right, k=k) for k in (2, 3, 4)])
     after = pd.concat([row([0] * 3 + right[3:], k=2), row([0, *right[1:]], k=3), row(right, k=9)])
-    found = compare.compare(before, after)
-    lost, gone = compare.broken(found, 2)
+    found = _compare.compare(before, after)
+    lost, gone = _compare.broken(found, 2)
     assert lost.startswith("m on d, scope layer, K = 2, plain, seed 0: lost 3.00 points [")
     assert lost.endswith("from 50.00 to 47.00 %.")
     assert gone == "m on d, scope layer, K = 4, plain, seed 0: is missing in the second run."
-    assert compare.broken(found, 3) == [gone], "a drop of just so much is allowed"
-    assert compare.answer(found).endswith("Cells gone: 1; new: 1.")
+    assert _compare.broken(found, 3) == [gone], "a drop of just so much is allowed"
+    assert _compare.answer(found).endswith("Cells gone: 1; new: 1.")
 
 
 def test_the_page_says_first_what_broke_the_gate_and_shows_all_cells(tmp_path, table):
-    found = compare.compare(table, table)
-    compare.write(tmp_path / "x.html", found, ["K = <2> lost."], before="a<b", after="c")
+    found = _compare.compare(table, table)
+    _compare.write(tmp_path / "x.html", found, ["K = <2> lost."], before="a<b", after="c")
     page = (tmp_path / "x.html").read_text()
     assert page.index("K = &lt;2&gt; lost.") < page.index("5 cells are in both runs")
     assert page.count("<tr") == 6
@@ -89,5 +89,5 @@ def test_as_many_points_as_may_be_lost_may_be_lost_whatever_the_rounding():
     cell = {"model": "m", "data": "d", "scope": "layer", "k": 2, "method": "plain", "seed": 0}
     rates = {"top1_before": 93.7, "top1_after": 93.0, "change_low": -1.0, "change_high": 0.0}
     table = pd.DataFrame([cell | rates | {"change": change}])
-    assert compare.broken(table, 0.7) == []
-    assert len(compare.broken(table, 0.69)) == 1
+    assert _compare.broken(table, 0.7) == []
+    assert len(_compare.broken(table, 0.69)) == 1

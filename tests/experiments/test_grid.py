@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from kclib import datasets, evaluation, experiments
 from kclib.errors import KclibError
-from kclib.experiments import _provenance, cell, compare, grid, reports
-from kclib.experiments.cell import Subject
-from kclib.experiments.pool import Workers
-from kclib.experiments.profiles import Grid, ModelSource, Profile
+from kclib.experiments import _cell, _compare, _grid, _provenance, reports
+from kclib.experiments._cell import Subject
+from kclib.experiments._pool import Workers
+from kclib.experiments._profiles import Grid, ModelSource, Profile
 from kclib.experiments.tables import readable
 from kclib.store import Store
 
@@ -32,9 +32,9 @@ def levels(**changed) -> Grid:
 def images(monkeypatch, one_thread):
     """The tiny images under the name tiny, also where their number is limited."""
     monkeypatch.setattr(datasets, "load_data", lambda name, limit: tiny.tiny_data())
-    cell.forget()
+    _cell.forget()
     yield
-    cell.forget()
+    _cell.forget()
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ def store(tmp_path):
 
 
 def test_the_cells_are_all_combinations_the_dense_model_and_what_is_stored(store):
-    planned = grid.plan(levels(), store)
+    planned = _grid.plan(levels(), store)
     assert len(planned) == 1 + 2 * 2 * 2 * 2
     assert not any(task.stored for task in planned)
     assert [x.seconds for x in planned] == sorted((x.seconds for x in planned), reverse=True)
     assert all(x.seconds > 0 and x.memory > 400 << 20 for x in planned)
     model = replace(tiny.tiny_model(), name="tiny:tiny_model")
     experiments.sweep(model, tiny.tiny_data(), [2], scopes=["layer"], store=store)
-    again = grid.plan(levels(), store)
+    again = _grid.plan(levels(), store)
     assert {(x.cell.scope, x.cell.k, x.cell.method, x.cell.seed) for x in again if x.stored} == {
         ("dense", 0, "dense", 0), ("layer", 2, "plain", 0)
     }  # fmt: skip
@@ -58,8 +58,8 @@ def test_the_cells_are_all_combinations_the_dense_model_and_what_is_stored(store
 
 
 def test_a_sweep_by_cells_is_that_of_the_library_to_the_bit(store, tmp_path):
-    assert grid.run(grid.plan(levels(), store), Workers(), progress=False) == []
-    found = grid.table(grid.plan(levels(), store, estimated=False), store)
+    assert _grid.run(_grid.plan(levels(), store), Workers(), progress=False) == []
+    found = _grid.table(_grid.plan(levels(), store, estimated=False), store)
     options = {k: v for k, v in LEVELS.items() if k in ("scopes", "methods")}
     model = replace(tiny.tiny_model(), name="tiny:tiny_model")
     plain = experiments.sweep(
@@ -72,9 +72,9 @@ def test_a_sweep_by_cells_is_that_of_the_library_to_the_bit(store, tmp_path):
 
 def test_results_that_vanish_or_are_damaged_during_a_sweep_are_computed_again(store, monkeypatch, caplog):
     sweep_of = {"seeds": (0,), "methods": ("plain",), "scopes": ("layer",)}
-    grid.run(grid.plan(levels(clusters=(2,), **sweep_of), store), Workers(), progress=False)
-    whole = grid.table(grid.plan(levels(clusters=(2,), **sweep_of), store, estimated=False), store)
-    planned, genuine = grid.plan(levels(**sweep_of), store), evaluation.evaluate
+    _grid.run(_grid.plan(levels(clusters=(2,), **sweep_of), store), Workers(), progress=False)
+    whole = _grid.table(_grid.plan(levels(clusters=(2,), **sweep_of), store, estimated=False), store)
+    planned, genuine = _grid.plan(levels(**sweep_of), store), evaluation.evaluate
 
     def destroying(*args, **options):
         for task, destroy in zip([x for x in planned if x.stored], (Path.unlink, truncate), strict=True):
@@ -84,8 +84,8 @@ def test_results_that_vanish_or_are_damaged_during_a_sweep_are_computed_again(st
 
     monkeypatch.setattr(evaluation, "evaluate", destroying)
     monkeypatch.setattr(datasets, "load_data", lambda name, limit: tiny.tiny_data())
-    assert grid.run(planned, Workers(), progress=False) == []
-    found = grid.table(planned, store)
+    assert _grid.run(planned, Workers(), progress=False) == []
+    found = _grid.table(planned, store)
     assert len(found) == 3
     pd.testing.assert_frame_equal(
         found[found.k != 5].drop(columns=TIMES), whole.drop(columns=TIMES), check_exact=True
@@ -100,8 +100,8 @@ def truncate(path: Path) -> None:
 def test_results_that_vanish_again_and_again_have_failed(store, monkeypatch):
     monkeypatch.setattr(Store, "put", lambda self, entry: None)
     monkeypatch.setattr(datasets, "load_data", lambda name, limit: tiny.tiny_data())
-    planned = grid.plan(levels(seeds=(0,), methods=("plain",), scopes=("layer",)), store)
-    failures = grid.run(planned, Workers(), progress=False)
+    planned = _grid.plan(levels(seeds=(0,), methods=("plain",), scopes=("layer",)), store)
+    failures = _grid.run(planned, Workers(), progress=False)
     assert sorted(x.what for x in failures) == sorted(map(str, planned))
     assert all("gone" in x.error for x in failures)
 
@@ -116,66 +116,66 @@ def test_a_cell_that_fails_stops_no_other_and_a_second_run_computes_it_alone(sto
         calls.append("done")
         return genuine(model, data, **options)
 
-    planned, calls = grid.plan(levels(seeds=(0,)), store), []
+    planned, calls = _grid.plan(levels(seeds=(0,)), store), []
     monkeypatch.setattr(evaluation, "evaluate", failing)
-    (failure,) = grid.run(planned, Workers(), progress=False)
+    (failure,) = _grid.run(planned, Workers(), progress=False)
     assert failure.what == str(planned[3])
     assert failure.error == "ZeroDivisionError: by zero"
     assert 'raise ZeroDivisionError("by zero")' in failure.traceback
     calls.clear()
-    planned = grid.plan(levels(seeds=(0,)), store)
+    planned = _grid.plan(levels(seeds=(0,)), store)
     assert sum(not x.stored for x in planned) == 1
     calls.clear()
-    assert grid.run(planned, Workers(), progress=False) == []
+    assert _grid.run(planned, Workers(), progress=False) == []
     assert calls == ["done"]
 
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_cells_in_this_process_show_their_own_progress_too(store, monkeypatch, shown):
-    asked, genuine = [], cell.evaluation.evaluate
-    planned = grid.plan(levels(seeds=(0,), methods=("plain",)), store)
+    asked, genuine = [], _cell.evaluation.evaluate
+    planned = _grid.plan(levels(seeds=(0,), methods=("plain",)), store)
 
     def evaluate(*arguments, progress, **options):
         asked.append(progress)
         return genuine(*arguments, progress=False, **options)
 
-    monkeypatch.setattr(cell.evaluation, "evaluate", evaluate)
-    grid.run(planned, Workers(), progress=shown)
+    monkeypatch.setattr(_cell.evaluation, "evaluate", evaluate)
+    _grid.run(planned, Workers(), progress=shown)
     assert asked == [shown] * 5
 
 
 def test_a_sweep_that_is_stored_evaluates_nothing_to_plan(store, monkeypatch):
-    grid.run(grid.plan(levels(), store), Workers(), progress=False)
-    monkeypatch.setattr(cell.evaluation, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
-    assert all(x.stored for x in grid.plan(levels(), store))
+    _grid.run(_grid.plan(levels(), store), Workers(), progress=False)
+    monkeypatch.setattr(_cell.evaluation, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
+    assert all(x.stored for x in _grid.plan(levels(), store))
 
 
 def test_a_damaged_entry_is_a_cell_to_compute_and_is_in_the_table_again(store):
-    planned = grid.plan(levels(), store)
-    grid.run(planned, Workers(), progress=False)
-    whole = grid.table(planned, store)
-    victim = store.path(next(x for x in planned if x.cell != cell.Cell()).key)
+    planned = _grid.plan(levels(), store)
+    _grid.run(planned, Workers(), progress=False)
+    whole = _grid.table(planned, store)
+    victim = store.path(next(x for x in planned if x.cell != _cell.Cell()).key)
     os.truncate(victim, victim.stat().st_size // 2)
-    again = grid.plan(levels(), store)
+    again = _grid.plan(levels(), store)
     assert [x.stored for x in again].count(False) == 1
-    grid.run(again, Workers(), progress=False)
+    _grid.run(again, Workers(), progress=False)
     pd.testing.assert_frame_equal(
-        grid.table(again, store).drop(columns=TIMES), whole.drop(columns=TIMES), check_exact=True
+        _grid.table(again, store).drop(columns=TIMES), whole.drop(columns=TIMES), check_exact=True
     )
 
 
 def test_a_rerun_keeps_each_entry_until_its_cell_is_begun(store):
     levels_ = levels(seeds=(0,), methods=("plain",))
-    grid.run(grid.plan(levels_, store), Workers(), progress=False)
+    _grid.run(_grid.plan(levels_, store), Workers(), progress=False)
     assert (
-        grid.summary(grid.plan(levels_, store), Workers())
+        _grid.summary(_grid.plan(levels_, store), Workers())
         == "5 cells, 5 of them stored; nothing is left to compute."
     )
     made = {path: path.stat().st_mtime_ns for path in store.root.glob("*/*.safetensors")}
-    again = grid.plan(levels_, store, rerun=True)
+    again = _grid.plan(levels_, store, rerun=True)
     assert not any(x.stored for x in again)
     assert {path: path.stat().st_mtime_ns for path in store.root.glob("*/*.safetensors")} == made
-    grid.run(again, Workers(), progress=False)
+    _grid.run(again, Workers(), progress=False)
     now = {path: path.stat().st_mtime_ns for path in store.root.glob("*/*.safetensors")}
     assert now.keys() == made.keys()
     assert all(now[path] > made[path] for path in made)
@@ -183,10 +183,12 @@ def test_a_rerun_keeps_each_entry_until_its_cell_is_begun(store):
 
 def test_estimates_come_from_what_was_measured_of_like_cells(store):
     levels_ = levels(seeds=(0,), methods=("plain",))
-    grid.run(grid.plan(levels_, store), Workers(), progress=False)
+    _grid.run(_grid.plan(levels_, store), Workers(), progress=False)
     measured = store.table("evaluation")
     expected = (measured.evaluate_seconds / measured.images).median() * 40
-    (new,) = [x for x in grid.plan(replace(levels_, clusters=(3,), scopes=("layer",)), store) if not x.stored]
+    (new,) = [
+        x for x in _grid.plan(replace(levels_, clusters=(3,), scopes=("layer",)), store) if not x.stored
+    ]
     clusterings = store.table("clustering")
     nearest = clusterings[clusterings.k == 2].seconds.iloc[0]
     assert new.seconds >= expected
@@ -194,15 +196,17 @@ def test_estimates_come_from_what_was_measured_of_like_cells(store):
 
 
 def test_the_sentence_of_a_plan_shares_its_time_among_the_workers():
-    source = cell.Source(ModelSource("m"), "d", ".", 0, "fp32", "cpu", "")
-    planned = [grid.Task(source, cell.Cell(), {}, i == 3, s, 1 << 30) for i, s in enumerate((60, 40, 20, 0))]
-    assert grid.summary(planned, Workers(2)) == (
+    source = _cell.Source(ModelSource("m"), "d", ".", 0, "fp32", "cpu", "")
+    planned = [
+        _grid.Task(source, _cell.Cell(), {}, i == 3, s, 1 << 30) for i, s in enumerate((60, 40, 20, 0))
+    ]
+    assert _grid.summary(planned, Workers(2)) == (
         "4 cells, 1 of them stored; "
         "the rest takes about 01:00 (minutes:seconds) with 2 at a time, in 2.0 GiB."
     )
-    assert "about 02:00" in grid.summary(planned, Workers())
+    assert "about 02:00" in _grid.summary(planned, Workers())
     long = [replace(x, seconds=60 * x.seconds) for x in planned]
-    assert "about 1:00:00 (hours:minutes:seconds)" in grid.summary(long, Workers(2))
+    assert "about 1:00:00 (hours:minutes:seconds)" in _grid.summary(long, Workers(2))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +220,7 @@ def test_the_sentence_of_a_plan_shares_its_time_among_the_workers():
 )
 def test_a_sweep_that_cannot_be_is_refused_before_anything_is_computed(store, changed, message):
     with pytest.raises(KclibError, match=message):
-        grid.plan(levels(**changed), store)
+        _grid.plan(levels(**changed), store)
     assert not list(store.root.glob("*/*.safetensors"))
 
 
@@ -225,81 +229,81 @@ def profile(**changed) -> Profile:
 
 
 def test_a_report_of_a_sweep_shows_failures_first_then_its_table_with_hashes(store, tmp_path):
-    planned = grid.plan(levels(), store)
-    grid.run(planned, Workers(), progress=False)
+    planned = _grid.plan(levels(), store)
+    _grid.run(planned, Workers(), progress=False)
     victim = next(x for x in planned if x.cell.k == 5)
     store.path(victim.key).unlink()
     failures = [reports.Failure(str(victim), "ZeroDivisionError: <1> / 0", "Traceback")]
-    index = grid.report(profile(), planned, store, failures, tmp_path).read_text()
+    index = _grid.report(profile(), planned, store, failures, tmp_path).read_text()
     assert index.index(f"{victim} failed:") < index.index("<h2>The sweep")
     assert "ZeroDivisionError: &lt;1&gt; / 0" in index
     assert index.count("<tr") == 1 + 16
-    assert cell.models.fingerprint(tiny.tiny_model().network) in index
+    assert _cell.models.fingerprint(tiny.tiny_model().network) in index
     assert "seeds 0, 1" in index
     assert "The sweep is not whole:</b> 1 of 17 cells are not shown" in index
     assert "A few &lt;cells&gt;." in index
     assert 'src="data:image/png;base64,' in index
     csv = pd.read_csv(tmp_path / "tiny" / "results.csv")
     assert len(csv) == 16
-    assert compare.read(tmp_path / "tiny").top1.tolist() == csv.top1.tolist()
+    assert _compare.read(tmp_path / "tiny").top1.tolist() == csv.top1.tolist()
 
 
 def test_what_failed_is_in_the_report_also_where_the_store_has_it_from_before(store, tmp_path, monkeypatch):
-    planned = grid.plan(levels(), store)
-    grid.run(planned, Workers(), progress=False)
+    planned = _grid.plan(levels(), store)
+    _grid.run(planned, Workers(), progress=False)
     os.truncate(store.path(planned[0].key), 30)
-    again = grid.plan(levels(), store, rerun=True)
+    again = _grid.plan(levels(), store, rerun=True)
     monkeypatch.setattr(Subject, "key_of", lambda *_: 1 / 0)
-    failures = grid.run(again, Workers(), progress=False)
-    page = grid.report(profile(), again, store, failures, tmp_path).read_text()
+    failures = _grid.run(again, Workers(), progress=False)
+    page = _grid.report(profile(), again, store, failures, tmp_path).read_text()
     assert page.count("failed:</b> ZeroDivisionError") == 17
     assert "1 of 17 cells are not shown" in page
 
 
 def test_without_the_dense_model_nothing_is_shown_and_no_hash_of_before(store, tmp_path):
-    planned = grid.plan(levels(), store)
-    grid.run(planned, Workers(), progress=False)
-    grid.report(profile(), planned, store, [], tmp_path)
-    store.path(next(x for x in planned if x.cell == cell.Cell()).key).unlink()
-    page = grid.report(profile(), planned, store, [], tmp_path).read_text()
+    planned = _grid.plan(levels(), store)
+    _grid.run(planned, Workers(), progress=False)
+    _grid.report(profile(), planned, store, [], tmp_path)
+    store.path(next(x for x in planned if x.cell == _cell.Cell()).key).unlink()
+    page = _grid.report(profile(), planned, store, [], tmp_path).read_text()
     assert "17 of 17 cells are not shown" in page
     assert "<table" not in page
     assert [*reports.read(tmp_path / "tiny", "tiny").provenance] == ["sweep"]
 
 
 def test_a_chapter_that_a_batch_ends_meanwhile_is_kept(store, tmp_path, monkeypatch):
-    planned, draw = grid.plan(levels(), store), reports.picture
-    grid.run(planned, Workers(), progress=False)
+    planned, draw = _grid.plan(levels(), store), reports.picture
+    _grid.run(planned, Workers(), progress=False)
 
     def picture(results):
         reports.write(tmp_path / "tiny", reports.Report("tiny", chapters=(reports.Chapter("a", "done"),)))
         return draw(results)
 
     monkeypatch.setattr(reports, "picture", picture)
-    grid.report(profile(), planned, store, [], tmp_path)
+    _grid.report(profile(), planned, store, [], tmp_path)
     assert [x.status for x in reports.read(tmp_path / "tiny", "tiny").chapters] == ["done"]
 
 
 def test_a_table_says_of_which_images_it_is_also_where_others_lie_there_now(store, monkeypatch):
-    planned = grid.plan(levels(), store)
-    grid.run(planned, Workers(), progress=False)
+    planned = _grid.plan(levels(), store)
+    _grid.run(planned, Workers(), progress=False)
     monkeypatch.setattr(
         datasets, "load_data", lambda name, limit: replace(tiny.tiny_data(), fingerprint="others")
     )
-    after = grid.plan(levels(), store)
-    grid.run(after, Workers(), progress=False)
-    assert [set(grid.table(x, store).images_hash) for x in (planned, after)] == [{"0"}, {"others"}]
+    after = _grid.plan(levels(), store)
+    _grid.run(after, Workers(), progress=False)
+    assert [set(_grid.table(x, store).images_hash) for x in (planned, after)] == [{"0"}, {"others"}]
 
 
 def test_a_report_made_anew_by_others_says_who_computed_its_cells(store, tmp_path, monkeypatch):
-    planned = grid.plan(levels(), store)
+    planned = _grid.plan(levels(), store)
     monkeypatch.setattr(_provenance, "_of_this_process", lambda: dict.fromkeys(ORIGIN, "first"))
-    grid.run(planned[:5], Workers(), progress=False)
+    _grid.run(planned[:5], Workers(), progress=False)
     monkeypatch.setattr(_provenance, "_of_this_process", lambda: dict.fromkeys(ORIGIN, "second"))
-    grid.run(planned[5:], Workers(), progress=False)
+    _grid.run(planned[5:], Workers(), progress=False)
     monkeypatch.setattr(_provenance, "stamp", lambda: pytest.fail("stamped"))
     for _ in range(2):
-        about = reports.read(grid.report(profile(), planned, store, [], tmp_path).parent, "tiny").provenance
+        about = reports.read(_grid.report(profile(), planned, store, [], tmp_path).parent, "tiny").provenance
         for name in ORIGIN:
             assert sorted(about[f"sweep, {name}"].split("; ")) == ["first", "second"]
         made = about["sweep, made"].split(" to ")  # a moment, or from one to another
@@ -321,39 +325,39 @@ def test_cells_are_called_as_the_profile_calls_them_on_every_machine(store, tmp_
             save_file(state, folder / f"{seed}.safetensors")
         given = tuple(ModelSource("tiny:photo_model", f"{seed}.safetensors") for seed in (0, 1))
         levels_ = levels(models=given, data=("folder:pictures",), seeds=(0,), folder=str(folder))
-        planned = grid.plan(levels_, store)
+        planned = _grid.plan(levels_, store)
         assert {x.stored for x in planned} == {machine == "b"}  # the content is the same
-        assert grid.run(planned, Workers(), progress=False) == []
-        found.append(grid.table(planned, store))
+        assert _grid.run(planned, Workers(), progress=False) == []
+        found.append(_grid.table(planned, store))
     assert set(found[0].model) == {"tiny:photo_model (0.safetensors)", "tiny:photo_model (1.safetensors)"}
     assert set(found[0].data) == {"folder:pictures/test"}
     assert set(readable(found[0]).model) == set(found[0].model)
-    moved = compare.compare(*found)
+    moved = _compare.compare(*found)
     assert len(moved) == len(found[0]) == 2 * 9
-    assert compare.broken(moved, 0) == []
+    assert _compare.broken(moved, 0) == []
 
 
 def test_each_model_and_each_data_set_is_loaded_once_for_many_pairs(store, monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_data", lambda name, limit: (asked.append(name), tiny.tiny_data())[1])
     many = levels(data=("a", "b", "c", "d"), seeds=(0,), methods=("plain",))
-    planned = grid.plan(many, store)
-    grid.run(planned, Workers(), progress=False)
-    grid.table(planned, store)
+    planned = _grid.plan(many, store)
+    _grid.run(planned, Workers(), progress=False)
+    _grid.table(planned, store)
     assert sorted(asked) == ["a", "b", "c", "d"]
 
 
 def test_a_worker_that_outlives_a_sweep_does_not_answer_for_images_of_before(store, monkeypatch):
-    planned = grid.plan(levels(), store)
-    cell.forget()
+    planned = _grid.plan(levels(), store)
+    _cell.forget()
     others = replace(tiny.tiny_data(), fingerprint="others")
     loads = [others, tiny.tiny_data(), others, others]
     monkeypatch.setattr(datasets, "load_data", lambda name, limit: loads.pop(0))
     planned[0].source.load()  # as another sweep left it
-    assert grid.run(planned[:1], Workers(), progress=False) == []
+    assert _grid.run(planned[:1], Workers(), progress=False) == []
     assert store.has(planned[0].key)
-    cell.forget()
-    (failure,) = grid.run(planned[1:2], Workers(), progress=False)
+    _cell.forget()
+    (failure,) = _grid.run(planned[1:2], Workers(), progress=False)
     assert "is not the same on the machine of this worker" in failure.error
 
 
@@ -364,10 +368,10 @@ def test_workers_side_by_side_leave_the_same_store(store, tmp_path, monkeypatch,
     monkeypatch.undo()
     monkeypatch.syspath_prepend(Path(tiny.__file__).parent)
     monkeypatch.setenv("PYTHONPATH", str(Path(tiny.__file__).parent))
-    assert grid.run(grid.plan(levels_, store), Workers(2, backend), progress=False) == []
+    assert _grid.run(_grid.plan(levels_, store), Workers(2, backend), progress=False) == []
     alone = Store(tmp_path / "alone")
-    assert grid.run(grid.plan(levels_, alone), Workers(), progress=False) == []
+    assert _grid.run(_grid.plan(levels_, alone), Workers(), progress=False) == []
     tables = [
-        grid.table(grid.plan(levels_, x, estimated=False), x).drop(columns=TIMES) for x in (store, alone)
+        _grid.table(_grid.plan(levels_, x, estimated=False), x).drop(columns=TIMES) for x in (store, alone)
     ]
     pd.testing.assert_frame_equal(*tables, check_exact=True)

@@ -5,7 +5,7 @@ import papermill
 import pytest
 
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.experiments import parameters, profiles
+from kclib.experiments import _profiles, parameters
 
 RIGHT = [
     ("int", [3, -1]),
@@ -70,7 +70,7 @@ def test_a_name_that_is_not_declared_is_unknown_only_where_papermill_gives_it():
         )
 
 
-NOTEBOOKS = sorted(profiles.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = sorted(_profiles.NOTEBOOKS.glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda x: x.stem)
@@ -80,7 +80,7 @@ def test_every_notebook_checks_its_parameters_first(path):
     assert cells[place + 1].source.startswith("parameters.check(globals())\n")
     if "dashboard" in cells[place].metadata.tags:
         assert "dashboard" in cells[place + 1].metadata.tags
-    declared = profiles.declared(path)
+    declared = _profiles.declared(path)
     names = re.findall(r"^(\w+)(?:: | = )", cells[place].source, re.MULTILINE)
     assert [*declared] == names
     assert all(declared.values())

@@ -7,16 +7,16 @@ from joblib.externals.loky.process_executor import BrokenProcessPool
 from work import calls, count, do
 
 from kclib.errors import InvalidValueError, MissingPackageError, UnknownNameError
-from kclib.experiments import pool
-from kclib.experiments.pool import Workers
+from kclib.experiments import _pool
+from kclib.experiments._pool import Workers
 
 NAMES = ("raises", "a", "exits", "b", "c")
 
 
-def ended(folder, names, **options) -> dict[str, pool.Outcome]:
+def ended(folder, names, **options) -> dict[str, _pool.Outcome]:
     """Run tasks of these names and return how each ended."""
     tasks = [(str(folder), name) for name in names]
-    found = list(pool.run(do, tasks, Workers(**options)))
+    found = list(_pool.run(do, tasks, Workers(**options)))
     assert sorted(x.place for x in found) == list(range(len(names))), "each task ends once"
     return {names[x.place]: x for x in found}
 
@@ -34,7 +34,7 @@ def test_a_task_that_fails_stops_no_other_and_is_told_with_its_traceback(tmp_pat
 
 def test_one_job_runs_in_this_process_in_order(tmp_path):
     tasks = [(str(tmp_path), name) for name in "cab"]
-    assert [x.place for x in pool.run(do, tasks, Workers())] == [0, 1, 2]
+    assert [x.place for x in _pool.run(do, tasks, Workers())] == [0, 1, 2]
 
 
 def test_a_worker_that_is_killed_costs_no_task_and_none_is_done_twice(tmp_path):
@@ -59,10 +59,10 @@ def test_what_was_under_way_when_a_worker_died_comes_last_each_alone(monkeypatch
         rounds.append([i for i, _ in tasks])
         if rounds[-1][0] == 0:
             raise BrokenProcessPool
-        yield from (pool.Outcome(i) for i in rounds[-1])
+        yield from (_pool.Outcome(i) for i in rounds[-1])
 
-    monkeypatch.setattr(pool, "_round", round_)
-    found = list(pool.run(do, range(7), Workers(2)))
+    monkeypatch.setattr(_pool, "_round", round_)
+    found = list(_pool.run(do, range(7), Workers(2)))
     assert rounds == [[0, 1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6], [0], [1]]
     assert [x.place for x in found if x.error] == [0]
     assert sorted(x.place for x in found) == list(range(7))
@@ -77,23 +77,23 @@ def test_what_another_process_is_at_is_left_to_the_end_and_then_waited_for(tmp_p
 
 
 def test_threads_are_shared_out_among_the_jobs(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool.threads, "threads", lambda: 6)
+    monkeypatch.setattr(_pool.threads, "threads", lambda: 6)
     assert [Workers(n).n_threads for n in (1, 2, 4, 9)] == [6, 3, 1, 1]
     ended(tmp_path, ("a", "b"), n_jobs=4)
     assert {line.split(maxsplit=1)[1] for (line,) in calls(tmp_path).values()} == {"1 1"}
 
 
 def test_a_worker_of_a_smaller_machine_uses_no_more_threads_than_that_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool.threads, "threads", lambda: 1)
+    monkeypatch.setattr(_pool.threads, "threads", lambda: 1)
     monkeypatch.setattr(Workers, "n_threads", 64)
     ended(tmp_path, "a")
     assert [line.split(maxsplit=1)[1] for line in calls(tmp_path)["a"]] == ["1 1"]
 
 
 def test_a_dask_cluster_of_this_machine_ends_as_loky_does(tmp_path):
-    for backend in pool.BACKENDS[:2]:
+    for backend in _pool.BACKENDS[:2]:
         (tmp_path / backend).mkdir()
-    loky, dask = (ended(tmp_path / x, NAMES, n_jobs=2, backend=x) for x in pool.BACKENDS[:2])
+    loky, dask = (ended(tmp_path / x, NAMES, n_jobs=2, backend=x) for x in _pool.BACKENDS[:2])
     assert {x: y.error for x, y in loky.items()} == {x: y.error for x, y in dask.items()}
     assert calls(tmp_path / "dask").keys() == calls(tmp_path / "loky").keys()
 
@@ -108,7 +108,7 @@ def test_no_more_tasks_than_jobs_are_under_way_on_a_larger_cluster(n_jobs):
     }
     with LocalCluster(**options) as cluster:
         workers = Workers(n_jobs, "dask", cluster.scheduler_address)
-        most = [int(x.error.split()[-1]) for x in pool.run(count, range(8), workers)]
+        most = [int(x.error.split()[-1]) for x in _pool.run(count, range(8), workers)]
     assert max(most) == n_jobs
 
 

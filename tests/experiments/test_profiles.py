@@ -7,9 +7,9 @@ import yaml
 from nbformat import v4
 
 from kclib.errors import DamagedFileError, InvalidValueError, KclibError, MissingFileError, UnknownNameError
-from kclib.experiments import profiles
-from kclib.experiments.cell import METHODS
-from kclib.experiments.profiles import Grid, ModelSource
+from kclib.experiments import _profiles
+from kclib.experiments._cell import METHODS
+from kclib.experiments._profiles import Grid, ModelSource
 
 SWEEP = """
 note: Two models.
@@ -35,7 +35,7 @@ def folder(tmp_path):
 
 def load(folder: Path, text: str, **options):
     (folder / "p.yaml").write_text(text)
-    return profiles.load(str(folder / "p.yaml"), **options)
+    return _profiles.load(str(folder / "p.yaml"), **options)
 
 
 def load_notebooks(folder: Path, notebooks, parameters=None, **options):
@@ -80,7 +80,7 @@ def test_paths_in_a_profile_are_beside_it_and_those_of_a_change_where_one_works(
     (tmp_path / "home").mkdir()
     (tmp_path / "p.yaml").rename(tmp_path / "home" / "p.yaml")
     (tmp_path / "home" / "p.yaml").write_text("folder: ..\nnotebooks: {own: }")
-    assert profiles.load("~/p.yaml").folder == tmp_path
+    assert _profiles.load("~/p.yaml").folder == tmp_path
 
 
 def test_a_notebook_has_its_expected_seconds_and_its_timeout(folder):
@@ -100,9 +100,9 @@ def test_a_sweep_is_every_level_as_written_and_knows_what_paths_are_relative_to(
     )
 
 
-@pytest.mark.parametrize("name", profiles.names())
+@pytest.mark.parametrize("name", _profiles.names())
 def test_a_shipped_profile_sweeps_over_the_cells_of_its_notebook_05(name):
-    loaded = profiles.load(name)
+    loaded = _profiles.load(name)
     shown = loaded.parameters["05-accuracy"]
     assert list(loaded.sweep.clusters) == shown["clusters"]
     assert loaded.sweep.limit == shown["limit"]
@@ -112,7 +112,7 @@ def test_a_shipped_profile_sweeps_over_the_cells_of_its_notebook_05(name):
 
 def test_the_schema_knows_all_methods():
     assert (
-        list(METHODS) == profiles._schema()["properties"]["sweep"]["properties"]["methods"]["items"]["enum"]
+        list(METHODS) == _profiles._schema()["properties"]["sweep"]["properties"]["methods"]["items"]["enum"]
     )
 
 
@@ -137,7 +137,7 @@ def test_a_torn_notebook_is_named(tmp_path):
 
 def test_an_unknown_profile_or_notebook_is_named(folder):
     with pytest.raises(UnknownNameError, match=r"mean 'smoke'.*known: full"):
-        profiles.load("smok")
+        _profiles.load("smok")
     with pytest.raises(MissingFileError, match=r"absent\.ipynb does not exist"):
         load_notebooks(folder, {"absent": None})
 
@@ -234,4 +234,4 @@ def test_a_profile_that_is_a_folder_or_absent_or_huge_is_named(tmp_path):
         ("huge", DamagedFileError),
     ):
         with pytest.raises(error, match=f"{name}.yaml"):
-            profiles.load(str(tmp_path / f"{name}.yaml"))
+            _profiles.load(str(tmp_path / f"{name}.yaml"))

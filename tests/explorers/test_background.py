@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from kclib.errors import InvalidValueError, StoppedError
 from kclib.explorers import _background
 from kclib.explorers._background import Answer, Explorer, Newest, Progress, attempted
-from kclib.kmeans.fit_progress import FitStep
+from kclib.kmeans._fit_progress import FitStep
 
 
 class Gate:

@@ -15,10 +15,10 @@ from kclib import clustering, compression, datasets, evaluation, experiments, km
 from kclib.compression import byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.evaluation import accuracy
-from kclib.explorers import ClusterExplorer, ClusterQuestion, cluster_explorer
+from kclib.evaluation import _accuracy
+from kclib.explorers import ClusterExplorer, ClusterQuestion, _cluster_explorer
 from kclib.explorers._background import Explorer
-from kclib.explorers.cluster_explorer import COLOURS, METHODS, Running
+from kclib.explorers._cluster_explorer import COLOURS, METHODS, Running
 from kclib.kmeans import symmetric as kmeans_symmetric
 from kclib.models import Model
 from kclib.store import Store
@@ -410,7 +410,7 @@ def independent_row(explorer, question, n_images, images):
     found = expected_clustering(explorer.bank, question)
     small = Model("small", compression.replaced(network, found), explorer.model.preprocess)
     dense, result = (evaluation.evaluate(m, data, progress=False) for m in (explorer.model, small))
-    return byte_counts.removed(network, found) | accuracy.accuracy(result, dense)
+    return byte_counts.removed(network, found) | _accuracy.accuracy(result, dense)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_rows_are_those_of_a_sweep_where_both_keep_every_kernel(evaluating, tmp_
     table = experiments.sweep(evaluating.model, data, [ALL], scopes=["global"], store=Store(tmp_path))
     common = {
         *byte_counts.DENSE,
-        *accuracy.accuracy(*[evaluation.evaluate(evaluating.model, data)] * 2),
+        *_accuracy.accuracy(*[evaluation.evaluate(evaluating.model, data)] * 2),
         "scope",
         "k",
     }
@@ -627,7 +627,7 @@ def test_the_share_done_rises_to_one_and_through_a_half_when_the_dense_model_com
 
 
 def test_time_left_is_what_is_left_at_the_pace_so_far(monkeypatch):
-    monkeypatch.setattr(cluster_explorer, "time", SimpleNamespace(monotonic=lambda: 1010.0))
+    monkeypatch.setattr(_cluster_explorer, "time", SimpleNamespace(monotonic=lambda: 1010.0))
     question = ClusterQuestion(LAYERS)
     assert math.isnan(Running(question, 100, 0.0, 1000.0).seconds_left)
     assert Running(question, 100, 0.25, 1000.0).seconds_left == 30
@@ -636,7 +636,7 @@ def test_time_left_is_what_is_left_at_the_pace_so_far(monkeypatch):
 
 def test_time_left_counts_from_the_first_image_and_not_from_the_clustering(evaluating, monkeypatch):
     now = SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr(cluster_explorer, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    monkeypatch.setattr(_cluster_explorer, "time", SimpleNamespace(monotonic=lambda: now.seconds))
     at = kmeans.Ladder.at
 
     def slow(*args, **options):

@@ -13,9 +13,9 @@ from kclib.explorers import (
     SimilarityExplorer,
     SimilarityQuestion,
     _background,
-    similarity_explorer,
+    _similarity_explorer,
 )
-from kclib.explorers.map_explorer import COLOURS
+from kclib.explorers._map_explorer import COLOURS
 from kclib.kmeans import symmetric
 from kclib.similarity import null_models
 from kclib.similarity.embedding import Graph
@@ -118,7 +118,7 @@ def test_similarity_is_that_of_pairs_measured_one_by_one(bank, distance, layers)
 
 
 def test_similarity_of_more_kernels_than_a_moment_allows_is_that_of_evenly_spread_ones(bank, monkeypatch):
-    monkeypatch.setattr(similarity_explorer, "_MOST", 20)
+    monkeypatch.setattr(_similarity_explorer, "_MOST", 20)
     explorer = SimilarityExplorer(bank, np.arange(len(bank)))
     answer = explorer.show()
     points = bank.points[bank.layer("1").rows][::7]  # 128 kernels: each seventh, for each sixth were 22
@@ -170,9 +170,9 @@ def test_similarity_of_what_is_not_there_is_refused_and_changes_nothing(bank, ch
 
 def test_similarity_stops_between_null_models_once_a_newer_question_has_come(bank, monkeypatch):
     explorer, measured = SimilarityExplorer(bank, sampled(bank)), []
-    genuine = similarity_explorer.similarity.pair_histogram
+    genuine = _similarity_explorer.similarity.pair_histogram
     monkeypatch.setattr(
-        similarity_explorer.similarity,
+        _similarity_explorer.similarity,
         "pair_histogram",
         lambda *a, **k: measured.append(1) or genuine(*a, **k),
     )

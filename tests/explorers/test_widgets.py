@@ -16,9 +16,9 @@ from torch import nn
 from kclib import kernels
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError
-from kclib.explorers import ClusterExplorer, MapExplorer, SimilarityExplorer, cluster_explorer
+from kclib.explorers import ClusterExplorer, MapExplorer, SimilarityExplorer, _cluster_explorer
 from kclib.explorers import widgets as explorers_widgets
-from kclib.explorers.map_explorer import COLOURS
+from kclib.explorers._map_explorer import COLOURS
 from kclib.explorers.widgets import clusters, maps
 from kclib.models import Model
 from kclib.similarity import distances
@@ -170,7 +170,7 @@ CHOICES = [
     ("clusters", "layers", "layers", ("two",)),
     ("clusters", "codebook", "scope", "layer"),
     ("clusters", "distance", "distance", "scale-free"),
-    ("clusters", "colour", "colour", cluster_explorer.COLOURS[1]),
+    ("clusters", "colour", "colour", _cluster_explorer.COLOURS[1]),
     ("clusters", "K", "n_clusters", 21),
 ]
 
@@ -315,9 +315,9 @@ def test_each_distance_is_named_with_its_formula():
 def test_everything_that_can_be_asked_can_be_chosen():
     _, view = opened()
     assert control(view, "layers").options == ("one", "two")
-    assert dict(control(view, "codebook").options) == {v: k for k, v in cluster_explorer.SCOPES.items()}
-    assert [name for _, name in control(view, "distance").options] == list(cluster_explorer.METHODS)
-    assert [name for _, name in control(view, "colour").options] == list(cluster_explorer.COLOURS)
+    assert dict(control(view, "codebook").options) == {v: k for k, v in _cluster_explorer.SCOPES.items()}
+    assert [name for _, name in control(view, "distance").options] == list(_cluster_explorer.METHODS)
+    assert [name for _, name in control(view, "colour").options] == list(_cluster_explorer.COLOURS)
     _, view = opened("map")
     assert [name for _, name in control(view, "kernels compared").options] == ["unit", "raw"]
     assert [name for _, name in control(view, "colour").options] == list(COLOURS)

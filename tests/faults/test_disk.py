@@ -13,7 +13,7 @@ from what_happens import told
 
 from kclib import clustering, compression, kernels, training
 from kclib.errors import DamagedFileError
-from kclib.experiments.cell import Subject, forget
+from kclib.experiments._cell import Subject, forget
 from kclib.store import Entry, Store
 
 KIND = "Disk"

@@ -25,7 +25,7 @@ import sys
 import numpy as np
 import torch
 from kclib import cli
-from kclib.compression.replacement import packing
+from kclib.compression._replacement import packing
 from kclib.store import Entry, Store
 packing.unpack(torch.from_numpy(packing.pack(np.arange(4), 2)), 2, 0, 4)  # compiles
 Store().put(Entry({"kind": "evaluation", "k": 2}, {"images": 9}, {}))

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from kclib import kernels
 from kclib.errors import InvalidValueError
-from kclib.kernels import convolutions, copying
+from kclib.kernels import _convolutions, _copying
 
 
 class Scaled(nn.Module):
@@ -50,21 +50,21 @@ def parametrized(*parts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_weight_that_is_written_is_the_weight_of_the_next_run(make, dtype):
     module = make().to(dtype)
-    new = torch.randn(convolutions.weight(module).shape)
-    convolutions.set_weight(module, new.flatten())
+    new = torch.randn(_convolutions.weight(module).shape)
+    _convolutions.set_weight(module, new.flatten())
     inputs = torch.randn(1, module.in_channels, 5, 5, dtype=dtype)
     convolve = nn.functional.conv_transpose2d if module.transposed else nn.functional.conv2d
     rounding = 4 * torch.finfo(dtype).eps
-    weight = convolutions.weight(module)
+    weight = _convolutions.weight(module)
     torch.testing.assert_close(weight, new.to(dtype), rtol=rounding, atol=0)
     torch.testing.assert_close(module(inputs), convolve(inputs, weight, module.bias))
 
 
 def test_zero_filters_behind_weight_norm_are_zero_and_can_be_written_again():
     module = parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
-    convolutions.set_weight(module, torch.zeros(3, 2, 3, 3))
+    _convolutions.set_weight(module, torch.zeros(3, 2, 3, 3))
     assert (module.weight == 0).all()
-    convolutions.set_weight(module, torch.ones(3, 2, 3, 3))
+    _convolutions.set_weight(module, torch.ones(3, 2, 3, 3))
     torch.testing.assert_close(module.weight, torch.ones(3, 2, 3, 3))
 
 
@@ -89,7 +89,7 @@ def test_parametrization_that_cannot_be_written_to_is_left_out_with_its_reason(m
 def test_weights_made_plain_in_a_copy_leave_the_network_as_it_is(norm):
     network = nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 2, 3))
     inputs = torch.rand(1, 3, 8, 8)
-    plain = convolutions.plain(copying.copied(network))
+    plain = _convolutions.plain(_copying.copied(network))
     torch.testing.assert_close(plain(inputs), network(inputs))
     assert isinstance(plain[0].weight, nn.Parameter)
     assert sorted(dict(plain.named_parameters())) == ["0.bias", "0.weight", "1.bias", "1.weight"]
@@ -101,7 +101,7 @@ def test_other_parametrizations_of_a_module_stay_when_its_weight_is_made_plain()
     parametrize.register_parametrization(module, "bias", Scaled())
     inputs, expected = torch.rand(1, 3, 8, 8), None
     expected = module(inputs)
-    plain = convolutions.plain(copying.copied(module))
+    plain = _convolutions.plain(_copying.copied(module))
     torch.testing.assert_close(plain(inputs), expected)
     assert parametrize.is_parametrized(plain, "bias")
     assert parametrize.is_parametrized(module, "weight")
@@ -119,7 +119,7 @@ def test_plain_weights_are_shared_where_the_computed_ones_were():
     network = nn.Sequential(*(parametrizations.weight_norm(nn.Conv2d(3, 3, 3)) for _ in range(2)))
     first, second = (x.parametrizations.weight for x in network)
     second.original0, second.original1 = first.original0, first.original1
-    plain = convolutions.plain(copying.copied(network))
+    plain = _convolutions.plain(_copying.copied(network))
     assert plain[0].weight is plain[1].weight
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from kclib import models
 from kclib.errors import InvalidValueError
-from kclib.kernels import copying
+from kclib.kernels import _copying
 
 
 def small():
@@ -56,7 +56,7 @@ def test_what_cannot_be_copied_is_named_by_its_dotted_path(put, path, thing):
     network = small()
     put(network, thing)
     with pytest.raises(InvalidValueError, match="cannot be copied") as found:
-        copying.copied(network)
+        _copying.copied(network)
     assert path in str(found.value)
     assert path + "." not in str(found.value)
     assert type(thing).__name__ in str(found.value)
@@ -79,7 +79,7 @@ def test_what_cannot_be_copied_is_named_by_its_dotted_path(put, path, thing):
 def test_features_of_a_computation_are_copied_detached(put):
     network = small()
     put(network, nn.Conv2d(3, 4, 3)(torch.rand(1, 3, 8, 8)))
-    copy = copying.copied(network)
+    copy = _copying.copied(network)
     assert torch.equal(copy[0].weight, network[0].weight)
     assert copy[0].weight is not network[0].weight
 
@@ -89,7 +89,7 @@ def test_features_kept_by_a_hook_are_the_same_values_without_their_graph():
     network.seen = {}
     network[0].register_forward_hook(lambda m, i, o: network.seen.update(first=o))
     network(torch.rand(1, 3, 8, 8))
-    copy = copying.copied(network)
+    copy = _copying.copied(network)
     assert torch.equal(copy.seen["first"], network.seen["first"])
     assert (copy.seen["first"].grad_fn, network.seen["first"].grad_fn is None) == (None, False)
 
@@ -98,19 +98,19 @@ def test_module_that_gives_itself_as_its_copy_is_refused_by_name():
     network = small()
     network[1].append(Singleton())
     with pytest.raises(InvalidValueError, match=r"network\.1\.1 \(Singleton\)"):
-        copying.copied(network)
+        _copying.copied(network)
 
 
 def test_replaced_modules_are_put_in_place_and_not_copied():
     network, other = small(), nn.Identity()
     network[1].lock = threading.Lock()
-    copy = copying.copied(network, {id(network[1]): other})
+    copy = _copying.copied(network, {id(network[1]): other})
     assert copy[1] is other
 
 
 def test_copy_of_a_model_is_a_model():
     model = models.plain("mine", small())
-    copy = copying.copied(model)
+    copy = _copying.copied(model)
     assert (type(copy), copy.name, copy.network is model.network) == (models.Model, "mine", False)
     with pytest.raises(InvalidValueError, match="must be a Model or"):
-        copying.copied("mine")
+        _copying.copied("mine")

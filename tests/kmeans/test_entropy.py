@@ -10,7 +10,7 @@ from scipy.spatial.distance import cdist
 
 from kclib import kmeans
 from kclib.errors import InvalidValueError
-from kclib.kmeans import entropy
+from kclib.kmeans import _entropy
 
 WEIGHTS = st.sampled_from(["none", "uneven", "zeros"])
 
@@ -63,7 +63,7 @@ def assert_counts_what_it_says(points, found, price, weights):
 
 @pytest.mark.parametrize(("price", "k"), [(0, 2), (3, 2), (3.5, 1)])
 def test_a_rare_point_keeps_its_centre_while_that_costs_less_than_its_bits(price, k):
-    found = entropy.fit(np.array([[0.0]] * 7 + [[4.0]]), 2, price=price)
+    found = _entropy.fit(np.array([[0.0]] * 7 + [[4.0]]), 2, price=price)
     bits = 7 * np.log2(8 / 7) + 3
     assert len(found.centres) == k
     assert (found.inertia, found.bits) == pytest.approx((0, bits) if k == 2 else (14, 0))
@@ -72,7 +72,7 @@ def test_a_rare_point_keeps_its_centre_while_that_costs_less_than_its_bits(price
 
 def test_a_dear_point_takes_the_frequent_centre_a_heavy_one_the_near():
     points = np.array([[0.0]] * 8 + [[10.0]] * 2 + [[6.0]])
-    light, heavy = (entropy.fit(points, 2, price=9, weights=[1] * 10 + [w], max_iter=1) for w in (0.25, 1))
+    light, heavy = (_entropy.fit(points, 2, price=9, weights=[1] * 10 + [w], max_iter=1) for w in (0.25, 1))
     assert light.labels[-1] == light.labels[0] != light.labels[8]
     assert heavy.labels[-1] == heavy.labels[8] != heavy.labels[0]
 
@@ -88,7 +88,7 @@ def test_a_round_is_that_of_the_paper(n, d, share, dear, kind, moved, seed):
     weights, n_clusters = weights_of(kind, n, seed), 1 + round(share * (n - 1) / 2)
     start = kmeans.fit(points, n_clusters, weights=weights, seed=seed)
     price = dear * kmeans.fit(points, 1, weights=weights).inertia / n
-    one = entropy.fit(points, n_clusters, price=price, weights=weights, max_iter=1, tol=0, seed=seed)
+    one = _entropy.fit(points, n_clusters, price=price, weights=weights, max_iter=1, tol=0, seed=seed)
     assert_counts_what_it_says(points, one, price, weights)
     alone = kmeans.fit(points, 1, weights=weights).inertia
     expected = min(alone, after_a_round(points, start.centres, start.labels, price, weights))
@@ -104,7 +104,7 @@ def test_no_round_raises_the_cost_until_none_lowers_it(distinct, n_clusters, dea
     inertia, bits, _ = costs_of(points, start.centres, start.labels, price, weights)
     costs = [(inertia + price * bits) * (1 + 1e-6) + 1e-9]
     for rounds in (0, 1, 2, 3, 200):
-        found = entropy.fit(
+        found = _entropy.fit(
             points, n_clusters, price=price, weights=weights, max_iter=rounds, tol=0, seed=seed
         )
         assert found.iterations <= rounds
@@ -121,10 +121,10 @@ def test_no_round_raises_the_cost_until_none_lowers_it(distinct, n_clusters, dea
 def test_free_bits_leave_what_k_means_found_or_better(n_clusters, kind):
     points, weights = heavy_tailed(3000), weights_of(kind, 3000)
     plain = kmeans.fit(points, n_clusters, weights=weights)
-    same = entropy.fit(points, n_clusters, price=0, weights=weights, max_iter=0)
+    same = _entropy.fit(points, n_clusters, price=0, weights=weights, max_iter=0)
     np.testing.assert_array_equal(same.labels, plain.labels)
     np.testing.assert_array_equal(same.centres, plain.centres)
-    better = entropy.fit(points, n_clusters, price=0, weights=weights)
+    better = _entropy.fit(points, n_clusters, price=0, weights=weights)
     assert 0.95 * plain.inertia < better.inertia <= plain.inertia * (1 + 1e-6)
     assert len(better.centres) == n_clusters
 
@@ -134,32 +134,32 @@ def test_free_bits_leave_what_k_means_found_or_better(n_clusters, kind):
 @pytest.mark.parametrize("kind", ["none", "zeros"])
 def test_at_the_highest_prices_one_centre_remains(points, price, kind):
     weights = weights_of(kind, len(points))
-    found = entropy.fit(points, 3, price=price, weights=weights)
+    found = _entropy.fit(points, 3, price=price, weights=weights)
     np.testing.assert_allclose(found.centres, [np.average(points, axis=0, weights=weights)], rtol=1e-3)
     assert (set(found.labels), found.bits, found.cost) == ({0}, 0, found.inertia)
 
 
 def test_points_without_weight_take_the_most_frequent_index():
     points, weights = np.array([[0.0]] * 6 + [[50.0]] * 3 + [[50.0]]), np.array([1.0] * 9 + [0])
-    found = entropy.fit(points, 2, price=1e-6, weights=weights)
+    found = _entropy.fit(points, 2, price=1e-6, weights=weights)
     assert found.labels[9] == found.labels[0] != found.labels[6]
     assert (sorted(found.centres.ravel()), found.inertia) == ([0, 50], 0)
-    assert entropy.fit(points, 2, price=0, weights=weights).labels[9] == found.labels[6]
+    assert _entropy.fit(points, 2, price=0, weights=weights).labels[9] == found.labels[6]
 
 
 @pytest.mark.parametrize("kind", ["none", "zeros"])
 @pytest.mark.parametrize("exponent", [-60, -14, 20])
 def test_price_and_weights_are_in_the_units_of_the_points(exponent, kind):
     points, weights = heavy_tailed(1500), weights_of(kind, 1500)
-    one = entropy.fit(points, 60, price=0.1, weights=weights)
+    one = _entropy.fit(points, 60, price=0.1, weights=weights)
     scaled = np.ldexp(points, exponent)
-    other = entropy.fit(scaled, 60, price=float(np.ldexp(0.1, 2 * exponent)), weights=weights)
+    other = _entropy.fit(scaled, 60, price=float(np.ldexp(0.1, 2 * exponent)), weights=weights)
     assert one.iterations > 1
     np.testing.assert_array_equal(other.labels, one.labels)
     np.testing.assert_array_equal(other.centres, np.ldexp(one.centres, exponent))
     assert other.cost == pytest.approx(np.ldexp(one.cost, 2 * exponent), rel=1e-9)
     heavier = np.full(1500, 8) if weights is None else 8 * weights
-    np.testing.assert_array_equal(entropy.fit(points, 60, price=0.8, weights=heavier).labels, one.labels)
+    np.testing.assert_array_equal(_entropy.fit(points, 60, price=0.8, weights=heavier).labels, one.labels)
 
 
 @pytest.mark.parametrize("kind", ["none", "uneven"])
@@ -167,16 +167,16 @@ def test_price_and_weights_are_in_the_units_of_the_points(exponent, kind):
 def test_same_seed_gives_the_same_bits_on_any_number_of_threads(n_clusters, kind):
     points, weights = heavy_tailed(5000), weights_of(kind, 5000)
     one, *others = (
-        entropy.fit(points, n_clusters, price=0.1, weights=weights, seed=7, n_threads=n) for n in (1, 2, 3)
+        _entropy.fit(points, n_clusters, price=0.1, weights=weights, seed=7, n_threads=n) for n in (1, 2, 3)
     )
-    assert entropy.fit(points, n_clusters, price=0.1, weights=weights, seed=8).cost != one.cost
+    assert _entropy.fit(points, n_clusters, price=0.1, weights=weights, seed=8).cost != one.cost
     for other in others:
         assert_same_bits(other, one)
 
 
 def test_priced_clusters_serve_points_better_than_k_means_of_as_many_bits():
     points = heavy_tailed(4000)
-    priced = entropy.fit(points, 400, price=0.05)
+    priced = _entropy.fit(points, 400, price=0.05)
     plain = [kmeans.fit(points, k) for k in (8, 32, 64, 128, 256)]
     bits = [costs_of(points, x.centres, x.labels, 0, None)[1] for x in plain]
     assert bits[0] < priced.bits < bits[-1]
@@ -185,31 +185,31 @@ def test_priced_clusters_serve_points_better_than_k_means_of_as_many_bits():
 
 def test_progress_sums_to_one_and_may_stop_the_rounds():
     points, steps = heavy_tailed(2000), []
-    found = entropy.fit(points, 50, price=0.1, progress=steps.append)
+    found = _entropy.fit(points, 50, price=0.1, progress=steps.append)
     assert sum(step.share for step in steps) == pytest.approx(1)
     assert steps[-1].inertia == found.inertia
     assert found.iterations > 1
-    stopped = entropy.fit(points, 50, price=0.1, progress=lambda step: True)
+    stopped = _entropy.fit(points, 50, price=0.1, progress=lambda step: True)
     assert (stopped.iterations, stopped.converged) == (0, False)
 
 
 @pytest.mark.parametrize("price", [-1, np.nan, np.inf, True, "1", None])
 def test_a_price_out_of_range_is_refused(price):
     with pytest.raises(InvalidValueError, match=r"price is .*;"):
-        entropy.fit(heavy_tailed(10), 2, price=price)
+        _entropy.fit(heavy_tailed(10), 2, price=price)
 
 
 def test_a_round_that_rounding_makes_dearer_is_not_taken(monkeypatch):
     points = heavy_tailed(300)
-    start = entropy.fit(points, 20, price=0.1, max_iter=0)
+    start = _entropy.fit(points, 20, price=0.1, max_iter=0)
     monkeypatch.setattr(
-        entropy._Market, "improved", lambda self, found: replace(found, bits=found.bits + 1e-9)
+        _entropy._Market, "improved", lambda self, found: replace(found, bits=found.bits + 1e-9)
     )
-    assert_same_bits(replace(entropy.fit(points, 20, price=0.1), converged=False), start)
+    assert_same_bits(replace(_entropy.fit(points, 20, price=0.1), converged=False), start)
 
 
 def test_equal_centres_share_one_index():
     points, centres = np.array([[-1.0], [1], [0], [9]], "f"), np.array([[0.0], [0], [9]], "f")
-    found = entropy._Market.of(points, None, 1.0, 1).priced(centres, np.array([0, 0, 1, 2], "i4"))
+    found = _entropy._Market.of(points, None, 1.0, 1).priced(centres, np.array([0, 0, 1, 2], "i4"))
     assert (found.centres.tolist(), found.labels.tolist(), found.inertia) == ([[0], [9]], [0, 0, 0, 1], 2)
     assert found.bits == pytest.approx(3 * np.log2(4 / 3) + 2)

@@ -19,8 +19,8 @@ from sklearn.metrics import adjusted_rand_score
 from kclib._util import threads
 from kclib.errors import InvalidValueError, NotEnoughMemoryError
 from kclib.kernels import KernelBank
-from kclib.kmeans import _streaming, fit, ladder, lloyd
-from kclib.kmeans.fitting import memory
+from kclib.kmeans import _lloyd, _streaming, fit, ladder
+from kclib.kmeans._fitting import memory
 
 GRIDS = arrays(
     np.float32,
@@ -32,7 +32,7 @@ GRIDS = arrays(
 @pytest.fixture
 def in_cells(monkeypatch):
     """Let few points be enough for centres to be started cell by cell, as they are with many."""
-    monkeypatch.setattr(lloyd, "_FLAT_WORK", 0)
+    monkeypatch.setattr(_lloyd, "_FLAT_WORK", 0)
 
 
 def test_two_pairs_on_a_line_are_found_with_their_means_and_inertia():
@@ -98,7 +98,7 @@ def test_hundreds_of_clusters_started_in_cells_are_a_partition(n_clusters, weigh
     points = np.concatenate([points, points[::-1]]) if doubled else points
     weights = uneven(len(points), seed) if weighted else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lloyd, "_FLAT_WORK", 0)
+        patch.setattr(_lloyd, "_FLAT_WORK", 0)
         result = fit(points, n_clusters, weights=weights, reach=reach, seed=seed)
     assert_is_a_partition(points, n_clusters, result, weights)
 
@@ -173,7 +173,7 @@ def test_centres_started_in_cells_are_about_as_good_as_those_started_on_all_poin
     points = heavy_tailed(20_000)
     in_some = fit(points, 400).inertia
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lloyd, "_FLAT_WORK", 1 << 30)
+        patch.setattr(_lloyd, "_FLAT_WORK", 1 << 30)
         on_all = fit(points, 400).inertia
     assert in_some <= 1.05 * on_all
 

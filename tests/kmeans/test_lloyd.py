@@ -9,8 +9,8 @@ from partitions import heavy_tailed
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 
-from kclib.kmeans import Options, lloyd, nearest
-from kclib.kmeans.fit_progress import Progress
+from kclib.kmeans import Options, _lloyd, _nearest
+from kclib.kmeans._fit_progress import Progress
 
 
 def normal(n, d=9, seed=0):
@@ -22,12 +22,12 @@ def options(**changed):
 
 
 def fit(points, centres, weights=None, guess=None, progress=None, **changed):
-    return lloyd.fit(points, weights, centres, guess, options(**changed), Progress(progress))
+    return _lloyd.fit(points, weights, centres, guess, options(**changed), Progress(progress))
 
 
 def filled(points, centres, weights=None):
-    before = nearest.nearest(points, centres, n_threads=2)
-    return before, *lloyd.filled(points, weights, centres, before, 2)
+    before = _nearest.nearest(points, centres, n_threads=2)
+    return before, *_lloyd.filled(points, weights, centres, before, 2)
 
 
 def assert_labels_are_the_nearest(points, centres, labels):
@@ -41,10 +41,10 @@ def test_means_are_weighted_and_a_cluster_without_weight_stays():
     points = np.array([[0, 0], [4, 8], [1, 1], [5, 5]], np.float32)
     centres = np.array([[9, 9], [7, 6], [5, 4], [3, 2]], np.float32)
     labels, weights = np.array([0, 0, 2, 3], np.int32), np.array([1, 3, 2, 0], np.float32)
-    weighted = lloyd.means(points, weights, labels, centres, 2)
+    weighted = _lloyd.means(points, weights, labels, centres, 2)
     assert weighted.dtype == np.float32
     assert weighted.tolist() == [[3, 6], [7, 6], [1, 1], [3, 2]]
-    assert lloyd.means(points, None, labels, centres, 2).tolist() == [[2, 4], [7, 6], [1, 1], [5, 5]]
+    assert _lloyd.means(points, None, labels, centres, 2).tolist() == [[2, 4], [7, 6], [1, 1], [5, 5]]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -53,7 +53,7 @@ def test_means_of_many_points_are_those_of_float64(weighted, d):
     draw = np.random.default_rng(0)
     points, labels = 1000 + heavy_tailed(50_000, d), draw.integers(0, 3, 50_000).astype(np.int32)
     weights = draw.lognormal(size=50_000).astype(np.float32) if weighted else None
-    result = lloyd.means(points, weights, labels, np.zeros((3, d), np.float32), 2)
+    result = _lloyd.means(points, weights, labels, np.zeros((3, d), np.float32), 2)
     mass = np.ones(50_000) if weights is None else weights.astype(np.float64)
     expected = [
         np.average(points[labels == j].astype(np.float64), axis=0, weights=mass[labels == j])
@@ -65,18 +65,18 @@ def test_means_of_many_points_are_those_of_float64(weighted, d):
 def test_means_have_the_same_bits_on_any_number_of_threads():
     points, labels = heavy_tailed(20_000), np.random.default_rng(0).integers(0, 500, 20_000).astype(np.int32)
     centres = np.zeros((500, 9), np.float32)
-    one, *others = (lloyd.means(points, None, labels, centres, count) for count in (1, 2, 3))
+    one, *others = (_lloyd.means(points, None, labels, centres, count) for count in (1, 2, 3))
     for other in others:
         np.testing.assert_array_equal(other, one)
 
 
 def test_the_total_is_weighted_and_summed_in_float64():
     errors = np.array([2, 3, 5], np.float32)
-    assert lloyd.total(errors, None) == 10
-    assert lloyd.total(errors, np.array([1, 0, 4], np.float32)) == 22
+    assert _lloyd.total(errors, None) == 10
+    assert _lloyd.total(errors, np.array([1, 0, 4], np.float32)) == 22
     many = np.ones(1 << 20, np.float32)
     many[0] = 1 << 25
-    assert lloyd.total(many, None) == lloyd.total(many, np.ones_like(many)) == (1 << 25) + (1 << 20) - 1
+    assert _lloyd.total(many, None) == _lloyd.total(many, np.ones_like(many)) == (1 << 25) + (1 << 20) - 1
 
 
 def test_an_empty_centre_moves_to_the_worst_served_point():
@@ -191,7 +191,7 @@ def test_rounds_end_by_themselves_at_a_fixed_point():
     result = fit(points, points[:4], max_iter=200)
     assert result.converged
     assert result.iterations < 200
-    again = lloyd.means(points, None, result.labels, result.centres, 2)
+    again = _lloyd.means(points, None, result.labels, result.centres, 2)
     np.testing.assert_allclose(again, result.centres, atol=1e-6)
 
 
@@ -248,7 +248,7 @@ def test_a_fit_has_the_same_bits_on_any_number_of_threads(k, reach):
 
 def test_a_guess_changes_only_how_fast_a_fit_is():
     points = normal(3000)
-    guess = nearest.nearest(points, points[:300], n_threads=2).labels
+    guess = _nearest.nearest(points, points[:300], n_threads=2).labels
     with_guess, without = (fit(points, points[:300], guess=g, max_iter=3) for g in (guess, None))
     np.testing.assert_array_equal(with_guess.labels, without.labels)
     np.testing.assert_array_equal(with_guess.centres, without.centres)
@@ -259,18 +259,18 @@ def test_a_guess_changes_only_how_fast_a_fit_is():
 def test_a_start_has_k_centres_and_near_ones_if_any(k, weighted):
     points = heavy_tailed(3000)
     weights = np.random.default_rng(1).integers(0, 4, 3000).astype(np.float32) if weighted else None
-    centres, guess = lloyd.start(points, weights, k, options(seed=3))
+    centres, guess = _lloyd.start(points, weights, k, options(seed=3))
     assert (centres.shape, centres.dtype) == ((k, 9), np.float32)
     if guess is not None:
         own = np.square(points.astype(np.float64) - centres[guess]).sum()
         assert own <= 2 * np.square(cdist(points, centres).min(1)).sum()
-    assert np.array_equal(lloyd.start(points, weights, k, options(seed=3, n_threads=1))[0], centres)
+    assert np.array_equal(_lloyd.start(points, weights, k, options(seed=3, n_threads=1))[0], centres)
     if k > 1:
-        assert not np.array_equal(lloyd.start(points, weights, k, options(seed=4))[0], centres)
+        assert not np.array_equal(_lloyd.start(points, weights, k, options(seed=4))[0], centres)
 
 
 def test_centres_are_started_on_points_with_weight_however_few_they_are():
     points, weights = heavy_tailed(20_000), np.zeros(20_000, np.float32)
     weights[[5, 70, 900]] = 1
-    centres, _ = lloyd.start(points, weights, 3, options())
+    centres, _ = _lloyd.start(points, weights, 3, options())
     np.testing.assert_allclose(cdist(points[[5, 70, 900]], centres).min(1), 0, atol=1e-6)

@@ -6,7 +6,7 @@ from partitions import heavy_tailed
 from scipy.spatial.distance import cdist
 
 from kclib._util.threads import blocks
-from kclib.kmeans import nearest
+from kclib.kmeans import _nearest
 
 KINDS = [
     "normal",
@@ -84,47 +84,47 @@ def guesses(quality, points, centres, seed=0):
 def test_the_nearest_centres_are_exact_whatever_the_guess(quality, kind, n, d, k, seed):
     points, centres = points_and_centres(kind, n, d, k, seed)
     guess = guesses(quality, points, centres, seed)
-    assert_nearest(points, centres, nearest.nearest(points, centres, guess=guess, n_threads=2))
+    assert_nearest(points, centres, _nearest.nearest(points, centres, guess=guess, n_threads=2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("d", [9, 49])
-@pytest.mark.parametrize("k", [2, nearest._COMPARED, nearest._COMPARED + 1, 700])
+@pytest.mark.parametrize("k", [2, _nearest._COMPARED, _nearest._COMPARED + 1, 700])
 def test_the_nearest_of_few_and_of_many_centres_are_exact_without_a_guess(kind, d, k):
     points, centres = points_and_centres(kind, 3000, d, k)
-    assert_nearest(points, centres, nearest.nearest(points, centres, n_threads=2))
+    assert_nearest(points, centres, _nearest.nearest(points, centres, n_threads=2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_points_have_their_exact_nearest_of_few_centres(kind):
     points, centres = points_and_centres(kind, 20_000, 9, 20)
-    assert_nearest(points, centres, nearest.nearest(points, centres, n_threads=2))
+    assert_nearest(points, centres, _nearest.nearest(points, centres, n_threads=2))
 
 
 @pytest.mark.parametrize("guessed", [False, True])
 def test_the_nearest_of_thousands_of_centres_are_exact(guessed):
     points, centres = heavy_tailed(20_000), heavy_tailed(3000, seed=1)
-    guess = 3 * nearest.nearest(points, centres[::3], n_threads=2).labels if guessed else None
-    assert_nearest(points, centres, nearest.nearest(points, centres, guess=guess, n_threads=2))
+    guess = 3 * _nearest.nearest(points, centres[::3], n_threads=2).labels if guessed else None
+    assert_nearest(points, centres, _nearest.nearest(points, centres, guess=guess, n_threads=2))
 
 
 def test_a_guess_of_which_nothing_is_left_after_centres_moved_is_mended():
     points = heavy_tailed(5000)
     before = heavy_tailed(400, seed=1)
-    guess = nearest.nearest(points, before, n_threads=2).labels
+    guess = _nearest.nearest(points, before, n_threads=2).labels
     after = before[np.random.default_rng(2).permutation(400)]
-    assert_nearest(points, after, nearest.nearest(points, after, guess=guess, n_threads=2))
+    assert_nearest(points, after, _nearest.nearest(points, after, guess=guess, n_threads=2))
 
 
 def test_a_point_far_from_its_guess_finds_the_centre_it_lies_on():
     points, centres = np.array([[1e-3]], np.float32), np.array([[10], [0], [1e-3]], np.float32)
-    found = nearest.nearest(points, centres, guess=np.zeros(1, np.int32))
+    found = _nearest.nearest(points, centres, guess=np.zeros(1, np.int32))
     assert (found.labels.tolist(), found.errors.tolist()) == ([2], [0])
 
 
 def test_either_of_two_places_with_many_equal_centres_is_found():
     centres = np.repeat(np.array([[0.0], [5.0]], np.float32), 200, axis=0)
-    found = nearest.nearest(np.array([[4.0], [1.0], [0.0]], np.float32), centres)
+    found = _nearest.nearest(np.array([[4.0], [1.0], [0.0]], np.float32), centres)
     assert centres[found.labels].ravel().tolist() == [5, 0, 0]
     assert found.errors.tolist() == [1, 1, 0]
 
@@ -136,7 +136,7 @@ def test_any_number_of_threads_finds_the_same_bits(k, guessed, reach):
     points, centres = heavy_tailed(40_000, 2), heavy_tailed(k, 2, seed=1)
     guess = guesses("random", points, centres) if guessed else None
     one, *others = (
-        nearest.nearest(points, centres, guess=guess, reach=reach, n_threads=count) for count in (1, 2, 3)
+        _nearest.nearest(points, centres, guess=guess, reach=reach, n_threads=count) for count in (1, 2, 3)
     )
     for other in others:
         np.testing.assert_array_equal(other.labels, one.labels)
@@ -145,8 +145,8 @@ def test_any_number_of_threads_finds_the_same_bits(k, guessed, reach):
 
 def test_a_short_reach_is_no_better_than_exact_and_no_worse_than_the_guess():
     points, centres = heavy_tailed(5000), heavy_tailed(500, seed=1)
-    guess = 2 * nearest.nearest(points, centres[::2], n_threads=2).labels
-    found = nearest.nearest(points, centres, guess=guess, reach=1.0, n_threads=2)
+    guess = 2 * _nearest.nearest(points, centres[::2], n_threads=2).labels
+    found = _nearest.nearest(points, centres, guess=guess, reach=1.0, n_threads=2)
     least, own = least_and_own_distances(points, centres, found.labels)
     _, guessed = least_and_own_distances(points, centres, guess)
     assert (own <= (1 + 1e-5) * guessed + rounding(points)).all()
@@ -156,8 +156,8 @@ def test_a_short_reach_is_no_better_than_exact_and_no_worse_than_the_guess():
 
 def test_a_reach_across_all_centres_is_exact():
     points, centres = points_and_centres("normal", 1000, 9, 300)
-    guess = 2 * nearest.nearest(points, centres[::2], n_threads=2).labels
-    assert_nearest(points, centres, nearest.nearest(points, centres, guess=guess, reach=1e3, n_threads=2))
+    guess = 2 * _nearest.nearest(points, centres[::2], n_threads=2).labels
+    assert_nearest(points, centres, _nearest.nearest(points, centres, guess=guess, reach=1e3, n_threads=2))
 
 
 @pytest.mark.parametrize("k", [1, 20, 300])
@@ -166,13 +166,13 @@ def test_shares_of_the_work_sum_to_one(k, reach):
     points, centres = heavy_tailed(1000), heavy_tailed(k, seed=1)
     for guess in (None, guesses("nearest", points, centres)):
         shares = []
-        nearest.nearest(points, centres, guess=guess, reach=reach, done=shares.append)
+        _nearest.nearest(points, centres, guess=guess, reach=reach, done=shares.append)
         assert sum(shares) == pytest.approx(1)
         assert min(shares) >= 0
 
 
 def test_rows_are_listed_label_by_label():
-    order, starts = nearest.by_label(np.array([2, 0, 2, 0, 4]), 6)
+    order, starts = _nearest.by_label(np.array([2, 0, 2, 0, 4]), 6)
     assert (order.dtype, starts.dtype) == (np.int32, np.int64)
     assert (order.tolist(), starts.tolist()) == ([1, 3, 0, 2, 4], [0, 2, 2, 4, 4, 5, 5])
 
@@ -180,7 +180,7 @@ def test_rows_are_listed_label_by_label():
 @given(st.lists(st.integers(0, 9)))
 @settings(deadline=None, max_examples=25)
 def test_each_label_lists_its_own_rows_in_ascending_order(labels):
-    order, starts = nearest.by_label(np.array(labels, np.int32), 10)
+    order, starts = _nearest.by_label(np.array(labels, np.int32), 10)
     for label in range(10):
         rows = [row for row, other in enumerate(labels) if other == label]
         assert order[starts[label] : starts[label + 1]].tolist() == rows
@@ -189,5 +189,5 @@ def test_each_label_lists_its_own_rows_in_ascending_order(labels):
 def test_errors_are_squared_distances_to_the_labelled_centres():
     points = np.array([[0, 0], [3, 4], [1, 1]], np.float32)
     centres = np.array([[0, 0], [1, 2]], np.float32)
-    result = nearest.errors(points, centres, np.array([1, 0, 1], np.int32))
+    result = _nearest.errors(points, centres, np.array([1, 0, 1], np.int32))
     assert (result.dtype, result.tolist()) == (np.float32, [5, 25, 1])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from kclib.kmeans import KMeans
-from kclib.kmeans.rescaling import Frame
+from kclib.kmeans._rescaling import Frame
 
 EPS = np.finfo(np.float32).eps
 

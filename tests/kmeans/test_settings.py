@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 from kclib.errors import InvalidValueError
 from kclib.kmeans import Options
-from kclib.kmeans.fit_progress import FitStep, Progress
+from kclib.kmeans._fit_progress import FitStep, Progress
 
 
 def options(**changed):

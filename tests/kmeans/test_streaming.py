@@ -11,8 +11,8 @@ from scipy.spatial.distance import cdist
 
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer
+from kclib.kmeans import _fitting as module
 from kclib.kmeans import _streaming, fit
-from kclib.kmeans import fitting as module
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from kclib import loading
 from kclib.errors import InvalidValueError, MissingFileError
-from kclib.models import factories
+from kclib.models import _factories
 
 MAKE = "from torch import nn\ndef make():\n    return nn.Conv2d(3, 2, 3)\n"
 
@@ -118,7 +118,7 @@ def test_a_sentence_of_ours_in_the_users_code_stays_as_it_is(write):
 def test_a_path_in_place_of_a_module_is_refused_and_nothing_is_imported(write, name):
     write(mine="raise SystemExit(9)")
     with pytest.raises(InvalidValueError, match="no module's name"):
-        factories.made(name)
+        _factories.made(name)
 
 
 @pytest.mark.parametrize("name", ["w.pt", "resnet18.pth", "small.safetensors", "net.onnx", "mine.py"])

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from kclib import clustering, compression, datasets, evaluation, kernels, models
 from kclib.errors import InvalidValueError, NotEnoughMemoryError, StoppedError
 from kclib.evaluation import attribution, damage, peers
-from kclib.models import inference
+from kclib.models import _inference
 from kclib.recovery import sensitivity
 
 Pair = namedtuple("Pair", "logits aux_logits")
@@ -114,7 +114,7 @@ def test_logits_are_found_in_whatever_they_are_wrapped_in():
         torch.manual_seed(0)
         network = Net(wrap)
         expected = network.head(network.conv(x).mean((2, 3)))
-        answer = inference.answers(network, x)
+        answer = _inference.answers(network, x)
         assert answer.dtype == torch.float32, name
         torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-3, msg=name)
 
@@ -142,7 +142,7 @@ def test_logits_are_found_in_whatever_they_are_wrapped_in():
 )
 def test_other_answers_are_refused_with_what_came(wrap, says):
     with pytest.raises(InvalidValueError, match=says):
-        inference.answers(Net(wrap), torch.rand(4, 3, 8, 8))
+        _inference.answers(Net(wrap), torch.rand(4, 3, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -164,19 +164,19 @@ def test_other_answers_are_refused_with_what_came(wrap, says):
 )
 def test_whatever_a_network_raises_is_one_sentence_with_its_cause(network, says):
     with pytest.raises(InvalidValueError, match=says) as found:
-        inference.answers(network, torch.rand(2, 3, 8, 8))
+        _inference.answers(network, torch.rand(2, 3, 8, 8))
     assert found.value.__cause__ is not None
 
 
 def test_where_memory_ends_a_smaller_batch_is_advised():
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
         with pytest.raises(NotEnoughMemoryError, match="batch_size"):
-            inference.answers(Raising(error), torch.rand(2, 3, 8, 8))
+            _inference.answers(Raising(error), torch.rand(2, 3, 8, 8))
 
 
 def test_an_interruption_passes():
     with pytest.raises(KeyboardInterrupt):
-        inference.answers(Raising(KeyboardInterrupt()), torch.rand(2, 3, 8, 8))
+        _inference.answers(Raising(KeyboardInterrupt()), torch.rand(2, 3, 8, 8))
 
 
 def test_channels_last_is_given_up_once():
@@ -282,14 +282,14 @@ def test_a_network_that_was_given_up_on_is_tried_in_no_other_layout_again():
     network = LeNet().eval()
     x = torch.rand(2, 3, 28, 28).contiguous(memory_format=torch.channels_last)
     for _ in range(3):
-        inference.answers(network, x)
+        _inference.answers(network, x)
     assert network.seen == [True, False, False, False]
     other = Sized()
     for _ in range(2):  # what runs in no layout is no reason to give one up
         with pytest.raises(InvalidValueError, match="not 224"):
-            inference.run(other, x)
-    assert network in inference._CONTIGUOUS
-    assert other not in inference._CONTIGUOUS
+            _inference.run(other, x)
+    assert network in _inference._CONTIGUOUS
+    assert other not in _inference._CONTIGUOUS
 
 
 def test_power_of_what_kernels_read_needs_no_logits():

@@ -27,7 +27,7 @@ def ownnets(tmp_path, monkeypatch):
     """A user's importable module of factories."""
     (tmp_path / "ownnets.py").write_text(
         "from torch import nn\n"
-        "from kclib.models.model import Model\n"
+        "from kclib.models._model import Model\n"
         "def network():\n    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.Dropout(0.5))\n"
         "def model():\n    return Model('mine', network(), str, ('cat', 'dog'))\n"
         "def number():\n    return 3\n"
@@ -332,7 +332,7 @@ def shaped(tmp_path, monkeypatch):
     (tmp_path / "shaped_models.py").write_text(
         "from torch import nn\n"
         "from torchvision.transforms import v2\n"
-        "from kclib.models.model import Model\n"
+        "from kclib.models._model import Model\n"
         "def alone():\n    return nn.Conv2d(1, 4, 3)\n"
         "def keeping():\n    return Model('mine', nn.Conv2d(3, 4, 3), v2.ToImage())\n"
         "def fixing():\n    return Model('mine', nn.Conv2d(3, 4, 3), v2.Resize((40, 40)))\n"

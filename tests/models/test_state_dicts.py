@@ -20,7 +20,7 @@ from torchvision.models import densenet121
 
 from kclib import clustering, compression, kernels, loading
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError
-from kclib.models import state_dicts
+from kclib.models import _state_dicts
 
 
 class Net(nn.Module):
@@ -120,7 +120,7 @@ WRITTEN = {
 def test_every_way_to_write_a_checkpoint_gives_the_values_that_were_trained(tmp_path, name):
     torch.save(WRITTEN[name], tmp_path / "w.pt")
     network = Net()
-    state_dicts.fill(network, state_dicts.found(tmp_path / "w.pt"), "w.pt")
+    _state_dicts.fill(network, _state_dicts.found(tmp_path / "w.pt"), "w.pt")
     assert_same(network, TRAINED, atol=1e-3 if name == "half" else 0)
 
 
@@ -139,7 +139,7 @@ def assert_same(network: nn.Module, expected: nn.Module, atol: float = 0) -> Non
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_a_wrapped_network_takes_the_state_of_what_it_wraps(network, part, prefix):
     network = copy.deepcopy(network)
-    state_dicts.fill(network, {"": prefixed(prefix)}, "w.pt")
+    _state_dicts.fill(network, {"": prefixed(prefix)}, "w.pt")
     assert_same(getattr(network, part), TRAINED)
 
 
@@ -153,7 +153,7 @@ def test_a_files_suffix_says_nothing(tmp_path, name, form):
         save_file(STATE, tmp_path / name)
     else:
         torch.save(STATE, tmp_path / name, _use_new_zipfile_serialization=form == "zip")
-    assert_state(state_dicts.read(tmp_path / name), STATE)
+    assert_state(_state_dicts.read(tmp_path / name), STATE)
 
 
 def assert_state(found, expected) -> None:
@@ -168,16 +168,16 @@ def test_a_checkpoint_in_several_files_is_read_by_its_index(tmp_path):
     places = {x: f"model-0000{1 + (x in names[3:])}-of-00002.safetensors" for x in names}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
-    assert_state(state_dicts.read(index), STATE)
+    assert_state(_state_dicts.read(index), STATE)
     (tmp_path / places[names[0]]).unlink()
     with pytest.raises(MissingFileError, match="model-00001"):
-        state_dicts.read(index)
+        _state_dicts.read(index)
     index.write_text('{"weight_map": {"a": "../w.safetensors"}}')
     with pytest.raises(DamagedFileError, match="beside it"):
-        state_dicts.read(index)
+        _state_dicts.read(index)
     index.write_text(json.dumps({"weight_map": {"a": index.name}}))
     with pytest.raises(DamagedFileError, match="no state dict"):
-        state_dicts.read(index)
+        _state_dicts.read(index)
 
 
 def test_shared_weights_that_were_written_once_are_taken(tmp_path):
@@ -188,8 +188,8 @@ def test_shared_weights_that_were_written_once_are_taken(tmp_path):
 
     trained, network = drawn(tied()), tied()
     save_model(trained, tmp_path / "w.safetensors")
-    assert len(state_dicts.read(tmp_path / "w.safetensors")) == 3
-    state_dicts.fill(network, state_dicts.found(tmp_path / "w.safetensors"), "w")
+    assert len(_state_dicts.read(tmp_path / "w.safetensors")) == 3
+    _state_dicts.fill(network, _state_dicts.found(tmp_path / "w.safetensors"), "w")
     assert_same(network, trained)
 
 
@@ -198,7 +198,7 @@ def test_a_published_densenets_old_names_are_known():
     old = {name.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): value
            for name, value in trained.state_dict().items()}  # fmt: skip
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
-    state_dicts.fill(network, {"": old}, "w")
+    _state_dicts.fill(network, {"": old}, "w")
     assert_same(network, trained)
 
 
@@ -209,21 +209,21 @@ def test_a_networks_own_hook_still_renames():
         "weight_v": torch.ones(2, 3, 3, 3),
         "bias": torch.zeros(2),
     }
-    state_dicts.fill(network, {"": old}, "w")
+    _state_dicts.fill(network, {"": old}, "w")
     assert network.weight.detach()[0].norm() == pytest.approx(3)
 
 
 def test_a_network_without_values_gets_them():
     with torch.device("meta"):
         network = Net()
-    state_dicts.fill(network, {"": STATE}, "w")
+    _state_dicts.fill(network, {"": STATE}, "w")
     assert_same(network, TRAINED)
 
 
 def test_a_network_whose_shapes_are_not_known_yet_gets_them():
     network = nn.Sequential(nn.LazyConv2d(4, 3))
     conv = drawn(nn.Sequential(nn.Conv2d(3, 4, 3)))
-    state_dicts.fill(network, {"": conv.state_dict()}, "w")
+    _state_dicts.fill(network, {"": conv.state_dict()}, "w")
     assert_same(network, conv)
 
 
@@ -244,19 +244,19 @@ def test_of_two_that_differ_none_is_taken_in_silence(tmp_path, content, choices)
     path = tmp_path / "w.pt"
     torch.save(content, path)
     with pytest.raises(InvalidValueError, match=" and |, ".join(map(repr, choices))) as error:
-        state_dicts.fill(Net(), state_dicts.found(path), str(path))
+        _state_dicts.fill(Net(), _state_dicts.found(path), str(path))
     assert f"{path}::" in str(error.value)
     for chosen, seed in choices.items():
         network = Net()
-        state_dicts.fill(network, state_dicts.found(f"{path}::{chosen}"), "w")
+        _state_dicts.fill(network, _state_dicts.found(f"{path}::{chosen}"), "w")
         assert_same(network, drawn(Net(), seed))
     with pytest.raises(InvalidValueError, match="no state dict 'mean'"):
-        state_dicts.found(f"{path}::mean")
+        _state_dicts.found(f"{path}::mean")
 
 
 def test_a_network_beside_a_prefixed_other_is_not_taken_for_it(tmp_path):
     with pytest.raises(InvalidValueError, match="2 state dicts"):
-        state_dicts.fill(Net(), {"": STATE | prefixed("ema.", two()["ema"])}, "w")
+        _state_dicts.fill(Net(), {"": STATE | prefixed("ema.", two()["ema"])}, "w")
 
 
 def renamed(state: dict, old: str, new: str) -> dict:
@@ -280,7 +280,7 @@ def renamed(state: dict, old: str, new: str) -> dict:
 )  # fmt: skip
 def test_what_does_not_fit_is_said_by_name(state, said):
     with pytest.raises(InvalidValueError, match=r"w\.pt does not fit") as found:
-        state_dicts.fill(Net(), {"": state}, "w.pt")
+        _state_dicts.fill(Net(), {"": state}, "w.pt")
     text = str(found.value)
     assert all(part in text for part in said), text
     assert text.count("where it has") <= 3
@@ -312,19 +312,19 @@ class Settings(dict):
 def test_what_a_trainer_keeps_beside_weights_is_left_unread(tmp_path, beside, monkeypatch):
     torch.save({"model": STATE, "epoch": 3, "args": beside}, tmp_path / "w.pt")
     monkeypatch.setattr(Config, "__setattr__", lambda *_: pytest.fail("run"))
-    assert_state(state_dicts.read(tmp_path / "w.pt"), STATE)
+    assert_state(_state_dicts.read(tmp_path / "w.pt"), STATE)
 
 
 def test_a_mapping_of_a_class_of_ones_own_is_named_where_it_cannot_be_left(tmp_path):
     torch.save({"model": STATE, "settings": Settings(lr=0.1)}, tmp_path / "w.pt")
     with pytest.raises(DamagedFileError, match=r"test_state_dicts\.Settings"):
-        state_dicts.read(tmp_path / "w.pt")
+        _state_dicts.read(tmp_path / "w.pt")
 
 
 def test_a_namespace_in_a_file_of_old_format_is_left_unread(tmp_path):
     content = {"model": STATE, "args": argparse.Namespace(lr=0.1), "best": np.float64(3)}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
-    assert_state(state_dicts.read(tmp_path / "w.pt"), STATE)
+    assert_state(_state_dicts.read(tmp_path / "w.pt"), STATE)
 
 
 class Bomb:
@@ -354,7 +354,7 @@ def test_code_beside_weights_never_runs(tmp_path, bomb, zipped):
     path, target = tmp_path / "w.pt", tmp_path / "exploded"
     torch.save({"model": STATE, "args": bomb(target)}, path, _use_new_zipfile_serialization=zipped)
     with contextlib.suppress(DamagedFileError):  # some are left unread, some make the file be refused
-        assert_state(state_dicts.read(path), STATE)
+        assert_state(_state_dicts.read(path), STATE)
     assert not target.exists()
     torch.load(path, weights_only=False)
     assert target.exists(), "the bomb was a dud"
@@ -364,7 +364,7 @@ def test_a_whole_network_in_a_file_is_named_and_not_unpickled(tmp_path, monkeypa
     for content in (TRAINED, {"model": TRAINED, "epoch": 2}):
         torch.save(content, tmp_path / "w.pt")
         with pytest.raises(DamagedFileError, match=r"test_state_dicts\.Net.*state_dict\(\)"):
-            state_dicts.read(tmp_path / "w.pt")
+            _state_dicts.read(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_a_whole_network_in_a_file_is_named_and_not_unpickled(tmp_path, monkeypa
 def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path, content, said):
     (tmp_path / "w.pt").write_bytes(content)
     with pytest.raises(InvalidValueError, match=rf"w\.pt .*{said}"):
-        state_dicts.found(tmp_path / "w.pt")
+        _state_dicts.found(tmp_path / "w.pt")
 
 
 def test_an_archive_of_another_kind_is_named_for_what_it_is(tmp_path):
@@ -389,22 +389,22 @@ def test_an_archive_of_another_kind_is_named_for_what_it_is(tmp_path):
     with open(path, "wb") as file:
         np.savez(file, a=np.ones(3))
     with pytest.raises(InvalidValueError, match="NumPy"):
-        state_dicts.found(path)
+        _state_dicts.found(path)
     traced = "w/code/__torch__.py"
     for name, said in ((traced, "TorchScript"), ("model.weights.h5", "Keras"), ("w.pt", "unpack")):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(name, b"")
         with pytest.raises(InvalidValueError, match=said):
-            state_dicts.found(path)
+            _state_dicts.found(path)
     torch.export.save(torch.export.export(Net().eval(), (torch.zeros(1, 3, 5, 5),)), tmp_path / "w.pt2")
     with pytest.raises((InvalidValueError, DamagedFileError), match=r"w\.pt2"):
-        state_dicts.found(tmp_path / "w.pt2")
+        _state_dicts.found(tmp_path / "w.pt2")
 
 
 def test_a_folder_is_named_with_the_file_in_it(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(MissingFileError, match=r"is a folder.*model\.safetensors"):
-        state_dicts.found(tmp_path)
+        _state_dicts.found(tmp_path)
 
 
 def test_a_home_folder_and_a_relative_path_are_understood(tmp_path, monkeypatch):
@@ -412,15 +412,15 @@ def test_a_home_folder_and_a_relative_path_are_understood(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     torch.save(STATE, "w.pt")
     for path in ("~/w.pt", "w.pt", "./w.pt", Path("~/w.pt")):
-        assert_state(state_dicts.read(path), STATE)
+        assert_state(_state_dicts.read(path), STATE)
     with pytest.raises(MissingFileError, match="~nobody_here"):
-        state_dicts.read("~nobody_here/w.pt")
+        _state_dicts.read("~nobody_here/w.pt")
 
 
 @pytest.mark.parametrize("wrong", [3, nn.Conv2d(1, 1, 1), [1], None])
 def test_what_is_no_path_is_refused(wrong):
     with pytest.raises(InvalidValueError, match=type(wrong).__name__):
-        state_dicts.found(wrong)
+        _state_dicts.found(wrong)
 
 
 FACTORY = "from tests.models.test_state_dicts import Net\ndef make():\n    return Net()\n"
@@ -451,7 +451,7 @@ def test_values_that_the_networks_type_cannot_hold_are_no_infinities():
     state = {name: value.clone() for name, value in Net().state_dict().items()}
     state["head.2.weight"][0, 0] = 1e6
     with pytest.raises(InvalidValueError, match=r"head\.2\.weight in here .*float16"):
-        state_dicts.fill(Net().half(), {"": state}, "here")
+        _state_dicts.fill(Net().half(), {"": state}, "here")
     network = Net().bfloat16()
-    state_dicts.fill(network, {"": state}, "here")
+    _state_dicts.fill(network, {"": state}, "here")
     assert network.head[2].weight[0, 0] == torch.tensor(1e6).bfloat16()

@@ -11,7 +11,7 @@ from kclib.clustering import cluster
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.models import Model
-from kclib.recovery import allocation, tradeoff
+from kclib.recovery import _tradeoff, allocation
 from kclib.store import Store
 
 KS = (1, 2, 4, 8, 16, 32)
@@ -93,8 +93,8 @@ def test_the_most_accurate_within_the_bytes_is_the_network_that_would_be_stored(
 def test_clusters_are_shared_out_for_the_least_damage(given):
     (_, _, bank, weights), options = given
     got = allocated(given, n_bytes=900, scopes="layer")
-    curves = tradeoff.curves(bank, weights, ks=KS, store=options["store"])
-    solved = tradeoff.solve(curves, 900 - OTHER)
+    curves = _tradeoff.curves(bank, weights, ks=KS, store=options["store"])
+    solved = _tradeoff.solve(curves, 900 - OTHER)
     assert len(set(solved.values())) > 1
     made = cluster(bank, solved, weights=weights)
     damage = np.square(bank.weights - clustering.quantized(made)).sum((1, 2)) @ weights

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from kclib import clustering, compression, kernels, models
-from kclib.compression import layers, precisions
+from kclib.compression import _layers, _precisions
 from kclib.errors import InvalidValueError
 from kclib.recovery import _calibration, _moments
 from tests.recovery.test_sequential import answers, images, loss, model_of, network
@@ -98,7 +98,7 @@ def test_indices_bytes_and_the_callers_networks_stay():
     before = models.fingerprint(net), models.fingerprint(small)
     ours = calibrated(net, small)
     assert (models.fingerprint(net), models.fingerprint(small)) == before
-    for name, module in layers.clustered(small).items():
+    for name, module in _layers.clustered(small).items():
         assert torch.equal(ours.get_submodule(name).indices, module.indices)
         values = ours.get_submodule(name).codebook.values
         assert values.shape == module.codebook.values.shape
@@ -196,6 +196,6 @@ def test_what_cannot_be_stored_is_no_improvement():
     dense = 3 * far
     read = _moments.Moments(h, h, zero, zero, zero[:, :2], dense.double().square().sum(-1))
     kept = _calibration.fitted(
-        lambda v: v, far, dense, read, damping=0.1, rounded=lambda v: precisions.rounded(v, "fp16")
+        lambda v: v, far, dense, read, damping=0.1, rounded=lambda v: _precisions.rounded(v, "fp16")
     )
     assert torch.equal(kept, far)

@@ -8,12 +8,12 @@ from torch import nn
 
 from kclib import clustering, compression, datasets, kernels, models, recovery
 from kclib import training as train_module
-from kclib.compression import byte_counts, precisions, replacement
-from kclib.compression.layers import by_codebook, clustered
+from kclib.compression import _precisions, _replacement, byte_counts
+from kclib.compression._layers import by_codebook, clustered
 from kclib.errors import InvalidValueError
 from kclib.kmeans import symmetric
 from kclib.models import Model
-from kclib.recovery import finetuning
+from kclib.recovery import _finetuning
 from kclib.training import Recipe
 
 RECIPE = Recipe(epochs=2, batch_size=8, peak_rate=1e-2, weight_decay=0, label_smoothing=0, shift=1, square=2,
@@ -118,7 +118,7 @@ def members(network: nn.Module) -> np.ndarray:
 def index_order(convolution: nn.Module) -> np.ndarray:
     """Return, for each index of a layer, the row of its kernel in the weight as torch stores it."""
     n = convolution.weight.shape[0] * convolution.weight.shape[1]
-    return replacement.output_order(convolution)(np.arange(n))
+    return _replacement.output_order(convolution)(np.arange(n))
 
 
 @EACH
@@ -127,7 +127,7 @@ def test_the_gradient_of_a_representative_is_the_sum_over_its_members(how, reass
     network = compressed(**how).network
     plain, ordinary = clustered(network), compression.expand(network)
     if reassignable:
-        network = finetuning._with_latents(network)
+        network = _finetuning._with_latents(network)
     for each in (network, ordinary):
         each(torch.randn(4, 1, 10, 10, generator=torch.Generator().manual_seed(1))).square().sum().backward()
     ((codebook, layers),) = by_codebook(network)
@@ -219,7 +219,7 @@ def test_fine_tuning_wins_agreement_back(tmp_path, teacher, reassigned):
     assert found.history[-1]["loss"] < found.history[1]["loss"]
 
 
-@pytest.mark.parametrize("precision", precisions.PRECISIONS)
+@pytest.mark.parametrize("precision", _precisions.PRECISIONS)
 @pytest.mark.parametrize("how", [{}, {"scaled": True, "turned": True}], ids=["plain", "both"])
 def test_what_is_returned_comes_back_from_a_file_to_the_bit(tmp_path, last_is_best, precision, how):
     model = compressed(n_clusters=14, precision=precision, **how)
@@ -244,9 +244,9 @@ def test_what_trains_on_is_not_rounded(tmp_path):
     finetuned(compressed(precision="int8"), tmp_path / "a.pt")
     state = torch.load(tmp_path / "a.pt", weights_only=True)
     values = state["network"]["0.codebook.values"]
-    assert not torch.equal(precisions.restore(precisions.store(values, "int8")), values)
+    assert not torch.equal(_precisions.restore(_precisions.store(values, "int8")), values)
     kept = state["best"]["0.codebook.values"]
-    assert torch.equal(precisions.restore(precisions.store(kept, "int8")), kept)
+    assert torch.equal(_precisions.restore(_precisions.store(kept, "int8")), kept)
 
 
 @pytest.mark.parametrize("reassigned", [0, 1])
@@ -320,7 +320,7 @@ def test_layers_that_share_indices_keep_sharing_them(tmp_path, last_is_best):
     network[2] = nn.Conv2d(6, 6, 3, padding=1)
     network[2].weight = network[3].weight
     model = compressed(network.eval(), n_clusters=3)
-    movable = finetuning._with_latents(model.network)
+    movable = _finetuning._with_latents(model.network)
     assert movable[2].latent is movable[3].latent
     found = finetuned(model, tmp_path / "a.pt", replace(RECIPE, peak_rate=0.1), reassigned=2).network
     assert found[2].indices is found[3].indices

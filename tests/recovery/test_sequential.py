@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from kclib import clustering, compression, datasets, kernels, models
-from kclib.compression import layers
+from kclib.compression import _layers
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.recovery import _moments, sequential
+from kclib.recovery import _moments, _sequential
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +42,7 @@ def answers(net, data=None):
 
 
 def cluster(net, k, **options):
-    return sequential.correct(model_of(net), images(), k, progress=False, **options)
+    return _sequential.correct(model_of(net), images(), k, progress=False, **options)
 
 
 def loss(net, small):
@@ -105,7 +105,7 @@ def test_norms_put_mean_and_variance_of_each_channel_right():
 def test_inputs_that_tell_nothing_of_each_other_get_the_nearest_representatives():
     torch.manual_seed(0)
     target, codebook = torch.randn(20, 5 * 4), torch.randn(6, 4)
-    found = sequential._assigned(target, codebook, 3 * torch.eye(20), 0.01)
+    found = _sequential._assigned(target, codebook, 3 * torch.eye(20), 0.01)
     nearest = torch.cdist(target.reshape(-1, 4), codebook).argmin(1).reshape(20, 5)
     assert torch.equal(found, nearest)
 
@@ -114,7 +114,7 @@ def test_inputs_that_go_together_make_good_each_others_errors():
     torch.manual_seed(0)
     mixed = torch.randn(100, 6) @ torch.randn(6, 40 * 4) + 0.05 * torch.randn(100, 160)
     h, target, codebook = mixed.T @ mixed / 100, torch.randn(30, 160), torch.randn(5, 4)
-    ours = codebook[sequential._assigned(target, codebook, h, 0.01)].reshape(30, -1)
+    ours = codebook[_sequential._assigned(target, codebook, h, 0.01)].reshape(30, -1)
     nearest = codebook[torch.cdist(target.reshape(-1, 4), codebook).argmin(1)].reshape(30, -1)
 
     def error(weight):
@@ -130,7 +130,9 @@ def test_moved_weights_answer_other_inputs_as_the_dense_ones_answered_theirs():
     zero = torch.zeros(1, 8)
     read = _moments.Moments((seen.T @ seen / 500)[None], (x.T @ seen / 500)[None], zero, zero, zero, zero)
     wanted = np.linalg.lstsq(seen.numpy(), (x @ weight[0].T).numpy(), rcond=None)[0].T
-    np.testing.assert_allclose(sequential._moved(weight, weight, read, 1e-7)[0], wanted, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        _sequential._moved(weight, weight, read, 1e-7)[0], wanted, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_kernels_of_another_size_may_be_packed_already():
@@ -139,9 +141,9 @@ def test_kernels_of_another_size_may_be_packed_already():
     net.eval()
     first = cluster(net, 3, size=1)
     packed = compression.compress(first.network, first.clustering)
-    second = sequential.correct(model_of(packed), images(), 20, dense=net, progress=False)
+    second = _sequential.correct(model_of(packed), images(), 20, dense=net, progress=False)
     both = compression.compress(second.network, second.clustering)
-    assert set(layers.clustered(both)) == {"0", "2"}
+    assert set(_layers.clustered(both)) == {"0", "2"}
     alone = cluster(packed, 20)  # knows nothing of the dense answers
     assert loss(net, both) < loss(net, alone.network)
 
@@ -162,7 +164,7 @@ def test_labels_are_not_read_and_the_model_stays_as_it_is():
     net = network()
     before = models.fingerprint(net)
     poisoned = replace(images(), labels=torch.full((24,), -1))
-    ours = sequential.correct(model_of(net), poisoned, 5, progress=False)
+    ours = _sequential.correct(model_of(net), poisoned, 5, progress=False)
     assert models.fingerprint(net) == before
     assert models.fingerprint(ours.network) == models.fingerprint(cluster(net, 5).network)
     assert models.fingerprint(ours.network) != models.fingerprint(cluster(net, 5, seed=1).network)
@@ -176,7 +178,7 @@ def test_what_cannot_be_is_said():
     with pytest.raises(UnknownNameError, match="unknown precision 'fp8'"):
         cluster(network(), 4, precision="fp8")
     with pytest.raises(InvalidValueError, match="no images"):
-        sequential.correct(
+        _sequential.correct(
             model_of(network()), datasets.select(images(), torch.tensor([], dtype=torch.int64)), 4
         )
 
@@ -235,10 +237,10 @@ def test_layers_that_do_not_run_get_the_nearest_and_are_noted(scope):
 def test_a_network_alone_and_pairs_of_images_and_labels_are_taken():
     net, data = network(), images()
     pairs = torch.utils.data.TensorDataset(data.images, data.labels)
-    alone = sequential.correct(net, pairs, 5, progress=False)
+    alone = _sequential.correct(net, pairs, 5, progress=False)
     assert alone.model is alone.network
     plain = models.plain("plain", net)
-    given = sequential.correct(plain, data, 5, progress=False)
+    given = _sequential.correct(plain, data, 5, progress=False)
     assert given.model == replace(plain, network=given.network)
     assert models.fingerprint(alone.network) == models.fingerprint(given.network)
 
@@ -253,7 +255,7 @@ def test_networks_of_other_types_are_clustered_in_them(kind):
         assert hasattr(other.network[3], "parametrizations")
     else:
         net = net.half() if kind == "half" else net.double()
-        other = sequential.correct(model_of(net), images(), 8, progress=False)
+        other = _sequential.correct(model_of(net), images(), 8, progress=False)
         assert {x.dtype for x in other.network.parameters()} == {net[0].weight.dtype}
     with torch.no_grad():
         inputs = (images().images.float() / 128 - 1).to(net[0].weight.dtype)
@@ -276,7 +278,7 @@ def test_layers_that_read_only_zeros_keep_to_their_weights():
 def test_damping_is_raised_where_rounding_leaves_no_solution(damping):
     torch.manual_seed(0)
     few = torch.randn(5, 40)
-    factor = sequential._factor((few.T @ few)[None], damping)[0]
+    factor = _sequential._factor((few.T @ few)[None], damping)[0]
     back, h = factor @ factor.T, (few.T @ few).double()
     added = (back - h).diagonal()
     assert torch.isfinite(factor).all()
@@ -291,7 +293,7 @@ def test_the_nearest_are_found_far_from_zero_and_at_any_scale():
     wanted = np.square(points[:, None] - centres).sum(2).argmin(1)
     for scale, offset in ((1, 0), (1e-30, 0), (1e25, 0), (1e-3, 1000)):
         moved = (torch.from_numpy((scale * x + offset).astype("f")) for x in (points, centres))
-        agree = sequential._nearest(*moved).numpy() == wanted
+        agree = _sequential._nearest(*moved).numpy() == wanted
         assert agree.all() if offset == 0 else agree.mean() > 0.8
 
 
@@ -311,23 +313,23 @@ def test_blocks_of_channels_change_nothing(monkeypatch):
     torch.manual_seed(0)
     mixed = torch.randn(100, 20) @ torch.randn(20, 40 * 4)
     h, target, codebook = mixed.T @ mixed / 100, torch.randn(10, 160), torch.randn(5, 4)
-    at_once = sequential._assigned(target, codebook, h, 0.1)
-    monkeypatch.setattr(sequential, "_BLOCK", 3)
-    assert torch.equal(sequential._assigned(target, codebook, h, 0.1), at_once)
+    at_once = _sequential._assigned(target, codebook, h, 0.1)
+    monkeypatch.setattr(_sequential, "_BLOCK", 3)
+    assert torch.equal(_sequential._assigned(target, codebook, h, 0.1), at_once)
 
 
 def test_codebooks_weigh_kernels_by_the_energy_of_what_they_read(monkeypatch):
     seen = []
-    kmeans = sequential.kmeans.fit
+    kmeans = _sequential.kmeans.fit
 
     def listening(points, k, *, weights, seed):
         seen.append(weights)
         return kmeans(points, k, weights=weights, seed=seed)
 
-    monkeypatch.setattr(sequential.kmeans, "fit", listening)
+    monkeypatch.setattr(_sequential.kmeans, "fit", listening)
     net, data = network(), images()
     data.images[:, 1] = (data.images[:, 1].float() / 10 + 115).to(torch.uint8)
-    sequential.correct(model_of(net), data, 5, progress=False)
+    _sequential.correct(model_of(net), data, 5, progress=False)
     read = nn.functional.unfold(data.images.float() / 128 - 1, 3, padding=1).transpose(1, 2).flatten(0, 1)
     energy = read.var(0, unbiased=False).reshape(3, 9).mean(1)
     np.testing.assert_allclose(seen[0].reshape(12, 3), (energy / energy.max()).expand(12, 3), rtol=1e-3)

@@ -10,8 +10,8 @@ from kclib import clustering, compression, kernels, kmeans
 from kclib.clustering import mixed
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
-from kclib.recovery import tradeoff
-from kclib.recovery.tradeoff import Curve, curves, solve
+from kclib.recovery import _tradeoff
+from kclib.recovery._tradeoff import Curve, curves, solve
 from kclib.store import Store
 
 ENDS = {"0": "ends", "1": "middle", "2": "ends"}
@@ -72,7 +72,7 @@ def test_bytes_are_the_ledgers_and_damage_is_that_of_the_stored_kernels(scope, p
         rungs = {name: ladder[i] for name, ladder in ladders.items()}
         made = clustering.of_fits(bank, rungs, dict.fromkeys(rungs, 1), scope=scope)
         table = compression.footprint(network_of(3, 6, 5, 4), made, codings=[coding])[f"{coding}_{precision}"]
-        stored = [tradeoff.rounded(group.codebook, precision) for group in made.groups]
+        stored = [_tradeoff.rounded(group.codebook, precision) for group in made.groups]
         groups = zip(made.groups, stored, members.values(), strict=True)
         errors = [np.square(bank.weights[r] - s[g.indices]).sum((1, 2)) @ weights[r] for g, s, r in groups]
         points.append((table[["indices", "frequency tables", "codebooks"]].sum(), sum(errors)))

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kmeans.symmetric import transforms
-from kclib.similarity import distances, embedding, neighbours
+from kclib.similarity import _neighbours, distances, embedding
 from kclib.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")  # umap's import
@@ -78,13 +78,13 @@ def fits(monkeypatch):
 @pytest.fixture
 def searches(monkeypatch):
     """The options of all searches for neighbours."""
-    seen, whole = [], neighbours.nearest
+    seen, whole = [], _neighbours.nearest
 
     def counted(points, **options):
         seen.append(options)
         return whole(points, **options)
 
-    monkeypatch.setattr(neighbours, "nearest", counted)
+    monkeypatch.setattr(_neighbours, "nearest", counted)
     return seen
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from kclib import kernels, similarity
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.similarity import histograms as similarity_histograms
+from kclib.similarity import _histograms as similarity_histograms
 from kclib.similarity import pair_histogram
 
 

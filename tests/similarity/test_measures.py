@@ -6,7 +6,7 @@ from sklearn.metrics import pairwise_distances
 
 from kclib import kmeans, similarity
 from kclib.errors import InvalidValueError
-from kclib.similarity import distances, measures, null_models
+from kclib.similarity import _measures, distances, null_models
 
 
 def test_a_kernel_is_near_zero_beside_its_own_layer():
@@ -48,7 +48,7 @@ def close():
         draw.normal(size=(2000, 9)) @ np.linalg.qr(draw.normal(size=(9, 9)))[0] * np.linspace(1, 3, 9)
     )
     bank = bank_of(correlated, copies(2000, 8, 0.02), draw.normal(size=(2000, 9)))
-    return bank, measures.closeness(bank, np.arange(len(bank)), progress=False)
+    return bank, _measures.closeness(bank, np.arange(len(bank)), progress=False)
 
 
 def ratios(table, layer):
@@ -97,7 +97,7 @@ def test_independent_weights_are_as_close_as_any_chance(close):
 
 def test_the_interval_agrees_with_a_bootstrap_by_hand():
     bank, draw = bank_of(cloud(300, 0)), np.random.default_rng(5)
-    table = measures.closeness(bank, np.arange(300), progress=False)
+    table = _measures.closeness(bank, np.arange(300), progress=False)
     real = similarity.nearest_distances(bank.points, distance="cosine")
     for row in table.itertuples():
         chance = similarity.nearest_distances(null_models.drawn(row.null, bank.points), distance="cosine")
@@ -109,7 +109,7 @@ def test_the_interval_agrees_with_a_bootstrap_by_hand():
 def test_a_seed_gives_one_table_and_another_seed_another():
     bank = bank_of(cloud(60, 0))
     first, again, other = (
-        measures.closeness(bank, np.arange(60), distance="scale-free", seed=seed, progress=False)
+        _measures.closeness(bank, np.arange(60), distance="scale-free", seed=seed, progress=False)
         for seed in (1, 1, 2)
     )
     assert first.equals(again)
@@ -120,16 +120,16 @@ def test_a_seed_gives_one_table_and_another_seed_another():
 def test_only_the_rows_asked_for_and_layers_of_three_kernels_are_looked_at():
     bank = bank_of(cloud(50, 0), cloud(2, 1), np.vstack([cloud(2, 2), np.zeros((5, 9))]), cloud(3, 3))
     rows = np.r_[np.arange(10, 30), np.arange(50, 62)]
-    table = measures.closeness(bank, rows, progress=False)
+    table = _measures.closeness(bank, rows, progress=False)
     assert list(dict.fromkeys(zip(table.layer, table.kernels, strict=True))) == [("a", 20), ("d", 3)]
-    alone = measures.closeness(bank_of(bank.points[10:30]), np.arange(20), progress=False)
+    alone = _measures.closeness(bank_of(bank.points[10:30]), np.arange(20), progress=False)
     assert table[table.layer == "a"].equals(alone)
 
 
 def test_kernels_that_all_have_doubles_are_infinitely_closer_without_an_interval():
     bank = bank_of(np.repeat(cloud(40, 0), 2, axis=0))
     for distance in ("euclidean", "cosine"):
-        table = measures.closeness(bank, np.arange(80), distance=distance, progress=False)
+        table = _measures.closeness(bank, np.arange(80), distance=distance, progress=False)
         assert (table.real == 0).all()
         assert (table.ratio == np.inf).all()
         assert table[["low", "high"]].isna().all(axis=None)
@@ -142,7 +142,7 @@ def test_kernels_of_which_nearly_half_have_doubles_are_told_without_a_warning(do
     points[:40] = (
         np.eye(9)[np.arange(40) % 5] if doubled == "by chance as well" else points[np.arange(40) // 2]
     )
-    table = measures.closeness(bank_of(points), np.arange(81), progress=False)
+    table = _measures.closeness(bank_of(points), np.arange(81), progress=False)
     assert np.isfinite(table.ratio).all()
     assert not ((table.low > table.ratio) | (table.high < table.ratio)).any()
 
@@ -150,15 +150,15 @@ def test_kernels_of_which_nearly_half_have_doubles_are_told_without_a_warning(do
 @pytest.mark.parametrize("distance", ["cosine", "correlation"])
 def test_real_kernels_and_null_kernels_without_a_shape_are_compared_in_equal_number(monkeypatch, distance):
     sparse = cloud(300, 0) * (np.random.default_rng(1).random((300, 9)) < 0.2)  # shuffled, some are all zeros
-    compared, whole = [], measures.nearest_distances
+    compared, whole = [], _measures.nearest_distances
 
     def counted(points, **options):
         found = whole(points, **options)
         compared.append(len(found))
         return found
 
-    monkeypatch.setattr(measures, "nearest_distances", counted)
-    measures.closeness(bank_of(sparse), np.arange(300), distance=distance, progress=False)
+    monkeypatch.setattr(_measures, "nearest_distances", counted)
+    _measures.closeness(bank_of(sparse), np.arange(300), distance=distance, progress=False)
     assert len(compared) >= 4
     assert len(set(compared)) == 1
 
@@ -166,7 +166,7 @@ def test_real_kernels_and_null_kernels_without_a_shape_are_compared_in_equal_num
 def test_a_layer_of_few_sparse_kernels_does_not_end_the_table():
     bank = bank_of(np.eye(9)[:3], cloud(5, 0))  # shuffled across kernels, two or all three may be zeros
     for seed in range(10):
-        table = measures.closeness(bank, np.arange(8), seed=seed, progress=False)
+        table = _measures.closeness(bank, np.arange(8), seed=seed, progress=False)
         assert (table.layer == "b").sum() == len(null_models.named_nulls)
 
 

@@ -7,7 +7,7 @@ from scipy.spatial import cKDTree
 
 from kclib.errors import InvalidValueError
 from kclib.kmeans import symmetric
-from kclib.similarity import neighbours
+from kclib.similarity import _neighbours
 
 KINDS = [
     "normal",
@@ -89,7 +89,7 @@ def assert_nearest(found, points, k, queries=None, **orbit):
 def test_neighbours_are_those_of_comparing_all(kind, n, d, k, asked, seed):
     points, k = drawn(kind, n, d, seed), min(k, n - 1)
     queries = drawn(kind, n // 2, d, seed + 1) if asked else None
-    assert_nearest(neighbours.nearest(points, k=k, queries=queries, n_threads=2), points, k, queries)
+    assert_nearest(_neighbours.nearest(points, k=k, queries=queries, n_threads=2), points, k, queries)
 
 
 @given(
@@ -109,7 +109,7 @@ def test_neighbours_up_to_a_symmetry_are_those_of_comparing_all_members_of_orbit
     if given == "signs":
         orbit = {"signs": np.array([1, -1])}
     queries = drawn(kind, n, 9, seed + 1) if asked else None
-    found = neighbours.nearest(points, k=k, queries=queries, n_threads=2, **orbit)
+    found = _neighbours.nearest(points, k=k, queries=queries, n_threads=2, **orbit)
     tiled = {"turns": np.tile(np.arange(9), (2, 1)), **orbit} if given == "signs" else orbit
     assert_nearest(found, points, k, queries, **tiled)
 
@@ -118,7 +118,7 @@ def test_neighbours_up_to_a_symmetry_are_those_of_comparing_all_members_of_orbit
 @pytest.mark.parametrize(("n", "d", "k"), [(20_000, 9, 1), (20_000, 2, 30), (5000, 25, 15), (3000, 49, 3)])
 def test_neighbours_of_thousands_are_those_of_scipy(kind, n, d, k):
     points = drawn(kind, n, d)
-    found = neighbours.nearest(points, k=k, n_threads=2)
+    found = _neighbours.nearest(points, k=k, n_threads=2)
     exact, rows = cKDTree(points).query(points, k + 1, workers=2)
     # Doubles of a point may come before it in its list of the k + 1 nearest.
     own = rows == np.arange(n)[:, None]
@@ -130,25 +130,25 @@ def test_neighbours_of_thousands_are_those_of_scipy(kind, n, d, k):
 def test_a_flipped_and_negated_kernel_is_a_neighbour_at_distance_zero():
     points = heavy_tailed(2000)
     points[1000:] = -points[:1000, symmetric.transforms(3)[5]]
-    found = neighbours.nearest(points, **SIGNED)
+    found = _neighbours.nearest(points, **SIGNED)
     assert found.indices[:, 0].tolist() == np.roll(np.arange(2000), 1000).tolist()
     assert not found.squared.any()
-    assert neighbours.nearest(points).squared.min() > 0
+    assert _neighbours.nearest(points).squared.min() > 0
 
 
 def test_distances_by_hand():
     points = np.array([[0, 0], [3, 4], [0, 1], [3, 4]], np.float32)
-    found = neighbours.nearest(points, k=2)
+    found = _neighbours.nearest(points, k=2)
     assert found.indices.tolist() == [[2, 1], [3, 2], [0, 1], [1, 2]]
     assert found.squared.tolist() == [[1, 25], [0, 18], [1, 18], [0, 18]]
-    turned = neighbours.nearest(points, queries=[[-1, 0], [4, 3]], turns=[[0, 1], [1, 0]], signs=[1, -1])
+    turned = _neighbours.nearest(points, queries=[[-1, 0], [4, 3]], turns=[[0, 1], [1, 0]], signs=[1, -1])
     assert turned.indices.tolist() == [[2], [1]]
     assert turned.squared.tolist() == [[0], [2]]
 
 
 def test_of_equally_near_points_the_smaller_rows_come_first():
     points = np.array([[1], [-1]], np.float32)[np.random.default_rng(0).integers(0, 2, 3000)]
-    found = neighbours.nearest(points, k=5, queries=[[0], [1], [-3]])
+    found = _neighbours.nearest(points, k=5, queries=[[0], [1], [-3]])
     plus, minus = np.flatnonzero(points > 0), np.flatnonzero(points < 0)
     assert found.indices.tolist() == [[0, 1, 2, 3, 4], plus[:5].tolist(), minus[:5].tolist()]
     assert found.squared.tolist() == [[1] * 5, [0] * 5, [4] * 5]
@@ -158,7 +158,7 @@ def test_of_equally_near_points_the_smaller_rows_come_first():
 def test_a_hundred_thousand_equal_points_take_no_time(d):
     points = np.ones((100_000, d), np.float32)
     with at_most(10):
-        found = neighbours.nearest(points, k=3)
+        found = _neighbours.nearest(points, k=3)
     assert not found.squared.any()
     assert found.indices[[0, 1, 2, 3, -1]].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2], [0, 1, 2]]
 
@@ -166,13 +166,13 @@ def test_a_hundred_thousand_equal_points_take_no_time(d):
 @pytest.mark.parametrize("exponent", [-55, 55])
 def test_points_of_any_size_have_the_same_neighbours(exponent):
     points = heavy_tailed(3000)
-    found, scaled = neighbours.nearest(points), neighbours.nearest(np.ldexp(points, exponent))
+    found, scaled = _neighbours.nearest(points), _neighbours.nearest(np.ldexp(points, exponent))
     np.testing.assert_array_equal(found.indices, scaled.indices)
     np.testing.assert_array_equal(np.ldexp(found.squared, 2 * exponent), scaled.squared)
 
 
 def test_points_too_far_apart_for_a_square_are_infinitely_far():
-    found = neighbours.nearest(np.array([[-3e38], [3e38], [2e38]], np.float32))
+    found = _neighbours.nearest(np.array([[-3e38], [3e38], [2e38]], np.float32))
     assert found.indices.tolist() == [[2], [2], [1]]
     assert np.isinf(found.squared).all()
 
@@ -180,7 +180,7 @@ def test_points_too_far_apart_for_a_square_are_infinitely_far():
 @pytest.mark.parametrize(("k", "orbit"), [(1, {}), (15, {}), (3, SIGNED)])
 def test_any_number_of_threads_finds_the_same_bits(k, orbit):
     points = heavy_tailed(5000)
-    one, *others = (neighbours.nearest(points, k=k, n_threads=count, **orbit) for count in (1, 2, 3))
+    one, *others = (_neighbours.nearest(points, k=k, n_threads=count, **orbit) for count in (1, 2, 3))
     for other in others:
         np.testing.assert_array_equal(other.indices, one.indices)
         np.testing.assert_array_equal(other.squared, one.squared)
@@ -189,9 +189,9 @@ def test_any_number_of_threads_finds_the_same_bits(k, orbit):
 def test_the_order_of_queries_changes_nothing_and_neither_does_who_asks():
     points = heavy_tailed(5000)
     shuffled = np.random.default_rng(1).permutation(5000)
-    found = neighbours.nearest(points, k=4, queries=points[shuffled])
+    found = _neighbours.nearest(points, k=4, queries=points[shuffled])
     assert found.indices[:, 0].tolist() == shuffled.tolist()
-    own = neighbours.nearest(points, k=3)
+    own = _neighbours.nearest(points, k=3)
     np.testing.assert_array_equal(found.indices[:, 1:], own.indices[shuffled])
     np.testing.assert_array_equal(found.squared[:, 1:], own.squared[shuffled])
 
@@ -201,7 +201,7 @@ def test_no_array_of_the_caller_changes():
     before = points.copy(), queries.copy()
     for array in (points, queries, *SIGNED.values()):
         array.flags.writeable = False
-    neighbours.nearest(points, queries=queries, **SIGNED)
+    _neighbours.nearest(points, queries=queries, **SIGNED)
     np.testing.assert_array_equal(points, before[0])
     np.testing.assert_array_equal(queries, before[1])
 
@@ -209,15 +209,15 @@ def test_no_array_of_the_caller_changes():
 @pytest.mark.parametrize("n", [2, 5000])
 def test_shares_of_the_work_sum_to_one(n):
     shares = []
-    neighbours.nearest(heavy_tailed(n), progress=shares.append)
+    _neighbours.nearest(heavy_tailed(n), progress=shares.append)
     assert sum(shares) == pytest.approx(1)
     assert min(shares) > 0
 
 
 def test_a_single_point_is_the_neighbour_of_all_queries_and_none_ask_for_nothing():
-    found = neighbours.nearest([[2, 0]], queries=[[0, 0], [2, 1]])
+    found = _neighbours.nearest([[2, 0]], queries=[[0, 0], [2, 1]])
     assert (found.indices.tolist(), found.squared.tolist()) == ([[0], [0]], [[4], [1]])
-    assert neighbours.nearest([[2, 0]], queries=np.empty((0, 2))).indices.shape == (0, 1)
+    assert _neighbours.nearest([[2, 0]], queries=np.empty((0, 2))).indices.shape == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -245,4 +245,4 @@ def test_a_single_point_is_the_neighbour_of_all_queries_and_none_ask_for_nothing
 )
 def test_what_cannot_be_asked_is_refused(change, message):
     with pytest.raises(InvalidValueError, match=message):
-        neighbours.nearest(**{"points": np.ones((5, 4)), **change})
+        _neighbours.nearest(**{"points": np.ones((5, 4)), **change})
