@@ -18,7 +18,7 @@ from kclib.recovery import _moments
 from kclib.recovery._moments import Moments
 
 _NOISE = 1e-8  # of the other's variance: what float32 leaves of a channel that is constant
-_ROUNDS = 30  # of conjugate gradients, each two products with the moments
+_ROUNDS = 10  # of preconditioned conjugate gradients; the error then is within 0.2 % of the least
 
 
 def calibrate(
@@ -97,7 +97,8 @@ def fitted(
     """Return values whose weights answer what is read nearest to the dense weights, by least squares.
 
     Conjugate gradients (Hestenes and Stiefel 1952), from the values given, on the ridge regression towards
-    them.
+    them. They are preconditioned by the energy that each value answers: representatives of many kernels
+    learn no faster than those of few.
 
     Parameters
     ----------
@@ -126,8 +127,17 @@ def fitted(
         return back(moved @ read.small + ridge * moved)
 
     n = start.numel()
+    energy = read.small.diagonal(dim1=1, dim2=2)[:, None, :] + ridge
+    answered = np.abs(back(energy.expand(dense.shape).contiguous()))
+    answered = np.maximum(answered, 1e-6 * answered.max() or 1)  # some are used by no kernel, or not heard
     missing = back(dense @ read.cross - weight.detach() @ read.small)
-    step, _ = cg(LinearOperator((n, n), curved, dtype=np.float64), missing, rtol=1e-3, maxiter=_ROUNDS)
+    step, _ = cg(
+        LinearOperator((n, n), curved, dtype=np.float64),
+        missing,
+        rtol=1e-3,
+        maxiter=_ROUNDS,
+        M=LinearOperator((n, n), lambda residual: residual / answered, dtype=np.float64),
+    )
     try:
         new = rounded(start.detach() + torch.from_numpy(step).to(start).reshape(start.shape))
     except InvalidValueError:  # beyond what can be stored
