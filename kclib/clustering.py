@@ -138,7 +138,7 @@ def cluster(
     scope: str | Mapping[str, str] = "layer",
     scaled: bool = False,
     turned: bool = False,
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     price: float = 0.0,
     seed: int = 0,
     n_threads: int | None = None,
@@ -160,7 +160,7 @@ def cluster(
         A codebook for each layer, one for all, or from each layer's name to its group's name.
     scaled, turned : bool
         Whether a representative stands for its multiples, and for its flips and rotations (square kernels).
-    weights : numpy.ndarray, optional
+    sample_weight : numpy.ndarray, optional
         ``(n,)`` in the rows of the bank, finite, at least 0, not all 0: how much a kernel's squared distance
         counts in what is minimised; in a group of zeros (not with a price), and in `Group.inertia`, all count
         alike.
@@ -179,7 +179,7 @@ def cluster(
     ------
     InvalidValueError, UnknownNameError
         K below 1 or above the number of kernels; a layer or group that is missing or unknown; kernels to be
-        turned that are not square; weights or a price out of range.
+        turned that are not square; a sample weight or price out of range.
     NotEnoughMemoryError
 
     Examples
@@ -197,7 +197,7 @@ def cluster(
     asked = wanted(members, n_clusters)
     method = _method(bank, scaled, turned, _entropy.checked_price(price))
     points = {name: bank.points[rows_of(layers)] for name, layers in members.items()}
-    shares = _shares(bank, members, weights, price)
+    shares = _shares(bank, members, sample_weight, price)
     largest_first = sorted(members, key=lambda name: -len(points[name]))
     n_threads = threads.threads(n_threads)
     inside = 1 if len(members) >= n_threads else n_threads
@@ -209,13 +209,15 @@ def cluster(
             name = largest_first[i]
             k = min(asked[name], len(points[name]))
             report = bar.of(name, len(points[name]))
-            return method(points[name], k, weights=shares[name], seed=seed, n_threads=inside, progress=report)
+            return method(
+                points[name], k, sample_weight=shares[name], seed=seed, n_threads=inside, progress=report
+            )
 
         found = dict(zip(largest_first, threads.side_by_side(fit, len(members), n_threads), strict=True))
     result = of_fits(bank, found, asked, scope=scope, scaled=scaled, turned=turned, seed=seed)
     if price:
         result = replace(result, notes=())  # fewer clusters are what a price is for
-    return result if weights is None else with_inertia(result, bank)
+    return result if sample_weight is None else with_inertia(result, bank)
 
 
 def of_fits(
@@ -378,24 +380,24 @@ def by_use(group: Group) -> tuple[np.ndarray, np.ndarray]:
 def error_share(bank: KernelBank, clustering: Clustering) -> list[float]:
     """Return each layer's squared error over its squared weight, 0 to 1, in the order of the bank."""
     error = kernel_errors(bank, clustering)
-    weight = np.square(bank.weights, dtype=np.float64).sum(axis=(1, 2))
+    weight = np.square(bank.kernels, dtype=np.float64).sum(axis=(1, 2))
     return [float(error[x.rows].sum() / (weight[x.rows].sum() or 1)) for x in bank.layers]
 
 
-def kernel_errors(bank: KernelBank, clustering: Clustering, weights=None) -> np.ndarray:
-    """Return each kernel's squared error, times its weight if there are any, float64 ``(n,)``."""
+def kernel_errors(bank: KernelBank, clustering: Clustering, sample_weight=None) -> np.ndarray:
+    """Return each kernel's squared error, times its sample weight if these are given, float64 ``(n,)``."""
     if bank.layers != checked(clustering).layers:
         raise InvalidValueError(
             "the clustering is of other layers than the bank's; give the bank it was made of."
         )
-    weights = _settings.checked_weights(weights, len(bank))
-    squares = np.square(bank.weights - quantized(clustering), dtype=np.float64).sum(axis=(1, 2))
-    return squares if weights is None else squares * weights
+    sample_weight = _settings.checked_sample_weight(sample_weight, len(bank))
+    squares = np.square(bank.kernels - quantized(clustering), dtype=np.float64).sum(axis=(1, 2))
+    return squares if sample_weight is None else squares * sample_weight
 
 
 def origin_of(bank: KernelBank) -> dict[str, str]:
     """Return the SHA-256 of each layer's kernels, by its name."""
-    return {layer.name: digest(bank.weights[layer.rows]) for layer in bank.layers}
+    return {layer.name: digest(bank.kernels[layer.rows]) for layer in bank.layers}
 
 
 def digest(kernels: np.ndarray) -> str:
@@ -415,15 +417,15 @@ def _method(bank: KernelBank, scaled: bool, turned: bool, price: float) -> Calla
     return functools.partial(_entropy.fit, price=price) if price else kmeans.fit
 
 
-def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], weights, price: float) -> dict:
-    """Check weights and return them by group; None for each if there are none, or all of its are 0."""
-    weights = _settings.checked_weights(weights, len(bank))
-    if weights is None:
+def _shares(bank: KernelBank, members: Mapping[str, tuple[Layer, ...]], sample_weight, price: float) -> dict:
+    """Check sample weights and return them by group: None for a group where they are not given or all 0."""
+    sample_weight = _settings.checked_sample_weight(sample_weight, len(bank))
+    if sample_weight is None:
         return dict.fromkeys(members)
-    shares = {name: weights[rows_of(layers)] for name, layers in members.items()}
+    shares = {name: sample_weight[rows_of(layers)] for name, layers in members.items()}
     if price and (empty := [name for name, share in shares.items() if not share.any()]):
         raise InvalidValueError(
-            f"with a price, weights must not be all 0 in a group; they are in {', '.join(empty)}."
+            f"with a price, sample_weight must not be all 0 in a group; it is in {', '.join(empty)}."
         )
     return {name: _settings.counted(share) for name, share in shares.items()}
 

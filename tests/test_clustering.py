@@ -25,8 +25,8 @@ def bank_of(**layers):
     for name, kernels in layers.items():
         made.append(Layer(name, (len(kernels), 1, *kernels[0].shape), start))
         start += len(kernels)
-    weights = np.concatenate([np.stack(kernels) for kernels in layers.values()])
-    return KernelBank(weights, tuple(made), {})
+    sample_weight = np.concatenate([np.stack(kernels) for kernels in layers.values()])
+    return KernelBank(sample_weight, tuple(made), {})
 
 
 def random_bank(*sizes, seed=0):
@@ -43,17 +43,17 @@ def test_each_kernel_gets_the_nearest_representative_of_its_own_group(scope, n_c
     bank = random_bank(12, 30, 7, seed=seed)
     result = cluster(bank, n_clusters, scope=scope, seed=seed)
     rows = clustering.quantized(result)
-    assert rows.shape == bank.weights.shape
+    assert rows.shape == bank.kernels.shape
     for group in result.groups:
         assert (np.bincount(group.indices, minlength=group.n_clusters) > 0).all()
         assert len(group.indices) == sum(layer.n_kernels for layer in group.layers)
         codebook = group.codebook.reshape(group.n_clusters, -1)
         for layer in group.layers:
             best = cdist(bank.points[layer.rows], codebook, "sqeuclidean").min(1)
-            mine = np.square(bank.weights[layer.rows] - rows[layer.rows]).sum(axis=(1, 2))
+            mine = np.square(bank.kernels[layer.rows] - rows[layer.rows]).sum(axis=(1, 2))
             np.testing.assert_allclose(mine, best, rtol=1e-4, atol=1e-6)
             assert {x.tobytes() for x in rows[layer.rows]} <= {x.tobytes() for x in group.codebook}
-    assert result.inertia == pytest.approx(np.square(bank.weights - rows).sum(dtype="d"), rel=1e-4, abs=1e-6)
+    assert result.inertia == pytest.approx(np.square(bank.kernels - rows).sum(dtype="d"), rel=1e-4, abs=1e-6)
 
 
 @given(SCOPES, st.integers(0, 99))
@@ -75,7 +75,7 @@ def test_one_codebook_for_all_layers_shares_what_each_layer_repeats():
     assert (shared.inertia, shared.n_clusters, shared.kernels_removed) == (0, 2, 0.5)
     assert (alone.inertia, alone.n_clusters) == (2 * 2 * 4 * 2.0**2, 2)
     np.testing.assert_array_equal([g.codebook[0] for g in alone.groups], [(A + B) / 2] * 2)
-    np.testing.assert_array_equal(clustering.quantized(shared), bank.weights)
+    np.testing.assert_array_equal(clustering.quantized(shared), bank.kernels)
 
 
 def test_codebooks_of_layers_that_differ_split_like_one_for_all():
@@ -83,7 +83,7 @@ def test_codebooks_of_layers_that_differ_split_like_one_for_all():
     for scope, n_clusters in (("layer", 1), ("global", 2)):
         result = cluster(bank, n_clusters, scope=scope)
         assert (result.n_clusters, result.inertia) == (2, 0)
-        np.testing.assert_array_equal(clustering.quantized(result), bank.weights)
+        np.testing.assert_array_equal(clustering.quantized(result), bank.kernels)
 
 
 def test_groups_of_a_mapping_keep_the_order_of_the_bank():
@@ -104,7 +104,7 @@ def test_each_group_may_have_its_own_k():
 
 
 def test_groups_that_fall_short_of_k_are_noted_and_no_others():
-    bank = bank_of(small=[A, B], doubled=[A, A, B, B, C], large=list(random_bank(5).weights[:, :2, :2]))
+    bank = bank_of(small=[A, B], doubled=[A, A, B, B, C], large=list(random_bank(5).kernels[:, :2, :2]))
     result = cluster(bank, 5)
     assert [group.n_clusters for group in result.groups] == [2, 3, 5]
     assert len(result.notes) == 2
@@ -140,7 +140,7 @@ def test_scales_and_turns_give_the_kernels_that_the_inertia_is_of(how, scope, n_
     bank = random_bank(12, 30, 7, seed=seed)
     result = cluster(bank, n_clusters, scope=scope, seed=seed, **how)
     rows = clustering.quantized(result)
-    assert (rows.shape, rows.dtype) == (bank.weights.shape, np.float32)
+    assert (rows.shape, rows.dtype) == (bank.kernels.shape, np.float32)
     for group in result.groups:
         n = len(group.indices)
         assert (group.scales is None) == ("scaled" not in how)
@@ -152,7 +152,7 @@ def test_scales_and_turns_give_the_kernels_that_the_inertia_is_of(how, scope, n_
         if group.turns is not None:
             assert (group.turns.shape, group.turns.dtype, group.turns.max() < 8) == ((n,), np.uint8, True)
         mine = np.concatenate([rows[layer.rows] for layer in group.layers])
-        kernels = np.concatenate([bank.weights[layer.rows] for layer in group.layers])
+        kernels = np.concatenate([bank.kernels[layer.rows] for layer in group.layers])
         np.testing.assert_allclose(mine, [stands_for(group, row) for row in range(n)], rtol=1e-6)
         np.testing.assert_array_equal(group.kernels(slice(2, 5)), mine[2:5])
         squares = np.square(kernels.astype("d")).sum()
@@ -171,8 +171,8 @@ def test_symmetries_restore_the_layers_that_one_kernel_was_made_into(how):
         made.append((-2.5) ** quarter * kernel if "scaled" in how else kernel)
     bank = bank_of(one=made[:2], two=made[2:])
     result = cluster(bank, 1, scope="global", **how)
-    assert result.inertia <= 1e-9 * np.square(bank.weights).sum()
-    np.testing.assert_allclose(clustering.quantized(result), bank.weights, rtol=1e-4, atol=1e-5)
+    assert result.inertia <= 1e-9 * np.square(bank.kernels).sum()
+    np.testing.assert_allclose(clustering.quantized(result), bank.kernels, rtol=1e-4, atol=1e-5)
     assert clustering.error_share(bank, result) == pytest.approx([0, 0], abs=1e-9)
 
 
@@ -196,8 +196,8 @@ def test_kernels_that_are_not_square_are_scaled_but_not_turned():
     drawn = np.random.default_rng(0).normal(size=(40, 1, 5)).astype("f")
     bank = bank_of(one=list(drawn), two=list(3 * drawn))
     result = cluster(bank, 40, scope="global", scaled=True)
-    assert result.inertia <= 1e-9 * np.square(bank.weights).sum()
-    np.testing.assert_allclose(clustering.quantized(result), bank.weights, rtol=1e-4, atol=1e-5)
+    assert result.inertia <= 1e-9 * np.square(bank.kernels).sum()
+    np.testing.assert_allclose(clustering.quantized(result), bank.kernels, rtol=1e-4, atol=1e-5)
     for how in ({"turned": True}, {"scaled": True, "turned": True}):
         with pytest.raises(InvalidValueError, match=r"1×5.*turned"):
             cluster(bank, 4, **how)
@@ -312,34 +312,36 @@ def test_unknown_scope_is_refused_with_the_nearest_known_one():
 
 def test_weights_are_in_the_rows_of_the_bank_and_inertia_counts_all_kernels_alike():
     bank = random_bank(50, 30, 40)
-    weights = np.random.default_rng(0).lognormal(size=120)
+    sample_weight = np.random.default_rng(0).lognormal(size=120)
     for how in ({}, *HOW):
-        result = cluster(bank, 6, scope={"conv0": "a", "conv1": "b", "conv2": "a"}, weights=weights, **how)
+        result = cluster(
+            bank, 6, scope={"conv0": "a", "conv1": "b", "conv2": "a"}, sample_weight=sample_weight, **how
+        )
         fit = symmetric.fit if how else kmeans.fit
         for group, rows in zip(result.groups, (np.r_[0:50, 80:120], np.r_[50:80]), strict=True):
-            alone = fit(bank.points[rows], 6, weights=weights[rows], **how)
+            alone = fit(bank.points[rows], 6, sample_weight=sample_weight[rows], **how)
             np.testing.assert_array_equal(group.indices, alone.labels)
             np.testing.assert_array_equal(group.codebook.reshape(-1, 9), alone.centres)
-            lost = bank.weights[rows] - group.kernels(slice(None))
+            lost = bank.kernels[rows] - group.kernels(slice(None))
             assert group.inertia == pytest.approx(np.square(lost, dtype="d").sum(), rel=1e-6)
             assert group.inertia != pytest.approx(alone.inertia, rel=0.01)
 
 
 def test_in_a_group_of_zero_weights_all_kernels_count_alike():
     bank = random_bank(30, 20)
-    ours, alike = (cluster(bank, 4, weights=np.repeat([1, x], [30, 20])) for x in (0, 1))
+    ours, alike = (cluster(bank, 4, sample_weight=np.repeat([1, x], [30, 20])) for x in (0, 1))
     np.testing.assert_array_equal(ours.groups[1].codebook, alike.groups[1].codebook)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_each_group_pays_for_its_bits_alone_and_fewer_clusters_are_no_note(weighted):
     bank = random_bank(200, 90, 5)
-    weights = np.random.default_rng(0).lognormal(size=295) if weighted else None
-    result = cluster(bank, 40, weights=weights, price=1.5, seed=3)
+    sample_weight = np.random.default_rng(0).lognormal(size=295) if weighted else None
+    result = cluster(bank, 40, sample_weight=sample_weight, price=1.5, seed=3)
     for group, layer in zip(result.groups, bank.layers, strict=True):
-        mine = None if weights is None else weights[layer.rows]
+        mine = None if sample_weight is None else sample_weight[layer.rows]
         k = min(40, layer.n_kernels)
-        alone = _entropy.fit(bank.points[layer.rows], k, price=1.5, weights=mine, seed=3)
+        alone = _entropy.fit(bank.points[layer.rows], k, price=1.5, sample_weight=mine, seed=3)
         np.testing.assert_array_equal(group.indices, alone.labels)
         np.testing.assert_array_equal(group.codebook.reshape(-1, 9), alone.centres)
     assert result.groups[0].n_clusters < 40
@@ -363,17 +365,20 @@ def test_priced_indices_and_codebooks_take_fewer_bytes_at_less_error():
     assert tables[1]["convolutions"] < tables[0]["convolutions"]
     rebuilt = compression.compress(network, priced)
     image = torch.from_numpy(draw.normal(size=(1, 64, 9, 9)).astype("f"))
-    dense = insert(network, replace(bank, weights=clustering.quantized(priced)))
+    dense = insert(network, replace(bank, kernels=clustering.quantized(priced)))
     torch.testing.assert_close(rebuilt(image), dense(image), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"weights": np.ones(4)}, r"weights have shape \(4,\); it must be \(5,\)"),
-        ({"weights": [1, 1, np.nan, 1, 1]}, "weights must be finite"),
-        ({"weights": [1, 1, 1, -1, 1]}, "at least 0"),
-        ({"weights": [1, 1, 1, 0, 0], "price": 1.0}, "weights must not be all 0 in a group; they are in two"),
+        ({"sample_weight": np.ones(4)}, r"sample_weight has shape \(4,\); it must be \(5,\)"),
+        ({"sample_weight": [1, 1, np.nan, 1, 1]}, "sample_weight must be finite"),
+        ({"sample_weight": [1, 1, 1, -1, 1]}, "at least 0"),
+        (
+            {"sample_weight": [1, 1, 1, 0, 0], "price": 1.0},
+            "sample_weight must not be all 0 in a group; it is in two",
+        ),
         ({"price": -0.5}, r"price is -0\.5;"),
         ({"price": 2.0, "scaled": True}, r"price is 2\.0;"),
         ({"price": 2.0, "turned": True}, "must be 0 where kernels are scaled or turned"),

@@ -40,9 +40,9 @@ class Given:
         """What every part that runs a network is told."""
         return {"device": self.device, "progress": self.progress}
 
-    def weights(self, stage: Stage) -> np.ndarray:
+    def sample_weight(self, stage: Stage) -> np.ndarray:
         """Return what an error in each kernel of a stage costs."""
-        return sensitivity.weights(stage.model, self.images, stage.bank, seed=self.seed, **self.running)
+        return sensitivity.importance(stage.model, self.images, stage.bank, seed=self.seed, **self.running)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Prune(Step):
         At least 0, below 1.
     kind : {"kernels", "filters", "weights"}
     weighted : bool
-        Whether squares count times what an error in their kernel costs (`sensitivity.weights`, by images).
+        Whether squares count times what an error in their kernel costs (`sensitivity.importance`, by images).
     """
 
     sparsity: float
@@ -145,11 +145,11 @@ class Prune(Step):
 
     def after(self, stage: Stage, given: Given) -> Stage:
         """Return what this step makes of a stage."""
-        weights = given.weights(stage) if self.weighted else None
+        sample_weight = given.importance(stage) if self.weighted else None
         if stage.clustering is not None and self.kind == "weights":
-            stage = stage.clustered(_stages.thinned(stage.clustering, self.sparsity, weights))
+            stage = stage.clustered(_stages.thinned(stage.clustering, self.sparsity, sample_weight))
             return stage.pruned(stage.model.network, self.kind)
-        found = _pruning.prune(stage.model, self.sparsity, kind=self.kind, weights=weights)
+        found = _pruning.prune(stage.model, self.sparsity, kind=self.kind, sample_weight=sample_weight)
         return stage.pruned(found.network, self.kind)
 
 
@@ -162,7 +162,7 @@ class Cluster(Step):
     n_clusters, scope
         As in `clustering.cluster`; after `Prune`, zero comes on top.
     weighted : bool
-        Whether kernels count by what their errors cost (`sensitivity.weights`, by images).
+        Whether kernels count by what their errors cost (`sensitivity.importance`, by images).
     corrected : bool
         Whether layers make good what those before them lost (`sequential.correct`, by images). Not after
         `Prune`: what is zero would be moved.
@@ -186,7 +186,7 @@ class Cluster(Step):
     def after(self, stage: Stage, given: Given) -> Stage:
         """Return what this step makes of a stage."""
         options = {"scope": self.scope, "seed": given.seed, "progress": given.progress}
-        options["weights"] = given.weights(stage) if self.weighted else None
+        options["sample_weight"] = given.importance(stage) if self.weighted else None
         if self.corrected:
             options |= {"dense": given.model.network, "precision": stage.precision, "device": given.device}
             found = _sequential.correct(stage.model, given.images, self.n_clusters, **options)
@@ -299,7 +299,7 @@ class Pipeline:
         """Do all steps.
 
         The same seed gives the same result, but where a step's own docstring says that it hangs on the number
-        of threads (`sequential.correct`, `sensitivity.weights`, training).
+        of threads (`sequential.correct`, `sensitivity.importance`, training).
 
         Parameters
         ----------

@@ -17,7 +17,7 @@ def cluster(
     n_clusters: int | Mapping[str, int],
     *,
     scope: str | Mapping[str, str] = "layer",
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     price: float = 0.0,
     seed: int = 0,
     n_threads: int | None = None,
@@ -31,7 +31,7 @@ def cluster(
 
     Parameters
     ----------
-    bank, n_clusters, scope, weights, price, seed, n_threads, progress
+    bank, n_clusters, scope, sample_weight, price, seed, n_threads, progress
         As in `clustering.cluster`. A price is that of the bits that tell the others apart.
 
     Returns
@@ -49,9 +49,12 @@ def cluster(
     checks.check_seed(seed)
     members = clustering.grouping(bank, scope)
     asked = clustering.wanted(members, n_clusters)
-    weights, alive = _settings.checked_weights(weights, len(bank)), bank.weights.any(axis=(1, 2))
+    sample_weight, alive = (
+        _settings.checked_sample_weight(sample_weight, len(bank)),
+        bank.kernels.any(axis=(1, 2)),
+    )
     options = {"price": price, "seed": seed, "n_threads": n_threads, "progress": progress}
-    options["weights"] = None if weights is None else weights[alive]
+    options["sample_weight"] = None if sample_weight is None else sample_weight[alive]
     found = _of_others(_others(bank, alive), members, asked, options)
     groups = tuple(
         _with_zero(name, layers, alive, found.get(name, _empty(name, bank)))
@@ -73,7 +76,7 @@ def _others(bank: KernelBank, alive: np.ndarray) -> KernelBank:
         if n := int(np.count_nonzero(alive[layer.rows])):
             layers.append(replace(layer, shape=(n, 1, *bank.size), start=start))
             start += n
-    return KernelBank(bank.weights[alive], tuple(layers), {})
+    return KernelBank(bank.kernels[alive], tuple(layers), {})
 
 
 def _of_others(

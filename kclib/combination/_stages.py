@@ -65,7 +65,7 @@ class Stage:
         stage = self.on(network, kind=kind, held=zeros(network))
         if self.clustering is None:
             return stage
-        dead = ~stage.bank.weights.any(axis=(1, 2))
+        dead = ~stage.bank.kernels.any(axis=(1, 2))
         return stage.clustered(tuple(_with_zero(group, dead[group.rows]) for group in self.clustering.groups))
 
     def clustered(self, groups: tuple[Group, ...]) -> "Stage":
@@ -106,7 +106,7 @@ class Stage:
 
     def row(self, step: str, network: nn.Module) -> dict[str, object]:
         """Return what the step that made this stage did to bytes and kernels, of its final network."""
-        alive = self.bank.weights.any(axis=(1, 2))
+        alive = self.bank.kernels.any(axis=(1, 2))
         return {"step": step, "bytes": self.n_bytes(network), "zero_kernels": 1 - float(alive.mean())}
 
     def guarded(self) -> nn.Module:
@@ -127,7 +127,7 @@ class Stage:
         network.load_state_dict(state)
         stage = self.on(compression.expanded(network))
         if self.clustering is not None:
-            rows = stage.bank.weights
+            rows = stage.bank.kernels
             groups = (replace(x, codebook=rows[x.rows][_first(x)]) for x in self.clustering.groups)
             stage = stage.clustered(tuple(groups))
         return stage.as_stored()
@@ -151,18 +151,18 @@ def zeros(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def thinned(found: Clustering, sparsity: float, weights: np.ndarray | None) -> tuple[Group, ...]:
+def thinned(found: Clustering, sparsity: float, sample_weight: np.ndarray | None) -> tuple[Group, ...]:
     """Return the groups with a share of their codebooks' weights made zero, those of the least scores.
 
-    The score is the square times the number of kernels served, or the sum of their weights ``(n,)``. Of equal
-    ones the first stay; the best of each layer stays.
+    The score is the square times the number of kernels served, or the sum of their sample weights ``(n,)``.
+    Of equal ones the first stay; the best of each layer stays.
 
     Raises
     ------
     InvalidValueError
         The share leaves less than one to each layer.
     """
-    scores = np.concatenate([_scores(group, weights).ravel() for group in found.groups])
+    scores = np.concatenate([_scores(group, sample_weight).ravel() for group in found.groups])
     kept = np.argsort(-scores, kind="stable")[: scores.size - round(sparsity * scores.size)]
     if len(kept) < (least := np.count_nonzero(np.isinf(scores))):
         raise InvalidValueError(
@@ -178,9 +178,9 @@ def thinned(found: Clustering, sparsity: float, weights: np.ndarray | None) -> t
     )
 
 
-def _scores(group: Group, weights: np.ndarray | None) -> np.ndarray:
+def _scores(group: Group, sample_weight: np.ndarray | None) -> np.ndarray:
     """Return the scores of a codebook's weights, infinite for the best of each layer."""
-    served = None if weights is None else weights[group.rows]
+    served = None if sample_weight is None else sample_weight[group.rows]
     served = np.bincount(group.indices, served, minlength=group.n_clusters)
     scores = np.square(group.codebook, dtype=np.float64).reshape(len(served), -1) * served[:, None]
     best, start = [], 0
@@ -219,7 +219,7 @@ def _rounded(bank: KernelBank, precision: str) -> KernelBank:
     """Return kernels that are not clustered as a precision stores them."""
     if precision in _FORMS:
         return _formats.decoded(bank, _FORMS[precision])
-    return replace(bank, weights=_precisions.rounded(torch.tensor(bank.weights), precision).numpy())
+    return replace(bank, kernels=_precisions.rounded(torch.tensor(bank.kernels), precision).numpy())
 
 
 def _guard(module: nn.Module, part: str, mask: Tensor) -> None:

@@ -226,7 +226,7 @@ class Rates:
         k = min(cell.k, largest)
         fit = _fitting.memory(largest, bank.points.shape[1], k) if largest else 0
         # The network, the one with other kernels, the copy that runs; the bank, and what stands for it.
-        return _IMPORTS + 3 * dense + held + 2 * bank.weights.nbytes + fit
+        return _IMPORTS + 3 * dense + held + 2 * bank.kernels.nbytes + fit
 
     @cached_property
     def _an_image(self) -> float:

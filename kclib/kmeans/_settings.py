@@ -86,25 +86,25 @@ def checked_points(points) -> np.ndarray:
     return points
 
 
-def checked_weights(weights, n: int) -> np.ndarray | None:
-    """Return weights as float32 ``(n,)``, None if none are given; raise InvalidValueError if out of range."""
-    if weights is None:
+def checked_sample_weight(sample_weight, n: int) -> np.ndarray | None:
+    """Return sample weights as float32 ``(n,)``, or None as it is; InvalidValueError if out of range."""
+    if sample_weight is None:
         return None
-    weights = checks.floats("weights", weights)
-    if weights.shape != (n,):
-        raise InvalidValueError(f"weights have shape {weights.shape}; it must be ({n},).")
-    if not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
-        raise InvalidValueError("weights must be finite, at least 0, and not all 0.")
-    return weights
+    sample_weight = checks.floats("sample_weight", sample_weight)
+    if sample_weight.shape != (n,):
+        raise InvalidValueError(f"sample_weight has shape {sample_weight.shape}; it must be ({n},).")
+    if not np.isfinite(sample_weight).all() or sample_weight.min() < 0 or not sample_weight.any():
+        raise InvalidValueError("sample_weight must be finite, at least 0, and not all 0.")
+    return sample_weight
 
 
-def counted(weights: np.ndarray | None) -> np.ndarray | None:
-    """Return the weights of a group's points; None, so that all count alike, where all of them are 0."""
-    return None if weights is None or not weights.any() else weights
+def counted(sample_weight: np.ndarray | None) -> np.ndarray | None:
+    """Return the sample weights of a group, or None, so that all count alike, where all of them are 0."""
+    return None if sample_weight is None or not sample_weight.any() else sample_weight
 
 
-def required_weights(weights, n: int) -> np.ndarray:
-    """Return weights as `checked_weights` does; raise InvalidValueError also if none are given."""
-    if weights is None:
-        raise InvalidValueError("weights is None; give what errors cost, such as sensitivity.weights.")
-    return checked_weights(weights, n)
+def required_sample_weight(sample_weight, n: int) -> np.ndarray:
+    """Return sample weights as `checked_sample_weight` does; raise InvalidValueError also for None."""
+    if sample_weight is None:
+        raise InvalidValueError("sample_weight is None; give what errors cost (sensitivity.importance).")
+    return checked_sample_weight(sample_weight, n)

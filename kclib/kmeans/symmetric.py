@@ -65,7 +65,7 @@ def fit(
     *,
     scaled: bool = False,
     turned: bool = False,
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     max_iter: int = 25,
     tol: float | None = None,
     seed: int = 0,
@@ -89,19 +89,19 @@ def fit(
         Whether a kernel is a signed multiple of its centre.
     turned : bool
         Whether a kernel is its centre flipped or rotated.
-    weights, max_iter, tol, seed, n_threads, progress
+    sample_weight, max_iter, tol, seed, n_threads, progress
         As in `_fitting.fit`.
 
     Raises
     ------
     InvalidValueError
-        K, points, weights, max_iter or tol out of range; kernels that are not square.
+        K, points, sample_weight, max_iter or tol out of range; kernels that are not square.
     """
     options = Options(max_iter, tol, None, seed, n_threads)
-    points, weights = _checked(points, weights, n_clusters, turned)
+    points, sample_weight = _checked(points, sample_weight, n_clusters, turned)
     n_clusters = int(n_clusters)
     frame = _rescaling.Frame.of([points], shifted=False)
-    orbits = _Orbits.of(frame.into(points), weights, scaled, turned)
+    orbits = _Orbits.of(frame.into(points), sample_weight, scaled, turned)
     report = Progress(progress)
     report.unit = frame.inertia_unit
     centres = _start(orbits, n_clusters, options)
@@ -141,20 +141,20 @@ class _Orbits:
 
     points: np.ndarray
     shapes: np.ndarray  # unit kernels if scaled, the kernels themselves otherwise
-    weights: np.ndarray
+    sample_weight: np.ndarray
     turns: np.ndarray
     scaled: bool
 
     @classmethod
-    def of(cls, points, weights, scaled: bool, turned: bool) -> "_Orbits":
+    def of(cls, points, sample_weight, scaled: bool, turned: bool) -> "_Orbits":
         turns = transforms(math.isqrt(points.shape[1])) if turned else np.arange(points.shape[1])[None]
         shapes = points
         if scaled:
             # in float64: the squares of tiny kernels vanish in float32
             lengths = np.linalg.norm(points.astype(np.float64), axis=1, keepdims=True)
             shapes = (points / np.where(lengths > 0, lengths, 1)).astype(np.float32)
-        weights = np.ones(len(points), np.float32) if weights is None else weights
-        return cls(points, shapes, weights, turns, scaled)
+        sample_weight = np.ones(len(points), np.float32) if sample_weight is None else sample_weight
+        return cls(points, shapes, sample_weight, turns, scaled)
 
     @property
     def size(self) -> int:
@@ -178,7 +178,7 @@ class _Orbits:
             if self.scaled:
                 scales[block] = (self.points[block] * chosen).sum(1)
             difference = self.points[block] - scales[block, None] * chosen
-            errors[block] = self.weights[block] * np.square(difference).sum(1)
+            errors[block] = self.sample_weight[block] * np.square(difference).sum(1)
         # The negative of a centre is only a way to find it: the sign is the scale's.
         negative = found.labels % self.size >= len(self.turns)
         return _Assigned(
@@ -195,10 +195,10 @@ class _Orbits:
         turn = found.members % self.size % len(self.turns)
         aligned = np.take_along_axis(self.points, backwards[turn], axis=1)
         if not self.scaled:
-            return _lloyd.means(aligned, self.weights, found.labels, centres, n_threads)
+            return _lloyd.means(aligned, self.sample_weight, found.labels, centres, n_threads)
         order, starts = _nearest.by_label(found.labels, len(centres))
         result = centres.copy()
-        _directions(aligned, self.weights, order, starts, result)
+        _directions(aligned, self.sample_weight, order, starts, result)
         return result
 
 
@@ -209,12 +209,12 @@ def _start(orbits: _Orbits, n_clusters: int, options: Options) -> np.ndarray:
     leaning = np.stack([orbits.shapes[:, turn] @ lean for turn in orbits.turns], axis=1)
     turn = np.abs(leaning).argmax(1) if orbits.scaled else leaning.argmax(1)
     aligned = np.take_along_axis(orbits.shapes, orbits.turns[turn], axis=1)
-    weights = orbits.weights
+    sample_weight = orbits.sample_weight
     if orbits.scaled:
         aligned *= np.where(np.take_along_axis(leaning, turn[:, None], axis=1) < 0, -1, 1)
-        weights = weights * np.square(orbits.points).sum(1)
-        weights = weights / max(weights.max(), np.finfo(np.float32).tiny)
-    centres, _ = _lloyd.start(aligned, weights if weights.any() else None, n_clusters, options)
+        sample_weight = sample_weight * np.square(orbits.points).sum(1)
+        sample_weight = sample_weight / max(sample_weight.max(), np.finfo(np.float32).tiny)
+    centres, _ = _lloyd.start(aligned, sample_weight if sample_weight.any() else None, n_clusters, options)
     if orbits.scaled:
         lengths = np.linalg.norm(centres, axis=1, keepdims=True)
         centres = np.where(lengths > 0, centres / np.where(lengths > 0, lengths, 1), np.eye(1, d))
@@ -227,7 +227,7 @@ def _filled(orbits, centres, found: _Assigned, n_threads: int) -> tuple[np.ndarr
         if not len(empty := _lloyd.unused(centres, found.labels)):
             return centres, found
         worst = np.argsort(-found.errors, kind="stable")[: len(empty)]
-        least = 1e-10 * orbits.weights[worst] * np.square(orbits.points[worst]).sum(1)
+        least = 1e-10 * orbits.sample_weight[worst] * np.square(orbits.points[worst]).sum(1)
         worst = worst[found.errors[worst] > least]  # not what rounding leaves of a multiple
         if not len(worst):
             break
@@ -240,7 +240,7 @@ def _filled(orbits, centres, found: _Assigned, n_threads: int) -> tuple[np.ndarr
 
 
 @njit(nogil=True, cache=True)
-def _directions(points, weights, order, starts, centres):
+def _directions(points, sample_weight, order, starts, centres):
     """Write the leading eigenvector of each cluster's second moments."""
     d = points.shape[1]
     for j in range(len(centres)):
@@ -248,7 +248,7 @@ def _directions(points, weights, order, starts, centres):
         for row in order[starts[j] : starts[j + 1]]:
             for a in range(d):
                 for b in range(a + 1):
-                    moments[a, b] += np.float64(weights[row]) * points[row, a] * points[row, b]
+                    moments[a, b] += np.float64(sample_weight[row]) * points[row, a] * points[row, b]
         if np.trace(moments) > 0:
             for a in range(d):
                 for b in range(a):
@@ -256,9 +256,9 @@ def _directions(points, weights, order, starts, centres):
             centres[j] = np.linalg.eigh(moments)[1][:, d - 1].astype(np.float32)
 
 
-def _checked(points, weights, n_clusters: int, turned: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _checked(points, sample_weight, n_clusters: int, turned: bool) -> tuple[np.ndarray, np.ndarray | None]:
     points = _settings.checked_points(points)
     if turned and math.isqrt(points.shape[1]) ** 2 != points.shape[1]:
         raise InvalidValueError(f"the kernels have {points.shape[1]} weights; they must be square.")
     _settings.check_k(n_clusters, len(points))
-    return points, _settings.checked_weights(weights, len(points))
+    return points, _settings.checked_sample_weight(sample_weight, len(points))

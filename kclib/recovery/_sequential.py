@@ -53,7 +53,7 @@ def correct(
     scope: str | Mapping[str, str] = "layer",
     size: int | tuple[int, int] | None = None,
     dense: models.Model | nn.Module | None = None,
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     precision: str = "fp16",
     damping: float = 0.01,
     batch_size: int = 64,
@@ -90,9 +90,9 @@ def correct(
     dense : Model or torch.nn.Module, optional
         What the answers shall be near to, by default the model's own network: another, of the same module
         names, where that is itself a copy made small (pruned, or its kernels of another size clustered).
-    weights : numpy.ndarray, optional
+    sample_weight : numpy.ndarray, optional
         ``(n,)``: how much each kernel's squared error counts where a codebook is shared
-        (`sensitivity.weights`).
+        (`sensitivity.importance`).
     precision : {"fp32", "fp16", "bf16", "int8", "int4"}
         Codebooks are rounded to it before kernels are assigned.
     damping : float
@@ -120,7 +120,7 @@ def correct(
     small, dense = (models.moved(_copying.copied(x).eval(), device) for x in (model.network, dense))
     batches = _moments.batches(images, model.preprocess, batch_size, device)
     order = _moments.steps(dense, next(batches())[:1], {x.name for x in bank.layers if not x.transposed})
-    books = _Books.of(bank, n_clusters, scope, weights, precision, seed, {step.name for step in order})
+    books = _Books.of(bank, n_clusters, scope, sample_weight, precision, seed, {step.name for step in order})
     found, rest = {}, [layer for layer in bank.layers if layer.name not in books.measured]
     for layer in rest:
         found[layer.name] = books.nearest(layer)
@@ -165,8 +165,8 @@ class _Books:
     measured: frozenset[str]  # layers that run, and can be corrected
 
     @classmethod
-    def of(cls, bank, n_clusters, scope, weights, precision, seed, measured) -> "_Books":
-        weights = _settings.checked_weights(weights, len(bank))
+    def of(cls, bank, n_clusters, scope, sample_weight, precision, seed, measured) -> "_Books":
+        sample_weight = _settings.checked_sample_weight(sample_weight, len(bank))
         members = grouping(bank, scope)
         wanted = clusterings.wanted(members, n_clusters)
         _precisions.float_type(precision)  # an unknown one shows before the work, not after it
@@ -175,7 +175,7 @@ class _Books:
         for name, layers in members.items():
             if len(layers) > 1 or layers[0].name not in measured:
                 rows = rows_of(layers)
-                counted = _settings.counted(None if weights is None else weights[rows])
+                counted = _settings.counted(None if sample_weight is None else sample_weight[rows])
                 result.shared[name] = result.found(name, bank.points[rows], counted)
         return result
 
@@ -183,10 +183,10 @@ class _Books:
         """Return the name of a layer's group."""
         return next(name for name, layers in self.members.items() if layer in layers)
 
-    def found(self, group: str, points: np.ndarray, weights: np.ndarray | None) -> Tensor:
+    def found(self, group: str, points: np.ndarray, sample_weight: np.ndarray | None) -> Tensor:
         """Return a codebook for points ``(n, area)``, ``(K', area)`` of distinct rows, rounded as stored."""
         k = min(self.wanted[group], len(points))
-        centres = kmeans.fit(points, k, weights=weights, seed=self.seed).centres
+        centres = kmeans.fit(points, k, sample_weight=sample_weight, seed=self.seed).centres
         return _precisions.rounded(torch.from_numpy(centres), self.precision).unique(dim=0)
 
     def of_layer(self, layer: Layer, target: Tensor, energy: Tensor) -> Tensor:
@@ -194,8 +194,8 @@ class _Books:
         name = self.group(layer)
         if name in self.shared:
             return self.shared[name].to(target.device)
-        weights = energy / energy.max() if energy.max() > 0 else torch.ones_like(energy)
-        return self.found(name, target.cpu().numpy(), weights.cpu().numpy()).to(target.device)
+        sample_weight = energy / energy.max() if energy.max() > 0 else torch.ones_like(energy)
+        return self.found(name, target.cpu().numpy(), sample_weight.cpu().numpy()).to(target.device)
 
     def refined(self, coded: _Coded, dense: Tensor, read: Moments, damping: float) -> _Coded:
         """Return a layer's codes with a codebook that answers nearer to the dense weights, if one does."""

@@ -55,7 +55,7 @@ class Curve:
 
 def curves(
     bank: Kernels,
-    weights: np.ndarray,
+    sample_weight: np.ndarray,
     *,
     scope: clustering.Scope = "layer",
     ks: Iterable[int] = KS,
@@ -72,7 +72,7 @@ def curves(
     Parameters
     ----------
     bank : KernelBank, Model or torch.nn.Module
-    weights : numpy.ndarray
+    sample_weight : numpy.ndarray
         ``(n,)`` in the rows of the bank, finite, at least 0: what a unit of each kernel's squared error costs
         the network. A group in which all are 0 costs nothing with one cluster.
     scope : {"layer", "global", "mixed"} or mapping of str to str
@@ -99,10 +99,10 @@ def curves(
     checks.check_known("coding of indices", coding, _checkpoint.CODINGS)
     checks.check_seed(seed)
     _precisions.float_type(precision)
-    weights, ks = _settings.required_weights(weights, len(bank)), _fitting.checked_ks(ks)
+    sample_weight, ks = _settings.required_sample_weight(sample_weight, len(bank)), _fitting.checked_ks(ks)
     store = store or Store()
     groups = [
-        _Members.of(bank, weights, name, layers, ks)
+        _Members.of(bank, sample_weight, name, layers, ks)
         for name, layers in clustering.grouping(bank, clustering.resolved(bank, scope)).items()
     ]
     keys = [group.key | {"precision": precision, "coding": coding, "seed": seed} for group in groups]
@@ -174,30 +174,30 @@ class _Members:
     name: str
     layers: tuple[Layer, ...]
     points: np.ndarray
-    weights: np.ndarray
+    sample_weight: np.ndarray
     ks: tuple[int, ...]
 
     @classmethod
-    def of(cls, bank: KernelBank, weights: np.ndarray, name: str, layers, ks) -> "_Members":
+    def of(cls, bank: KernelBank, sample_weight: np.ndarray, name: str, layers, ks) -> "_Members":
         rows = rows_of(layers)
         ks = sorted({min(k, len(rows)) for k in ks})
         for k in ks:
             _settings.check_k(k, len(rows))
-        return cls(name, layers, bank.points[rows], weights[rows], tuple(map(int, ks)))
+        return cls(name, layers, bank.points[rows], sample_weight[rows], tuple(map(int, ks)))
 
     @property
     def key(self) -> dict:
         """What its curve depends on, beside how it is stored."""
-        content = hashlib.sha256(self.points.tobytes() + self.weights.tobytes()).hexdigest()
+        content = hashlib.sha256(self.points.tobytes() + self.sample_weight.tobytes()).hexdigest()
         counts = [layer.n_kernels for layer in self.layers]
         shape = list(self.points.shape)
         return {"kind": "curve", "content": content, "shape": shape, "kernels": counts, "ks": list(self.ks)}
 
     def measured(self, precision: str, coding: str, seed: int, n_threads: int, report) -> dict:
         """Return what `Curve.of` takes."""
-        weights = _settings.counted(self.weights)
+        sample_weight = _settings.counted(self.sample_weight)
         rungs = kmeans.ladder(
-            self.points, self.ks, weights=weights, seed=seed, n_threads=n_threads, progress=report
+            self.points, self.ks, sample_weight=sample_weight, seed=seed, n_threads=n_threads, progress=report
         ).rungs
         return {
             "ks": np.array([len(rung.centres) for rung in rungs]),
@@ -208,7 +208,7 @@ class _Members:
     def _damage(self, rung: kmeans.KMeans, precision: str, n_threads: int) -> float:
         centres = rounded(rung.centres, precision)
         errors = _nearest.errors(self.points, centres, rung.labels, n_threads=n_threads)
-        return _lloyd.total(errors, self.weights)
+        return _lloyd.total(errors, self.sample_weight)
 
     def _bytes(self, rung: kmeans.KMeans, precision: str, how: str) -> int:
         """Return the bytes of codebook and indices, as `compression.footprint` counts them."""

@@ -1,4 +1,4 @@
-"""How much a kernel's squared error costs the network: weights for clustering, from images without labels."""
+"""Measure what a kernel's squared error costs the network, from images without labels: sample weights."""
 
 import math
 from collections import Counter, defaultdict
@@ -22,7 +22,7 @@ from kclib.models import _inference
 _PROBES = 4  # random directions a batch, of which each costs a backward pass through the backward pass
 
 
-def weights(
+def importance(
     model: models.Model | nn.Module,
     images: datasets.ImageSet,
     bank: KernelBank,
@@ -33,7 +33,7 @@ def weights(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> np.ndarray:
-    """Return what a squared error of one in each kernel costs, for `kmeans.fit(..., weights=...)`.
+    """Return what a squared error of one in each kernel costs, for `kmeans.fit(..., sample_weight=...)`.
 
     The same seed gives the same result up to the rounding of torch's convolutions, which may differ with the
     number of threads. The batches do not matter, but to ``hessian``, which draws directions for each.

@@ -444,7 +444,7 @@ def test_a_compressed_file_is_taken_as_weights_that_are_dense(factory, tmp_path,
     compression.save(small, tmp_path / name)
     network = loading.load_model(factory, weights=tmp_path / name).network
     assert_same(network, compression.expand(small).eval())
-    assert len(np.unique(kernels.extract(network).weights, axis=0)) == 3
+    assert len(np.unique(kernels.extract(network).kernels, axis=0)) == 3
 
 
 def test_values_that_the_networks_type_cannot_hold_are_no_infinities():
