@@ -1,11 +1,13 @@
 from dataclasses import replace
 
 import hypothesis.strategies as st
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
+from joblib.parallel import ThreadingBackend
 from scipy.spatial.distance import cdist
 from torch import nn
 
@@ -14,7 +16,7 @@ from kclib._util import progress_bars
 from kclib.clustering import cluster, quantized
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer, extract, insert
-from kclib.kmeans import _entropy, symmetric
+from kclib.kmeans import _entropy, _fitting, symmetric
 
 A, B, C = (np.full((2, 2), value, np.float32) for value in (1, 5, 20))
 
@@ -25,8 +27,8 @@ def bank_of(**layers):
     for name, kernels in layers.items():
         made.append(Layer(name, (len(kernels), 1, *kernels[0].shape), start))
         start += len(kernels)
-    sample_weight = np.concatenate([np.stack(kernels) for kernels in layers.values()])
-    return KernelBank(sample_weight, tuple(made), {})
+    rows = np.concatenate([np.stack(kernels) for kernels in layers.values()])
+    return KernelBank(rows, tuple(made), {})
 
 
 def random_bank(*sizes, seed=0):
@@ -413,3 +415,170 @@ def test_number_of_clusters_of_another_kind_is_one_short_sentence(k):
 def test_points_are_not_clustered_as_a_bank_but_sent_to_kmeans(make):
     with pytest.raises(InvalidValueError, match=r"KernelBank.*kmeans\.fit"):
         cluster(make(random_bank(12).points), 3)
+
+
+@pytest.fixture
+def networks():
+    """Two networks whose layers have the same names, and only some kernels in common."""
+    torch.manual_seed(0)
+    one, other = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)) for _ in range(2))
+    with torch.no_grad():
+        other[1].weight[:4] = one[1].weight[:4]
+    return one, other
+
+
+def shared_rows(networks, result):
+    """Return by hand what stands for the kernels of each network, from the codebooks that they share."""
+    starts, rows = dict(zip("01", (0, len(extract(networks[0]))), strict=True)), {}
+    for group in result.groups:
+        stand_ins = iter(group.codebook[group.indices])
+        for layer in group.layers:
+            i, name = layer.name.split("/")
+            start = layer.start - starts[i]
+            rows[i, name] = start, [next(stand_ins) for _ in range(layer.n_kernels)]
+    return [np.concatenate([x for (i, _), (_, x) in sorted(rows.items()) if i == one]) for one in "01"]
+
+
+@pytest.mark.parametrize(
+    "scope",
+    ["layer", "global", {"0/0": "a", "0/1": "b", "1/0": "b", "1/1": "a"}],
+    ids=["layer", "global", "map"],
+)
+def test_networks_that_share_codebooks_are_each_compressed_by_their_part(networks, scope):
+    result = cluster(networks, 9, scope=scope, progress=False)
+    assert [x.name for x in result.layers] == ["0/0", "0/1", "1/0", "1/1"]
+    image = torch.randn(1, 3, 9, 9)
+    for network, part, rows in zip(networks, result.parts, shared_rows(networks, result), strict=True):
+        by_hand = insert(network, replace(extract(network), kernels=rows))
+        packed = compression.compress(network, part)
+        np.testing.assert_array_equal(extract(compression.expand(packed)).kernels, rows)
+        assert torch.equal(compression.expand(packed)(image), by_hand(image))
+        assert part.inertia == pytest.approx(np.square(extract(network).kernels - rows).sum(dtype="d"))
+    assert result.inertia == pytest.approx(sum(x.inertia for x in result.parts), rel=1e-5)
+
+
+def test_a_global_codebook_is_that_of_all_kernels_in_one_array(networks):
+    result = cluster(networks, 9, scope="global", progress=False)
+    points = np.concatenate([extract(x).points for x in networks])
+    alone = kmeans.fit(points, 9)
+    np.testing.assert_array_equal(result.groups[0].codebook.reshape(9, 9), alone.centres)
+    np.testing.assert_array_equal(result.groups[0].indices, alone.labels)
+    assert {x.tobytes() for part in result.parts for x in part.groups[0].codebook} == {
+        x.tobytes() for x in result.groups[0].codebook
+    }
+
+
+def test_layers_of_one_name_keep_codebooks_of_their_own_network(networks):
+    result = cluster(networks, 5, progress=False)
+    for network, part in zip(networks, result.parts, strict=True):
+        alone = cluster(network, 5, progress=False)
+        assert [x.name for x in part.groups] == ["0", "1"]
+        assert part.layers == alone.layers
+        np.testing.assert_array_equal(quantized(part), quantized(alone))
+
+
+def test_weights_of_several_banks_follow_one_another(networks):
+    n = sum(len(extract(x)) for x in networks)
+    sample_weight = np.random.default_rng(0).lognormal(size=n)
+    result = cluster(networks, 7, sample_weight=sample_weight, progress=False)
+    first = len(extract(networks[0]))
+    for network, part, weights in zip(networks, result.parts, np.split(sample_weight, [first]), strict=True):
+        alone = cluster(network, 7, sample_weight=weights, progress=False)
+        np.testing.assert_array_equal(quantized(part), quantized(alone))
+        assert part.inertia == alone.inertia
+    assert result.inertia == pytest.approx(sum(x.inertia for x in result.parts))
+
+
+def test_each_kernel_size_has_a_global_codebook(networks):
+    large = nn.Sequential(nn.Conv2d(3, 4, 5))
+    result = cluster([*networks, large], 4, scope="global", progress=False)
+    assert [x.name for x in result.groups] == ["global 3×3", "global 5×5"]
+    assert [x.codebook.shape for x in result.groups] == [(4, 3, 3), (4, 5, 5)]
+    assert [[x.name for x in part.groups] for part in result.parts] == [["global 3×3"]] * 2 + [["global 5×5"]]
+    np.testing.assert_array_equal(quantized(result.parts[2]), quantized(cluster(large, 4, progress=False)))
+    with pytest.raises(InvalidValueError, match=r"group all has kernels of 3×3 and 5×5; .*of one size"):
+        cluster([networks[0], large], 4, scope={"0/0": "all", "0/1": "all", "1/0": "all"})
+
+
+def test_scales_and_turns_are_split_too(networks):
+    result = cluster(networks, 6, scope="global", scaled=True, turned=True, progress=False)
+    errors = [
+        np.square(extract(x).kernels - quantized(part)).sum(dtype="d")
+        for x, part in zip(networks, result.parts, strict=True)
+    ]
+    assert sum(errors) == pytest.approx(result.inertia, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda _: [], "the list of banks is empty; give at least one"),
+        (
+            lambda x: [x[0], KernelBank(np.empty((0, 3, 3), "f"), (), {})],
+            "bank 1 of the list has no kernels; leave",
+        ),
+        (lambda _: KernelBank(np.empty((0, 3, 3), "f"), (), {}), "the bank has no kernels; give"),
+        (lambda x: [x[0], "vgg16-fashion"], "the kernels are a str; they must be a KernelBank"),
+        (lambda x: [x[0], nn.Linear(2, 2)], "the model has no 2D kernels"),
+    ],
+)
+def test_lists_without_kernels_are_refused(networks, make, sentence):
+    with pytest.raises(InvalidValueError, match=sentence):
+        cluster(make(networks), 2)
+
+
+def test_a_network_is_not_compressed_by_the_clustering_of_several(networks):
+    result = cluster(networks, 5, scope="global", progress=False)
+    for use in (compression.compress, compression.footprint, compression.replaced):
+        with pytest.raises(InvalidValueError, match=r"of 2 banks together; it must be that of one, .*parts"):
+            use(networks[0], result)
+
+
+def test_processors_are_the_default_device():
+    bank = random_bank(40, 30)
+    default, named = (cluster(bank, 9, device=x, progress=False) for x in (None, torch.device("cpu")))
+    np.testing.assert_array_equal(quantized(default), quantized(named))
+
+
+def test_a_device_searches_every_group():
+    bank = random_bank(40, 30)
+    found = cluster(bank, 9, device="cpu:0", progress=False)
+    for layer, group in zip(bank.layers, found.groups, strict=True):
+        alone = kmeans.fit(bank.points[layer.rows], 9, device="cpu:0")
+        assert alone.search == "cpu:0"
+        np.testing.assert_array_equal(group.codebook.reshape(-1, 9), alone.centres)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"device": "cuda:99"}, r"device 'cuda:99' cannot be used here .*cpu always can"),
+        ({"device": "cuad"}, "device 'cuad' cannot be used here"),
+        ({"device": "meta"}, "device 'meta' holds no values"),
+        ({"device": "cpu:0", "scaled": True}, "device is cpu:0; it must be cpu where kernels are scaled"),
+        ({"device": "cpu:0", "price": 1.0}, r"it must be cpu where .*bits have a price"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(options, sentence):
+    with pytest.raises(InvalidValueError, match=sentence):
+        cluster(random_bank(12), 3, **options)
+
+
+def test_large_groups_are_tasks_of_the_callers_joblib_backend(monkeypatch):
+    bank, submitted = random_bank(300, 40, 200), []
+
+    class Recording(ThreadingBackend):
+        def submit(self, func, callback=None):
+            submitted.append(func)
+            return super().submit(func, callback)
+
+    monkeypatch.setattr(_fitting, "_IN_MEMORY", 100)
+    joblib.register_parallel_backend("recording", Recording)
+    with joblib.parallel_config("recording"):
+        there = cluster(bank, 9, progress=False)
+    assert submitted
+    here = cluster(bank, 9, progress=False)
+    np.testing.assert_array_equal(quantized(there), quantized(here))
+    small = kmeans.fit(bank.points[bank.layers[1].rows], 9)
+    assert small.search == "pruned"
+    np.testing.assert_array_equal(here.groups[1].codebook.reshape(-1, 9), small.centres)

@@ -77,7 +77,7 @@ def fit(
     options = Options(max_iter, tol, reach, seed, n_threads)
     report = Progress(progress)
     points = _array(points)
-    if not isinstance(points, np.ndarray) or len(points) > _IN_MEMORY or device != "cpu":
+    if not isinstance(points, np.ndarray) or is_streamed(len(points), device):
         return _streamed(points, n_clusters, sample_weight, init, device, options, report)
     points = _settings.checked_points(points)
     n_clusters = _settings.check_k(n_clusters, len(points))
@@ -185,10 +185,15 @@ def checked_ks(ks: Iterable[int]) -> list[int]:
     return sorted(set(ks))
 
 
+def is_streamed(n: int, device: str) -> bool:
+    """Tell whether so many points are read in blocks, rather than clustered in memory."""
+    return n > _IN_MEMORY or device != "cpu"
+
+
 def memory(n: int, d: int, n_clusters: int, n_threads: int | None = None) -> int:
     """Return about how many bytes `kmeans` takes at most, beside the points."""
     n_threads = threads.threads(n_threads)
-    if n > _IN_MEMORY:
+    if is_streamed(n, "cpu"):
         return _streaming.memory(n, d, n_clusters, n_threads)
     return _lloyd.memory(n, d, n_clusters, n_threads)
 

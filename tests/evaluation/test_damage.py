@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def by_hand():
     """Four kernels of two layers in two groups, each with an error that is seen at a glance."""
     layers = Layer("one", (3, 1, 1, 2), 0), Layer("two", (1, 1, 1, 2), 3)
-    sample_weight = np.array([[[1, 0]], [[3, 0]], [[9, 1]], [[0, 5]]], np.float32)
-    bank = KernelBank(sample_weight, layers, {})
+    values = np.array([[[1, 0]], [[3, 0]], [[9, 1]], [[0, 5]]], np.float32)
+    bank = KernelBank(values, layers, {})
     books = np.array([[[2, 0]], [[9, 0]]], np.float32), np.array([[[0, 2]]], np.float32)
     groups = (
         Group("first", layers[:1], books[0], np.array([0, 0, 1], np.int32), 3.0),

@@ -25,8 +25,8 @@ def bank_of(*parts, transposed=()):
     for i, part in enumerate(parts):
         layers.append(Layer(str(i), part.shape, start, i in transposed))
         start += layers[-1].n_kernels
-    sample_weight = np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts]).astype(np.float32)
-    return KernelBank(sample_weight, tuple(layers), {})
+    kernels = np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts]).astype(np.float32)
+    return KernelBank(kernels, tuple(layers), {})
 
 
 def drawn(*shape, seed=0):
@@ -158,8 +158,8 @@ def test_layers_that_differ_by_a_factor_share_normalised_representatives_exactly
 @pytest.mark.parametrize("transposed", [False, True])
 def test_filters_that_differ_by_a_factor_share_normalised_representatives_exactly(transposed):
     shapes, factors = drawn(1, 5, 3, 3), np.array([1, 0.25, 8, 0]).reshape(4, 1, 1, 1)
-    sample_weight = factors * shapes  # (out, in, 3, 3)
-    stored = sample_weight.swapaxes(0, 1) if transposed else sample_weight
+    weight = factors * shapes  # (out, in, 3, 3)
+    stored = weight.swapaxes(0, 1) if transposed else weight
     bank = bank_of(stored, 2 * stored, transposed=[0, 1] if transposed else [])
     for scope in ("layer", "global"):
         result = cluster(bank, 5, "filter-normalised", scope=scope)

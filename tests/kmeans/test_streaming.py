@@ -25,9 +25,9 @@ def _small_blocks():
 
 
 def bank_of(points):
-    sample_weight = points.reshape(-1, 3, 3).copy()
-    sample_weight.flags.writeable = False
-    return KernelBank(sample_weight, (Layer("conv", (len(points), 1, 3, 3), 0),), {})
+    kernels = points.reshape(-1, 3, 3).copy()
+    kernels.flags.writeable = False
+    return KernelBank(kernels, (Layer("conv", (len(points), 1, 3, 3), 0),), {})
 
 
 @pytest.mark.parametrize("n_clusters", [20, 300])
