@@ -257,7 +257,7 @@ def cluster(
 
 def of_fits(
     bank: KernelBank,
-    found: Mapping[str, Fit],
+    fits: Mapping[str, Fit],
     wanted: Mapping[str, int],
     *,
     scope: str | Mapping[str, str],
@@ -271,12 +271,12 @@ def of_fits(
     ----------
     bank, scope, scaled, turned, seed
         As in `cluster`.
-    found : mapping of str to KMeans, SymmetricKMeans or Priced
+    fits : mapping of str to KMeans, SymmetricKMeans or Priced
         By group.
     wanted : mapping of str to int
         Clusters that each group was asked for.
     """
-    result = _of_members(grouping(bank, scope), found, wanted, scope, seed, scaled=scaled, turned=turned)
+    result = _of_members(grouping(bank, scope), fits, wanted, scope, seed, scaled=scaled, turned=turned)
     return replace(result, origin=origin_of(bank))
 
 

@@ -131,7 +131,7 @@ def sparse_bytes(network: nn.Module, *, kind: str = "kernels", precision: str = 
 
 def _scores(network: nn.Module, bank: KernelBank, kind: str, sample_weight) -> dict[str, np.ndarray]:
     """Return the scores of each layer's kernels, filters ``(n,)`` or weights ``(n, kh, kw)``, float64."""
-    sample_weight, found = _settings.checked_sample_weight(sample_weight, len(bank)), {}
+    sample_weight, scores = _settings.checked_sample_weight(sample_weight, len(bank)), {}
     for name, module in kernels.matched(network, bank.layers).items():
         rows = bank.layer(name).rows
         squares = np.square(bank.kernels[rows], dtype=np.float64)
@@ -140,8 +140,8 @@ def _scores(network: nn.Module, bank: KernelBank, kind: str, sample_weight) -> d
         if kind == "filters":
             filters = _filters(module).ravel()
             squares = np.bincount(filters, squares.mean(axis=(1, 2))) / np.bincount(filters)
-        found[name] = squares.sum(axis=(1, 2)) if kind == "kernels" else squares
-    return found
+        scores[name] = squares.sum(axis=(1, 2)) if kind == "kernels" else squares
+    return scores
 
 
 def _kept(scores: Mapping[str, np.ndarray], gone: int, kind: str) -> dict[str, np.ndarray]:

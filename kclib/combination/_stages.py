@@ -49,7 +49,7 @@ class Stage:
     def of(cls, model: Model) -> "Stage":
         """Return a dense model before any step."""
         first = kernels.extract(model.network).layers[0].name
-        return cls(model, _precisions.own(model.network.get_submodule(first).weight.dtype))
+        return cls(model, _precisions.of_dtype(model.network.get_submodule(first).weight.dtype))
 
     @property
     def bank(self) -> KernelBank:
@@ -70,8 +70,8 @@ class Stage:
 
     def clustered(self, groups: tuple[Group, ...]) -> "Stage":
         """Return the stage with these groups, equal representatives made one, unused ones none."""
-        found = replace(self.clustering, groups=tuple(map(_distinct, groups)))
-        return self.on(compression.inserted(self.model.network, found), clustering=found)
+        clustering = replace(self.clustering, groups=tuple(map(_distinct, groups)))
+        return self.on(compression.inserted(self.model.network, clustering), clustering=clustering)
 
     def as_stored(self) -> "Stage":
         """Return the stage with its codebooks, or its kernels, rounded to its precision."""
@@ -98,14 +98,13 @@ class Stage:
         """Return the bytes of the convolutions of the final network, as stored."""
         if self.clustering is not None:
             return byte_counts.stored_bytes(network)
-        saved = byte_counts.convolution_bytes(network) - byte_counts.stored_bytes(
-            network
-        )  # of rounded biases
-        counted = "fp16" if self.precision == "bf16" else self.precision
-        return _pruning.sparse_bytes(network, kind=self.kind, precision=counted) - saved
+        precision = "fp16" if self.precision == "bf16" else self.precision  # of as many bytes
+        unrounded = _pruning.sparse_bytes(network, kind=self.kind, precision=precision)
+        saved_by_biases = byte_counts.convolution_bytes(network) - byte_counts.stored_bytes(network)
+        return unrounded - saved_by_biases
 
     def row(self, step: str, network: nn.Module) -> dict[str, object]:
-        """Return what the step that made this stage did to bytes and kernels, of its final network."""
+        """Return a table row: a step's name, the bytes after it, and the share of kernels that are zero."""
         alive = self.bank.kernels.any(axis=(1, 2))
         return {"step": step, "bytes": self.n_bytes(network), "zero_kernels": 1 - float(alive.mean())}
 
@@ -151,7 +150,7 @@ def zeros(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def thinned(found: Clustering, sparsity: float, sample_weight: np.ndarray | None) -> tuple[Group, ...]:
+def thinned(clustering: Clustering, sparsity: float, sample_weight: np.ndarray | None) -> tuple[Group, ...]:
     """Return the groups with a share of their codebooks' weights made zero, those of the least scores.
 
     The score is the square times the number of kernels served, or the sum of their sample weights ``(n,)``.
@@ -162,7 +161,7 @@ def thinned(found: Clustering, sparsity: float, sample_weight: np.ndarray | None
     InvalidValueError
         The share leaves less than one to each layer.
     """
-    scores = np.concatenate([_scores(group, sample_weight).ravel() for group in found.groups])
+    scores = np.concatenate([_scores(group, sample_weight).ravel() for group in clustering.groups])
     kept = np.argsort(-scores, kind="stable")[: scores.size - round(sparsity * scores.size)]
     if len(kept) < (least := np.count_nonzero(np.isinf(scores))):
         raise InvalidValueError(
@@ -171,10 +170,10 @@ def thinned(found: Clustering, sparsity: float, sample_weight: np.ndarray | None
         )
     mask = np.zeros(scores.shape, bool)
     mask[kept] = True
-    masks = np.split(mask, np.cumsum([group.codebook.size for group in found.groups])[:-1])
+    masks = np.split(mask, np.cumsum([group.codebook.size for group in clustering.groups])[:-1])
     return tuple(
         replace(group, codebook=np.where(part.reshape(group.codebook.shape), group.codebook, np.float32(0)))
-        for group, part in zip(found.groups, masks, strict=True)
+        for group, part in zip(clustering.groups, masks, strict=True)
     )
 
 

@@ -113,8 +113,8 @@ class Product:
             return half(weight)
         vectors = np.moveaxis(weight.reshape(n_out, n_in // self.width, self.width, *taps), 2, -1)
         points = vectors.reshape(-1, self.width)
-        found = kmeans.fit(points, self._clusters(len(points)), seed=self.seed)
-        decoded = half(found.centres)[found.labels].reshape(vectors.shape)
+        fit = kmeans.fit(points, self._clusters(len(points)), seed=self.seed)
+        decoded = half(fit.centres)[fit.labels].reshape(vectors.shape)
         return np.moveaxis(decoded, -1, 2).reshape(weight.shape)
 
     def _clusters(self, n: int) -> int:

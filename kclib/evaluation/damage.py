@@ -72,8 +72,8 @@ def restored(model: Model | nn.Module, clustering: Clustering, worst: pd.DataFra
     values = quantized(clustering)
     chosen = worst.groupby("group").cluster.agg(list) if len(worst) else {}
     for group in clustering.groups:
-        own = group.rows[np.isin(group.indices, chosen.get(group.name, []))]
-        values[own] = dense[own]
+        rows = group.rows[np.isin(group.indices, chosen.get(group.name, []))]
+        values[rows] = dense[rows]
     network = kernels.insert(model.network, KernelBank(values, clustering.layers, {}))
     return replace(model, network=network)
 

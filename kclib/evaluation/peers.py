@@ -180,13 +180,13 @@ def son(network: Model | nn.Module, n_clusters: int, *, turned: bool, seed: int 
     """
     network = models.network_of(network)
     bank = kernels.extract(network)
-    found = cluster(bank, n_clusters, scope="global", scaled=True, turned=turned, seed=seed)
-    (group,) = found.groups
+    result = cluster(bank, n_clusters, scope="global", scaled=True, turned=turned, seed=seed)
+    (group,) = result.groups
     halved = replace(group, codebook=_formats.half(group.codebook), scales=_formats.half(group.scales))
-    small = compression.inserted(network, replace(found, groups=(halved,)))
+    small = compression.inserted(network, replace(result, groups=(halved,)))
     name = "Son et al. 2018" + ", turned" * turned
     return Peer(
-        name, f"K={n_clusters}", small, byte_counts.clustered_bytes(network, found, coding="fixed"), found
+        name, f"K={n_clusters}", small, byte_counts.clustered_bytes(network, result, coding="fixed"), result
     )
 
 

@@ -87,7 +87,7 @@ def interactive(
     Raises
     ------
     InvalidValueError
-        If there are no rows, rows are none of the bank's, lengths do not match, labels are no integers, or
+        If there are no rows, rows are not in the bank, lengths do not match, labels are not integers, or
         the layout is not finite.
     """
     layout, rows = np.asarray(layout, np.float32), np.asarray(rows)

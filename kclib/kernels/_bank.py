@@ -199,10 +199,10 @@ def extract(network: Model | nn.Module, *, size: int | tuple[int, int] | None = 
     (['0'], {'1': '1×1 kernels, not 3×3'})
     """
     network = network_of(network)
-    found, left_out = _convolutions.usable(network)
-    chosen = _wanted_size(network, found, left_out, size)
+    convolutions, left_out = _convolutions.usable(network)
+    chosen = _wanted_size(network, convolutions, left_out, size)
     layers, parts, start = [], [], 0
-    for name, module in found.items():
+    for name, module in convolutions.items():
         shape, transposed = form(module)
         if shape[2:] != chosen:
             left_out[name] = f"{_times(shape[2:])} kernels, not {_times(chosen)}"
@@ -245,12 +245,13 @@ def insert(network: Model | nn.Module, bank: KernelBank) -> Model | nn.Module:
         raise InvalidValueError(f"the bank has {len(kernels)} kernels; its layers have {n_kernels}.")
     result = copied(network_of(network))
     for name, module in matched(result, bank.layers).items():
-        rows, own = kernels[bank.layer(name).rows], _rows(name, module)
-        if rows.shape != own.shape:
+        rows, present = kernels[bank.layer(name).rows], _rows(name, module)
+        if rows.shape != present.shape:
             raise InvalidValueError(
-                f"the bank's kernels have shape {rows.shape[1:]}; layer {name or ALONE} has {own.shape[1:]}."
+                f"the bank's kernels have shape {rows.shape[1:]}; "
+                f"layer {name or ALONE} has {present.shape[1:]}."
             )
-        changed = (rows.view(np.uint32) != own.view(np.uint32)).any(axis=(1, 2))
+        changed = (rows.view(np.uint32) != present.view(np.uint32)).any(axis=(1, 2))
         if changed.any():
             set_weight(module, _changed(_convolutions.weight(module), rows, changed), name=name)
     return like(network, result)
@@ -267,9 +268,9 @@ def matched(network: Model | nn.Module, layers: Iterable[Layer]) -> dict[str, nn
         If the layers do not come from a network of this architecture.
     """
     network = network_of(network)
-    found, left_out = _convolutions.usable(network)
+    convolutions, left_out = _convolutions.usable(network)
     for layer in layers:
-        module = found.get(layer.name)
+        module = convolutions.get(layer.name)
         if module is not None and form(module) == (layer.shape, layer.transposed):
             continue
         was = f"layer {layer.name or ALONE} was a convolution of {_described(layer.shape, layer.transposed)}"
@@ -279,7 +280,7 @@ def matched(network: Model | nn.Module, layers: Iterable[Layer]) -> dict[str, nn
         raise InvalidValueError(
             f"{was}, the network has {has}; use the architecture that the kernels were extracted from."
         )
-    return {layer.name: found[layer.name] for layer in layers}
+    return {layer.name: convolutions[layer.name] for layer in layers}
 
 
 def bank_of(given: Kernels) -> KernelBank:
@@ -308,7 +309,7 @@ def sample(bank: Kernels, per_layer: int, *, seed: int = 0) -> np.ndarray:
     Raises
     ------
     InvalidValueError
-        `per_layer` is below 1; a seed that is none.
+        `per_layer` is below 1; an invalid seed.
     """
     bank = bank_of(bank)
     checks.check_whole("per_layer", per_layer, 1)
@@ -348,9 +349,11 @@ def _described(shape: tuple[int, ...], transposed: bool) -> str:
     return f"shape {shape}" + " (transposed)" * transposed
 
 
-def _wanted_size(network: nn.Module, found: Mapping[str, nn.Module], left_out, size) -> tuple[int, int]:
+def _wanted_size(
+    network: nn.Module, convolutions: Mapping[str, nn.Module], left_out, size
+) -> tuple[int, int]:
     counts = Counter()
-    for module in found.values():
+    for module in convolutions.values():
         shape, _ = form(module)
         counts[shape[2:]] += shape[0] * shape[1]
     larger = [s for s, _ in counts.most_common() if s != (1, 1)]

@@ -136,8 +136,8 @@ def fit(
     frame = Frame.of([points])
     report.unit = frame.inertia_unit
     market = _Market.of(frame.into(points), sample_weight, price / frame.inertia_unit, options.threads)
-    found = _improved(market, market.priced(frame.into(start.centres), start.labels), options, report)
-    return replace(frame.out_of(found), price=price)
+    priced = _improved(market, market.priced(frame.into(start.centres), start.labels), options, report)
+    return replace(frame.out_of(priced), price=price)
 
 
 def checked_price(price: float) -> float:
@@ -173,10 +173,10 @@ class _Market:
         bits = 8 * entropy_bytes(counts(labels, len(centres)))
         return Priced(centres, labels, inertia, bits, self.price)
 
-    def improved(self, found: Priced) -> Priced:
+    def improved(self, priced: Priced) -> Priced:
         """Return the partition after one round."""
-        labels = self.assigned(found.centres, found.labels)
-        centres = _lloyd.means(self.points, self.sample_weight, labels, found.centres, self.n_threads)
+        labels = self.assigned(priced.centres, priced.labels)
+        centres = _lloyd.means(self.points, self.sample_weight, labels, priced.centres, self.n_threads)
         return self.priced(centres, labels)
 
     def alone(self) -> Priced:
@@ -204,25 +204,25 @@ class _Market:
         return result
 
 
-def _improved(market: _Market, found: Priced, options: Options, report: Progress) -> Priced:
+def _improved(market: _Market, best: Priced, options: Options, report: Progress) -> Priced:
     """Improve a partition round by round, while that lowers its cost by more than the tolerance."""
     iterations, converged = 0, False
     for _ in range(options.max_iter):
         if report.stopped:
             break
-        after = market.improved(found)
-        converged = found.cost - after.cost <= options.tolerance(len(found.centres)) * found.cost
-        if after.cost < found.cost:
-            found, iterations = after, iterations + 1
-        report.inertia = found.inertia
+        after = market.improved(best)
+        converged = best.cost - after.cost <= options.tolerance(len(best.centres)) * best.cost
+        if after.cost < best.cost:
+            best, iterations = after, iterations + 1
+        report.inertia = best.inertia
         report(_lloyd.ROUND_SHARE * report.left)
         if converged:
             break
-    # Equally frequent centres give way to none of each other, whatever a bit costs.
-    found = min(found, market.alone(), key=lambda priced: priced.cost)
-    report.inertia = found.inertia
+    # Rounds cannot merge centres that are equally frequent, whatever a bit costs: also try a single centre.
+    best = min(best, market.alone(), key=lambda priced: priced.cost)
+    report.inertia = best.inertia
     report(report.left)
-    return replace(found, iterations=iterations, converged=converged)
+    return replace(best, iterations=iterations, converged=converged)
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
@@ -235,14 +235,14 @@ def _search(points, prices, centres, lengths, order, starts, first, last, dims, 
     shortest = np.argmin(lengths)
     apart = np.empty(len(centres), np.float32)
     for j in range(first, last):
-        mine = order[starts[j] : starts[j + 1]]
-        reach, costs = _opening(points, prices, centres, lengths, mine, j, shortest, dims, result)
+        members = order[starts[j] : starts[j + 1]]
+        reach, costs = _opening(points, prices, centres, lengths, members, j, shortest, dims, result)
         for c in range(len(centres)):
             apart[c] = np.sqrt(square(centres[c], centres[j], dims)) * np.float32(0.9995)  # for rounding
         near = np.flatnonzero(apart <= reach)
         near = near[np.argsort(apart[near])]
         far, extra, rows = apart[near], lengths[near], centres[near]
-        for place, row in enumerate(mine):
+        for place, row in enumerate(members):
             radius, best = np.sqrt(square(points[row], centres[j], dims)), costs[place]
             limit = radius + np.sqrt(best)
             for i in range(len(near)):
@@ -257,10 +257,10 @@ def _search(points, prices, centres, lengths, order, starts, first, last, dims, 
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
-def _opening(points, prices, centres, lengths, mine, j, shortest, dims, result):
+def _opening(points, prices, centres, lengths, members, j, shortest, dims, result):
     """Take the better of centre j and the most frequent one; return how far to look on, and the costs."""
-    reach, costs = np.float32(0), np.empty(len(mine), np.float32)
-    for place, row in enumerate(mine):
+    reach, costs = np.float32(0), np.empty(len(members), np.float32)
+    for place, row in enumerate(members):
         distance = square(points[row], centres[j], dims)
         costs[place], result[row] = distance + prices[row] * lengths[j], j
         other = square(points[row], centres[shortest], dims)

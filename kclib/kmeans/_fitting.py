@@ -145,8 +145,8 @@ def ladder(
 ) -> Ladder:
     """Cluster the same points at several K, each grown from the next smaller.
 
-    The clusters of a rung are the cells in which the next one's centres are started; rounds and exact labels
-    are those of `kmeans`, whose parameters these are.
+    The clusters of a rung are the cells in which the centres of the next rung are started. Rounds, exact
+    labels and parameters are those of `fit`.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def ladder(
 
 
 def checked_ks(ks: Iterable[int]) -> list[int]:
-    """Return numbers of clusters, each once, ascending; raise InvalidValueError if they are none."""
+    """Return distinct numbers of clusters, ascending; raise InvalidValueError if there are none."""
     ks = list(ks) if isinstance(ks, Iterable) else []
     ks = [checks.check_whole("a number of clusters", k, 1) for k in ks]
     if not ks:
@@ -207,8 +207,8 @@ def _streamed(points, n_clusters, sample_weight, init, device, options, report) 
     if init is not None:
         init = parts.frame.into(_checked_init(init, n_clusters, parts.d))
     report.unit = parts.frame.inertia_unit
-    found = _streaming.fit(parts, n_clusters, sample_weight, init, options, device, report)
-    return parts.frame.out_of(found)
+    framed = _streaming.fit(parts, n_clusters, sample_weight, init, options, device, report)
+    return parts.frame.out_of(framed)
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class _Framed:
         )
 
     def alone(self, k: int, report: Progress) -> KMeans:
-        """Return a clustering from a start of its own."""
+        """Return a clustering that is started without the help of another."""
         return self.fit(
             *_lloyd.start(self.points, self.sample_weight, k, self.options, report.part(_START)), report
         )
@@ -247,9 +247,9 @@ class _Framed:
         cells = coarse[-1]
         centres = self.frame.into(cells.centres)
         errors = _nearest.errors(self.points, centres, cells.labels, n_threads=self.options.threads)
-        found = _nearest.Found(cells.labels, errors)
+        assigned = _nearest.Found(cells.labels, errors)
         start = _lloyd.grow(
-            self.points, self.sample_weight, found, len(centres), k, self.options, report.part(_START)
+            self.points, self.sample_weight, assigned, len(centres), k, self.options, report.part(_START)
         )
         return self.fit(*start, report)
 

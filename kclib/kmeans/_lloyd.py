@@ -46,19 +46,19 @@ def fit(
     for _ in range(options.max_iter):
         part = progress.part(ROUND_SHARE * progress.left)
         near = reach if guess is not None else None  # a guess for want of a better is looked up in full
-        found = _nearest.nearest(points, centres, guess=guess, reach=near, n_threads=n_threads, done=part)
-        centres, found = filled(points, sample_weight, centres, found, n_threads)
-        guess = found.labels
-        if not rounds.another(total(found.errors, sample_weight)):
+        assigned = _nearest.nearest(points, centres, guess=guess, reach=near, n_threads=n_threads, done=part)
+        centres, assigned = filled(points, sample_weight, centres, assigned, n_threads)
+        guess = assigned.labels
+        if not rounds.another(total(assigned.errors, sample_weight)):
             break
         centres = means(points, sample_weight, guess, centres, n_threads)
     part = progress.part(progress.left)
-    found = _nearest.nearest(points, centres, guess=guess, n_threads=n_threads, done=part)
-    found = _nearest.Found(merged(centres, found.labels), found.errors)
-    centres, found = filled(points, sample_weight, centres, found, n_threads)
-    progress.inertia = total(found.errors, sample_weight)
+    assigned = _nearest.nearest(points, centres, guess=guess, n_threads=n_threads, done=part)
+    assigned = _nearest.Found(merged(centres, assigned.labels), assigned.errors)
+    centres, assigned = filled(points, sample_weight, centres, assigned, n_threads)
+    progress.inertia = total(assigned.errors, sample_weight)
     progress(progress.left)
-    return KMeans(centres, found.labels, progress.inertia, rounds.made, rounds.converged)
+    return KMeans(centres, assigned.labels, progress.inertia, rounds.made, rounds.converged)
 
 
 @dataclass
@@ -111,26 +111,26 @@ def start(
         return _flat(points, sample_weight, n_clusters, options), None
     coarse, _ = start(points, sample_weight, round(math.sqrt(n_clusters)), options)
     cells = _nearest.near(points, coarse, n_threads=options.threads)
-    found = _nearest.Found(cells, _nearest.errors(points, coarse, cells, n_threads=options.threads))
-    return grow(points, sample_weight, found, len(coarse), n_clusters, options, done)
+    assigned = _nearest.Found(cells, _nearest.errors(points, coarse, cells, n_threads=options.threads))
+    return grow(points, sample_weight, assigned, len(coarse), n_clusters, options, done)
 
 
 def grow(
     points: np.ndarray,
     sample_weight: np.ndarray | None,
-    found: _nearest.Found,
+    assigned: _nearest.Found,
     n_cells: int,
     n_clusters: int,
     options: Options,
     done: Callable[[float], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return K centres made inside the clusters of a smaller clustering, and a near one of each point."""
-    sizes = np.bincount(found.labels, minlength=n_cells)
-    loss = found.errors if sample_weight is None else found.errors * sample_weight
-    inertias = np.bincount(found.labels, loss, minlength=n_cells)
+    sizes = np.bincount(assigned.labels, minlength=n_cells)
+    loss = assigned.errors if sample_weight is None else assigned.errors * sample_weight
+    inertias = np.bincount(assigned.labels, loss, minlength=n_cells)
     counts = _seeding.shares(inertias, sizes, n_clusters, points.shape[1])
     return _seeding.split(
-        points, sample_weight, found.labels, counts,
+        points, sample_weight, assigned.labels, counts,
         rounds=_LOCAL_ROUNDS, trials=_TRIALS, seed=options.seed, n_threads=options.threads, done=done,
     )  # fmt: skip
 
@@ -206,14 +206,14 @@ def filled(
     points: np.ndarray,
     sample_weight: np.ndarray | None,
     centres: np.ndarray,
-    found: _nearest.Found,
+    assigned: _nearest.Found,
     n_threads: int,
 ) -> tuple[np.ndarray, _nearest.Found]:
     """Move centres that no point chose to the worst served points, until none is left.
 
     Each move lowers the inertia, so this ends; it gives up centres only when every point lies on one.
     """
-    labels, errors = found.labels, found.errors
+    labels, errors = assigned.labels, assigned.errors
     while len(empty := unused(centres, labels)):
         worst = _worst(points, errors, sample_weight, len(empty))
         if not len(worst):

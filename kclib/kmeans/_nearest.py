@@ -136,12 +136,12 @@ def _around_pivots(points, centres, n_threads: int) -> np.ndarray:
     guess = np.zeros(len(points), np.int32)
 
     def search(i: int) -> None:
-        mine = rows[offsets[i] : offsets[i + 1]]
-        if len(mine) and len(cells[i]):
+        members = rows[offsets[i] : offsets[i + 1]]
+        if len(members) and len(cells[i]):
             index = faiss.IndexFlatL2(centres.shape[1])
             index.add(centres[cells[i]])
-            for part in threads.blocks(len(mine)):
-                guess[mine[part]] = cells[i][index.search(points[mine[part]], 1)[1][:, 0]]
+            for part in threads.blocks(len(members)):
+                guess[members[part]] = cells[i][index.search(points[members[part]], 1)[1][:, 0]]
 
     threads.side_by_side(search, len(pivots), n_threads)
     return guess

@@ -114,20 +114,20 @@ def _cells(
         k = first[cell + 1] - first[cell]
         if len(rows) == 0 or k == 0:
             continue
-        mine = centres[first[cell] : first[cell + 1]]
+        cell_centres = centres[first[cell] : first[cell + 1]]
         np.random.seed(seed + cell)  # noqa: NPY002 - numba's own generator, one a thread
         chosen = rows if k == 1 else _sampled(rows, sample_weight, k, sample)
         x, w = _gathered(points, sample_weight, chosen, dims)
         local = np.zeros(len(chosen), np.int32)
         if k == 1:
-            _means(x, w, local, mine, np.zeros(len(chosen), np.float32), dims)
+            _means(x, w, local, cell_centres, np.zeros(len(chosen), np.float32), dims)
         else:
-            _plus_plus(x, w, mine, trials, dims)
-            _lloyd(x, w, mine, local, rounds, dims)
+            _plus_plus(x, w, cell_centres, trials, dims)
+            _lloyd(x, w, cell_centres, local, rounds, dims)
         if len(chosen) < len(rows):
             x, w = _gathered(points, sample_weight, rows, dims)
             local = np.zeros(len(rows), np.int32)
-            _lloyd(x, w, mine, local, 0, dims)
+            _lloyd(x, w, cell_centres, local, 0, dims)
         for i, row in enumerate(rows):
             labels[row] = first[cell] + local[i]
 

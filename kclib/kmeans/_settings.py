@@ -43,7 +43,7 @@ class KMeans:
 
 @dataclass(frozen=True)
 class Options:
-    """How a fit is made; the parameters of `_fitting.fit` that have no part in what is fitted."""
+    """How a fit is made; the parameters of `_fitting.fit` beside the data."""
 
     max_iter: int
     tol: float | None
@@ -77,7 +77,7 @@ def check_k(n_clusters: int, n: int) -> int:
 
 
 def checked_points(points) -> np.ndarray:
-    """Return points as contiguous float32 ``(n, d)``; raise InvalidValueError if they are not finite such."""
+    """Return points as contiguous float32 ``(n, d)``; raise InvalidValueError if they are not finite."""
     points = checks.floats("the points", points)
     if points.ndim != 2 or not points.shape[1]:
         raise InvalidValueError(f"the points have shape {points.shape}; it must be (n, d).")

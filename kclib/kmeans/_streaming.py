@@ -236,21 +236,21 @@ class _Pass:
 def _block_step(block, sample_weight, guess, centres, reach, device) -> _Step:
     """Assign one block and sum up; runs wherever joblib sends it."""
     if device == "cpu":
-        found = _nearest.nearest(block, centres, guess=guess, reach=reach, n_threads=1)
+        assigned = _nearest.nearest(block, centres, guess=guess, reach=reach, n_threads=1)
     else:
         labels = nearest_on_device(block, centres, device)
-        found = _nearest.Found(labels, _nearest.errors(block, centres, labels, n_threads=1))
+        assigned = _nearest.Found(labels, _nearest.errors(block, centres, labels, n_threads=1))
     sample_weight = np.ones(len(block), np.float32) if sample_weight is None else sample_weight
     k = len(centres)
-    loss = found.errors * np.maximum(sample_weight, np.float32(1e-12))  # those without weight come last
+    loss = assigned.errors * np.maximum(sample_weight, np.float32(1e-12))  # those without weight come last
     worst = np.argsort(-loss, kind="stable")[:_WORST]
     return _Step(
-        found.labels,
+        assigned.labels,
         np.stack(
-            [np.bincount(found.labels, x * sample_weight.astype(np.float64), k) for x in block.T], axis=1
+            [np.bincount(assigned.labels, x * sample_weight.astype(np.float64), k) for x in block.T], axis=1
         ),
-        np.bincount(found.labels, sample_weight, k),
-        _lloyd.total(found.errors, sample_weight),
+        np.bincount(assigned.labels, sample_weight, k),
+        _lloyd.total(assigned.errors, sample_weight),
         block[worst],
         loss[worst],
     )
@@ -263,13 +263,14 @@ def nearest_on_device(points: np.ndarray, centres: np.ndarray, device: str) -> n
     n and K.
     """
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    there = torch.from_numpy(np.require(centres, requirements="W")).to(device, dtype)
-    halves = there.square().sum(1) / 2
+    centres_there = torch.from_numpy(np.require(centres, requirements="W")).to(device, dtype)
+    halves = centres_there.square().sum(1) / 2
     parts = torch.from_numpy(np.require(points, requirements="W")).split(max(1, _ON_DEVICE // len(centres)))
-    found = [
-        torch.addmm(halves, part.to(device, dtype), there.T, alpha=-1).argmin(1).int().cpu() for part in parts
+    labels = [
+        torch.addmm(halves, part.to(device, dtype), centres_there.T, alpha=-1).argmin(1).int().cpu()
+        for part in parts
     ]
-    return torch.cat(found).numpy()
+    return torch.cat(labels).numpy()
 
 
 def _distinct_worst(step: _Step, count: int) -> Sequence[np.ndarray]:

@@ -106,18 +106,18 @@ def fit(
     report.unit = frame.inertia_unit
     centres = _start(orbits, n_clusters, options)
     rounds = _lloyd.Rounds(options, n_clusters, report)
-    found = orbits.assigned(centres, None, options.threads)
+    assigned = orbits.assigned(centres, None, options.threads)
     while True:
         report(_lloyd.ROUND_SHARE * report.left)
-        centres, found = _filled(orbits, centres, found, options.threads)
-        if not rounds.another(found.inertia):
+        centres, assigned = _filled(orbits, centres, assigned, options.threads)
+        if not rounds.another(assigned.inertia):
             break
-        centres = orbits.moved(centres, found, options.threads)
-        found = orbits.assigned(centres, found.members, options.threads)
+        centres = orbits.moved(centres, assigned, options.threads)
+        assigned = orbits.assigned(centres, assigned.members, options.threads)
     report(report.left)
-    turns = found.members % orbits.size % len(orbits.turns)
+    turns = assigned.members % orbits.size % len(orbits.turns)
     result = SymmetricKMeans(
-        centres, found.labels, turns.astype(np.uint8), found.scales, found.inertia, rounds.made,
+        centres, assigned.labels, turns.astype(np.uint8), assigned.scales, assigned.inertia, rounds.made,
         rounds.converged,
     )  # fmt: skip
     if not scaled:
@@ -171,32 +171,32 @@ class _Orbits:
     def assigned(self, centres: np.ndarray, guess: np.ndarray | None, n_threads: int) -> _Assigned:
         """Find the nearest member of all orbits, and the best scale."""
         members = self.members(centres)
-        found = _nearest.nearest(self.shapes, members, guess=guess, n_threads=n_threads)
+        nearest = _nearest.nearest(self.shapes, members, guess=guess, n_threads=n_threads)
         scales, errors = np.ones(len(self.points), np.float32), np.empty(len(self.points), np.float32)
         for block in threads.blocks(len(self.points)):
-            chosen = members[found.labels[block]]
+            chosen = members[nearest.labels[block]]
             if self.scaled:
                 scales[block] = (self.points[block] * chosen).sum(1)
             difference = self.points[block] - scales[block, None] * chosen
             errors[block] = self.sample_weight[block] * np.square(difference).sum(1)
         # The negative of a centre is only a way to find it: the sign is the scale's.
-        negative = found.labels % self.size >= len(self.turns)
+        negative = nearest.labels % self.size >= len(self.turns)
         return _Assigned(
-            found.labels,
-            found.labels // self.size,
+            nearest.labels,
+            nearest.labels // self.size,
             np.where(negative, -scales, scales),
             errors,
             float(errors.sum(dtype=np.float64)),
         )
 
-    def moved(self, centres: np.ndarray, found: _Assigned, n_threads: int) -> np.ndarray:
+    def moved(self, centres: np.ndarray, assigned: _Assigned, n_threads: int) -> np.ndarray:
         """Return the best centres for an assignment; one without weight stays."""
         backwards = np.argsort(self.turns, axis=1)
-        turn = found.members % self.size % len(self.turns)
+        turn = assigned.members % self.size % len(self.turns)
         aligned = np.take_along_axis(self.points, backwards[turn], axis=1)
         if not self.scaled:
-            return _lloyd.means(aligned, self.sample_weight, found.labels, centres, n_threads)
-        order, starts = _nearest.by_label(found.labels, len(centres))
+            return _lloyd.means(aligned, self.sample_weight, assigned.labels, centres, n_threads)
+        order, starts = _nearest.by_label(assigned.labels, len(centres))
         result = centres.copy()
         _directions(aligned, self.sample_weight, order, starts, result)
         return result
@@ -221,22 +221,22 @@ def _start(orbits: _Orbits, n_clusters: int, options: Options) -> np.ndarray:
     return centres.astype(np.float32)
 
 
-def _filled(orbits, centres, found: _Assigned, n_threads: int) -> tuple[np.ndarray, _Assigned]:
+def _filled(orbits, centres, assigned: _Assigned, n_threads: int) -> tuple[np.ndarray, _Assigned]:
     """Move centres that serve nobody to the worst served kernels; give them up if every kernel is met."""
     for _ in range(len(centres)):
-        if not len(empty := _lloyd.unused(centres, found.labels)):
-            return centres, found
-        worst = np.argsort(-found.errors, kind="stable")[: len(empty)]
+        if not len(empty := _lloyd.unused(centres, assigned.labels)):
+            return centres, assigned
+        worst = np.argsort(-assigned.errors, kind="stable")[: len(empty)]
         least = 1e-10 * orbits.sample_weight[worst] * np.square(orbits.points[worst]).sum(1)
-        worst = worst[found.errors[worst] > least]  # not what rounding leaves of a multiple
+        worst = worst[assigned.errors[worst] > least]  # not what rounding leaves of a multiple
         if not len(worst):
             break
         centres = centres.copy()
         centres[empty[: len(worst)]] = orbits.shapes[worst]
-        found = orbits.assigned(centres, found.members, n_threads)
-    centres, labels = _lloyd.used(centres, found.labels)
-    members = labels.astype(np.int64) * orbits.size + found.members % orbits.size
-    return centres, replace(found, members=members.astype(np.int32), labels=labels)
+        assigned = orbits.assigned(centres, assigned.members, n_threads)
+    centres, labels = _lloyd.used(centres, assigned.labels)
+    members = labels.astype(np.int64) * orbits.size + assigned.members % orbits.size
+    return centres, replace(assigned, members=members.astype(np.int32), labels=labels)
 
 
 @njit(nogil=True, cache=True)

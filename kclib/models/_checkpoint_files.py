@@ -137,10 +137,10 @@ def _sharded(path: Path) -> dict[str, torch.Tensor]:
         raise DamagedFileError(f"{path} names files in other folders; they must lie beside it.")
     tensors = {}
     for shard in shards:
-        found = None if shard.suffix == ".json" else read(shard)  # an index may not name itself
-        if not isinstance(found, dict):
+        content = None if shard.suffix == ".json" else read(shard)  # an index may not name itself
+        if not isinstance(content, dict):
             raise DamagedFileError(f"{shard}, which {path.name} names, holds no state dict.")
-        tensors |= found
+        tensors |= content
     return tensors
 
 

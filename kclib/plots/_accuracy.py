@@ -85,11 +85,11 @@ def equal_bytes(table: pd.DataFrame, *, own: str = "clustering", ax: Axes | None
     ours = [name for name in groups if name.startswith(own)]
     colours = dict(zip(ours, plt.get_cmap("viridis")(np.linspace(0.75, 0, len(ours))), strict=True))
     for i, name in enumerate([*ours, *(name for name in groups if name not in colours)]):
-        rows, mine = groups[name].sort_values("bytes"), name in colours
+        rows, coloured = groups[name].sort_values("bytes"), name in colours
         bars = [rows["drop"] - rows.drop_low, rows.drop_high - rows["drop"]]
-        style = {"linewidth": 2, "markersize": 9 - i} if mine else {"linewidth": 0.8, "markersize": 5}
+        style = {"linewidth": 2, "markersize": 9 - i} if coloured else {"linewidth": 0.8, "markersize": 5}
         ax.errorbar(
-            rows.ratio, rows["drop"], bars, color=colours.get(name, "0.55"), zorder=2 + mine, capsize=2,
+            rows.ratio, rows["drop"], bars, color=colours.get(name, "0.55"), zorder=2 + coloured, capsize=2,
             marker=_MARKERS[i % len(_MARKERS)], label=name, **style,
         )  # fmt: skip
     ax.axhline(0, color="0.4", linestyle="--", linewidth=1)

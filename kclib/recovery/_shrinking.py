@@ -73,7 +73,7 @@ def shrink(
         sample_weight = next(filter(np.any, kinds))
 
     def build(scope, n_clusters):
-        found = _sequential.correct(
+        corrected = _sequential.correct(
             model,
             images,
             n_clusters,
@@ -83,10 +83,10 @@ def shrink(
             sample_weight=sample_weight,
             **options,
         )
-        return found.network, found.clustering
+        return corrected.network, corrected.clustering
 
-    found = allocation.allocate(
+    best = allocation.allocate(
         model, held_back, bank, sample_weight, n_bytes=n_bytes, scopes=("layer",), precision=precision,
         coding=coding, build=build, uniform=False, **options,
     )  # fmt: skip
-    return replace(found, model=models.like(given, found.network))
+    return replace(best, model=models.like(given, best.network))

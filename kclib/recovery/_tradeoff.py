@@ -78,7 +78,7 @@ def curves(
     scope : {"layer", "global", "mixed"} or mapping of str to str
         As in `clustering.cluster`, or `mixed`.
     ks : iterable of int
-        Numbers of clusters. A group with fewer kernels keeps all of its own. Powers of two up to 65,536 by
+        Numbers of clusters. A group with fewer kernels keeps all of them. Powers of two up to 65,536 by
         default.
     precision : {"fp32", "fp16", "bf16", "int8", "int4"}
         Of the stored codebooks.
@@ -152,8 +152,8 @@ def solve(curves: Iterable[Curve], n_bytes: float) -> dict[str, int]:
     # HiGHS stops at an absolute gap of 1e-6, so damage is put in units of the least that there can be
     unit = damage.max() or 1.0
     unit *= max(1e-9, optimize.milp(damage / unit, **program).fun)
-    found = optimize.milp(damage / unit, integrality=1, options={"mip_rel_gap": 0}, **program).x
-    return {curve.name: curve.ks[found[owner == i].argmax()] for i, curve in enumerate(curves)}
+    chosen = optimize.milp(damage / unit, integrality=1, options={"mip_rel_gap": 0}, **program).x
+    return {curve.name: curve.ks[chosen[owner == i].argmax()] for i, curve in enumerate(curves)}
 
 
 def rounded(codebook: np.ndarray, precision: str) -> np.ndarray:

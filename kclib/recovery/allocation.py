@@ -245,11 +245,11 @@ class _Trials:
             n_bytes = byte_counts.clustered_bytes(self.model.network, made, **how)
             if n_bytes <= limit:
                 lost = self._drop(network)
-                found = Allocation(
+                allocation = Allocation(
                     plan.scope, n_clusters, n_bytes, network, made, lost, pd.DataFrame(), network
                 )
-                self.rows[key] = self._row(plan, found)
-                return found
+                self.rows[key] = self._row(plan, allocation)
+                return allocation
             taken = (limit - self.unclustered) / (n_bytes - self.unclustered)
             spend = _MARGIN * taken * plan.bytes(n_clusters)
         return None
@@ -260,24 +260,24 @@ class _Trials:
         self.bar.update()
         return evaluation.drop(self.dense, answers)
 
-    def _row(self, plan: _Plan, found: Allocation) -> dict:
-        errors = clusterings.kernel_errors(self.bank, found.clustering, self.sample_weight)
+    def _row(self, plan: _Plan, allocation: Allocation) -> dict:
+        errors = clusterings.kernel_errors(self.bank, allocation.clustering, self.sample_weight)
         return {
             "scope": plan.name,
             "choice": "uniform" if plan.uniform else "solved",
-            "n_clusters": found.n_clusters,
-            "clusters": found.clustering.n_clusters,
-            "bytes": found.n_bytes,
+            "n_clusters": allocation.n_clusters,
+            "clusters": allocation.clustering.n_clusters,
+            "bytes": allocation.n_bytes,
             "damage": float(errors.sum()),
-            "top1": self.dense.top1.estimate - found.drop.points.estimate,
-            "drop": found.drop.points.estimate,
+            "top1": self.dense.top1.estimate - allocation.drop.points.estimate,
+            "drop": allocation.drop.points.estimate,
         }
 
 
 def _best(trials: _Trials, plans: Iterable[_Plan], n_bytes: float) -> Allocation:
     """Return the most accurate within so many bytes, of equals the smallest."""
-    found = (trials.of(plan, n_bytes - trials.unclustered, n_bytes) for plan in plans)
-    best = min(filter(None, found), key=lambda x: (x.drop.lost - x.drop.won, x.n_bytes), default=None)
+    candidates = (trials.of(plan, n_bytes - trials.unclustered, n_bytes) for plan in plans)
+    best = min(filter(None, candidates), key=lambda x: (x.drop.lost - x.drop.won, x.n_bytes), default=None)
     if best is None:
         least = min(plan.least for plan in plans) + trials.unclustered
         raise InvalidValueError(f"n_bytes is {n_bytes}; the convolutions take at least {least} bytes.")
@@ -289,8 +289,8 @@ def _fewest(trials: _Trials, plans: Iterable[_Plan], max_drop: float) -> Allocat
     best = None
     for plan in plans:
         most = plan.most if best is None else min(plan.most, best.n_bytes - trials.unclustered - 1)
-        found = filter(None, (best, _bisected(trials, plan, max_drop, most)))
-        best = min(found, key=lambda x: x.n_bytes, default=None)
+        candidates = filter(None, (best, _bisected(trials, plan, max_drop, most)))
+        best = min(candidates, key=lambda x: x.n_bytes, default=None)
     if best is None:
         least = min(row["drop"] for row in trials.rows.values())
         raise InvalidValueError(
@@ -307,11 +307,11 @@ def _bisected(trials: _Trials, plan: _Plan, max_drop: float, most: int) -> Alloc
         return None
     for _ in range(_STEPS):
         middle = round(math.sqrt(low * high))
-        found = trials.of(plan, middle)
-        if found is None or found.drop.points.estimate > max_drop:
+        trial = trials.of(plan, middle)
+        if trial is None or trial.drop.points.estimate > max_drop:
             low = middle
         else:
-            best, high = found, middle
+            best, high = trial, middle
     return best
 
 

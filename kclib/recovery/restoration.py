@@ -173,8 +173,8 @@ class _Market:
 
             for i, group in enumerate(self.clustering.groups):
                 rows, starts = _nearest.by_label(group.indices, group.n_clusters)
-                for k, mine in enumerate(np.split(rows, starts[1:-1])):
-                    offer(_Cluster(i, k, mine, group.codebook[k].ravel()))
+                for k, members in enumerate(np.split(rows, starts[1:-1])):
+                    offer(_Cluster(i, k, members, group.codebook[k].ravel()))
             while shelf:
                 _, place, best = heapq.heappop(shelf)
                 if isinstance(best, _Cluster):
@@ -280,10 +280,10 @@ def _after(bank: KernelBank, clustering: Clustering, bought: list[_Split]) -> Cl
     """Return the clustering after some splits."""
     groups = []
     for i, group in enumerate(clustering.groups):
-        mine = [split for split in bought if split.group == i]
+        splits = [split for split in bought if split.group == i]
         indices, size = group.indices.copy(), group.codebook.shape[1:]
-        codebook = np.concatenate([group.codebook, np.empty((len(mine), *size), np.float32)])
-        for new, split in enumerate(mine, group.n_clusters):
+        codebook = np.concatenate([group.codebook, np.empty((len(splits), *size), np.float32)])
+        for new, split in enumerate(splits, group.n_clusters):
             indices[split.moves] = new
             codebook[[split.cluster, new]] = split.centres.reshape(2, *size)
         groups.append(replace(group, codebook=codebook, indices=indices))

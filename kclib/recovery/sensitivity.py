@@ -85,10 +85,10 @@ def importance(
     checks.check_seed(seed)
     with torch.inference_mode(False):  # gradients are needed also where the caller has turned them off
         run = _Run.of(model, images, bank, batch_size, seed, device, progress)
-        found = KINDS[kind](run)
+        costs = KINDS[kind](run)
     result = np.empty(len(bank), np.float32)
     for layer in bank.layers:
-        result[layer.rows] = run.checked(layer.name, found[layer.name]).flatten().numpy()
+        result[layer.rows] = run.checked(layer.name, costs[layer.name]).flatten().numpy()
     return result
 
 
@@ -112,9 +112,9 @@ class _Run:
         network = _convolutions.plain(_copying.copied(model.network)).eval().float()
         network = models.moved(network, device).requires_grad_(False)
         layers = kernels.matched(network, bank.layers)
-        found = {name: x.weight.requires_grad_(True) for name, x in layers.items()}
-        run = cls(model, network, found, images, batch_size, seed, progress, device)
-        for layer in found:
+        parameters = {name: x.weight.requires_grad_(True) for name, x in layers.items()}
+        run = cls(model, network, parameters, images, batch_size, seed, progress, device)
+        for layer in parameters:
             for user in _replacement.users(network, layer).values():
                 user.register_forward_hook(partial(run._heard, layer))
         return run
@@ -147,8 +147,8 @@ class _Run:
         """Return the gradient of a scalar by the kernels of each layer that has one."""
         if not value.requires_grad:
             return {}
-        found = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True, **options)
-        result = {name: x for name, x in zip(self.parameters, found, strict=True) if x is not None}
+        gradients = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True, **options)
+        result = {name: x for name, x in zip(self.parameters, gradients, strict=True) if x is not None}
         self.reached.update(result)
         return result
 
@@ -156,13 +156,13 @@ class _Run:
         """Return 0 for every kernel: float64, in the first two axes of each layer's weight."""
         return {name: torch.zeros(x.shape[:2], dtype=torch.float64) for name, x in self.parameters.items()}
 
-    def checked(self, name: str, found: Tensor) -> Tensor:
+    def checked(self, name: str, costs: Tensor) -> Tensor:
         """Return what was found of a layer as float32; raise InvalidValueError if it cannot be used."""
         if name in self.ran and name not in self.reached:
             raise InvalidValueError(f"gradients do not reach layer {name}; leave it out of the bank.")
-        if not torch.isfinite(found.float()).all():
+        if not torch.isfinite(costs.float()).all():
             raise InvalidValueError(f"layer {name} has an infinite or NaN sensitivity; it must be finite.")
-        return found.float()
+        return costs.float()
 
 
 class _Calls:
