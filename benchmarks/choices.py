@@ -70,7 +70,7 @@ class Bench:
         """Bytes of the convolutions that no clustering changes."""
         return self.dense_bytes - sum(math.prod(x.shape) * x.itemsize for x in self.bank.layers)
 
-    def sample_weight(self, kind: str = WEIGHTING) -> np.ndarray:
+    def importance(self, kind: str = WEIGHTING) -> np.ndarray:
         """Return sample weights of a kind."""
         images = datasets.limited(self.images.calibration, CALIBRATION)
         return sensitivity.importance(self.model, images, self.bank, kind=kind)

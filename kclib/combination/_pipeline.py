@@ -25,7 +25,7 @@ from kclib.training import Recipe
 
 @dataclass(frozen=True)
 class Given:
-    """What steps have beside the stage; the fields are those of `Pipeline.run`."""
+    """The arguments of `Pipeline.run` that its steps use."""
 
     model: Model
     images: datasets.ImageSet | None = None
@@ -37,17 +37,17 @@ class Given:
 
     @property
     def running(self) -> dict[str, object]:
-        """What every part that runs a network is told."""
+        """The options of every function that runs a network."""
         return {"device": self.device, "progress": self.progress}
 
-    def sample_weight(self, stage: Stage) -> np.ndarray:
+    def importance(self, stage: Stage) -> np.ndarray:
         """Return what an error in each kernel of a stage costs."""
         return sensitivity.importance(stage.model, self.images, stage.bank, seed=self.seed, **self.running)
 
 
 @dataclass(frozen=True)
 class Combined:
-    """What a pipeline made.
+    """The result of a pipeline.
 
     Attributes
     ----------
@@ -101,7 +101,7 @@ class Step:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What `Pipeline.run` must be given for it."""
+        """The arguments of `Pipeline.run` that this step cannot do without."""
         return ()
 
     def after(self, stage: Stage, given: Given) -> Stage:
@@ -140,7 +140,7 @@ class Prune(Step):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What `Pipeline.run` must be given for it."""
+        """The arguments of `Pipeline.run` that this step cannot do without."""
         return ("images",) if self.weighted else ()
 
     def after(self, stage: Stage, given: Given) -> Stage:
@@ -180,7 +180,7 @@ class Cluster(Step):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What `Pipeline.run` must be given for it."""
+        """The arguments of `Pipeline.run` that this step cannot do without."""
         return ("images",) if self.weighted or self.corrected else ()
 
     def after(self, stage: Stage, given: Given) -> Stage:
@@ -241,7 +241,7 @@ class Train(Step):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What `Pipeline.run` must be given for it."""
+        """The arguments of `Pipeline.run` that this step cannot do without."""
         return ("train", "folder")
 
     def after(self, stage: Stage, given: Given) -> Stage:

@@ -20,7 +20,7 @@ _FORMS = {"fp16": _formats.Half(), "int8": _formats.Rounded(8), "int4": _formats
 
 @dataclass(frozen=True)
 class Stage:
-    """What the steps of a pipeline so far made of a model.
+    """A model between two steps of a pipeline.
 
     Attributes
     ----------

@@ -91,7 +91,7 @@ def check(
 
 @dataclass(frozen=True)
 class _Trial:
-    """What one run did.
+    """The result of one run.
 
     Attributes
     ----------

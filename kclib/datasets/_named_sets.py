@@ -126,7 +126,7 @@ def _root(name: str) -> Path:
 
 def _of_found(
     name: str,
-    scanned: _image_folders.Found,
+    scanned: _image_folders.Scanned,
     sums: Sequence[str],
     indices: Sequence[int],
     notes: tuple[str, ...],

@@ -73,7 +73,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended.
+    """The result of a task: done, or an error.
 
     Attributes
     ----------

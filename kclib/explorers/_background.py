@@ -28,7 +28,7 @@ Stale = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Answer(Generic[Q]):
-    """What was found.
+    """The answer to a question: a figure and facts.
 
     Attributes
     ----------

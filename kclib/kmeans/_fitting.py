@@ -247,7 +247,7 @@ class _Framed:
         cells = coarse[-1]
         centres = self.frame.into(cells.centres)
         errors = _nearest.errors(self.points, centres, cells.labels, n_threads=self.options.threads)
-        assigned = _nearest.Found(cells.labels, errors)
+        assigned = _nearest.Assignment(cells.labels, errors)
         start = _lloyd.grow(
             self.points, self.sample_weight, assigned, len(centres), k, self.options, report.part(_START)
         )

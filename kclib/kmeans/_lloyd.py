@@ -54,7 +54,7 @@ def fit(
         centres = means(points, sample_weight, guess, centres, n_threads)
     part = progress.part(progress.left)
     assigned = _nearest.nearest(points, centres, guess=guess, n_threads=n_threads, done=part)
-    assigned = _nearest.Found(merged(centres, assigned.labels), assigned.errors)
+    assigned = _nearest.Assignment(merged(centres, assigned.labels), assigned.errors)
     centres, assigned = filled(points, sample_weight, centres, assigned, n_threads)
     progress.inertia = total(assigned.errors, sample_weight)
     progress(progress.left)
@@ -111,14 +111,14 @@ def start(
         return _flat(points, sample_weight, n_clusters, options), None
     coarse, _ = start(points, sample_weight, round(math.sqrt(n_clusters)), options)
     cells = _nearest.near(points, coarse, n_threads=options.threads)
-    assigned = _nearest.Found(cells, _nearest.errors(points, coarse, cells, n_threads=options.threads))
+    assigned = _nearest.Assignment(cells, _nearest.errors(points, coarse, cells, n_threads=options.threads))
     return grow(points, sample_weight, assigned, len(coarse), n_clusters, options, done)
 
 
 def grow(
     points: np.ndarray,
     sample_weight: np.ndarray | None,
-    assigned: _nearest.Found,
+    assigned: _nearest.Assignment,
     n_cells: int,
     n_clusters: int,
     options: Options,
@@ -206,9 +206,9 @@ def filled(
     points: np.ndarray,
     sample_weight: np.ndarray | None,
     centres: np.ndarray,
-    assigned: _nearest.Found,
+    assigned: _nearest.Assignment,
     n_threads: int,
-) -> tuple[np.ndarray, _nearest.Found]:
+) -> tuple[np.ndarray, _nearest.Assignment]:
     """Move centres that no point chose to the worst served points, until none is left.
 
     Each move lowers the inertia, so this ends; it gives up centres only when every point lies on one.
@@ -226,7 +226,7 @@ def filled(
         labels = np.where(better, moved[challenge.labels], labels).astype(np.int32)
         errors = np.where(better, challenge.errors, errors)
         labels[worst], errors[worst] = moved, 0  # whatever rounding made of the search
-    return centres, _nearest.Found(labels, errors)
+    return centres, _nearest.Assignment(labels, errors)
 
 
 def unused(centres: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a k-means fit is given and what comes of it: values, their checks, and progress."""
+"""Options and results of a k-means fit, and checks of its arguments."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class KMeans:
         Whether the last of these lowered the inertia by no more than `tol` of it. False if the rounds or the
         caller's patience ended before.
     search : str
-        How the labels were found: ``pruned`` (by the triangle inequality), ``streamed`` (so too, block by
+        How the labels were found: ``pruned`` (by the triangle inequality), ``streamed`` (likewise, block by
         block), or the name of a torch device (every centre compared there). All are exact.
     """
 

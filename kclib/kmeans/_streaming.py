@@ -239,7 +239,7 @@ def _block_step(block, sample_weight, guess, centres, reach, device) -> _Step:
         assigned = _nearest.nearest(block, centres, guess=guess, reach=reach, n_threads=1)
     else:
         labels = nearest_on_device(block, centres, device)
-        assigned = _nearest.Found(labels, _nearest.errors(block, centres, labels, n_threads=1))
+        assigned = _nearest.Assignment(labels, _nearest.errors(block, centres, labels, n_threads=1))
     sample_weight = np.ones(len(block), np.float32) if sample_weight is None else sample_weight
     k = len(centres)
     loss = assigned.errors * np.maximum(sample_weight, np.float32(1e-12))  # those without weight come last

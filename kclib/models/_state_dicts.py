@@ -29,7 +29,7 @@ _DEEP = 3  # mappings within mappings that are looked through
 _SHOWN = 3
 
 
-def found(path: str | Path | Mapping) -> dict[str, State]:
+def read_all(path: str | Path | Mapping) -> dict[str, State]:
     """Return the state dicts of a checkpoint by where they lie in it, ``""`` if it is one itself.
 
     Parameters
@@ -65,7 +65,7 @@ def read(path: str | Path) -> State:
     MissingFileError, DamagedFileError, InvalidValueError
         As in `found`; or there are several.
     """
-    states = found(path)
+    states = read_all(path)
     if len(states) > 1:
         raise InvalidValueError(_several(str(path), states))
     return next(iter(states.values()))

@@ -291,7 +291,7 @@ def batches(data: datasets.ImageSet, preprocess: Callable, batch_size: int, devi
 
 
 class _Reached(BaseException):
-    """The layer has read what it reads; the rest of the network need not run, whatever it catches."""
+    """Ends a network's run once the layer has read its inputs; networks that catch `Exception` pass it on."""
 
 
 def _read(

@@ -176,14 +176,14 @@ class _Books:
             if len(layers) > 1 or layers[0].name not in measured:
                 rows = rows_of(layers)
                 counted = _settings.counted(None if sample_weight is None else sample_weight[rows])
-                result.shared[name] = result.found(name, bank.points[rows], counted)
+                result.shared[name] = result.fitted(name, bank.points[rows], counted)
         return result
 
     def group(self, layer: Layer) -> str:
         """Return the name of a layer's group."""
         return next(name for name, layers in self.members.items() if layer in layers)
 
-    def found(self, group: str, points: np.ndarray, sample_weight: np.ndarray | None) -> Tensor:
+    def fitted(self, group: str, points: np.ndarray, sample_weight: np.ndarray | None) -> Tensor:
         """Return a codebook for points ``(n, area)``, ``(K', area)`` of distinct rows, rounded as stored."""
         k = min(self.wanted[group], len(points))
         centres = kmeans.fit(points, k, sample_weight=sample_weight, seed=self.seed).centres
@@ -195,7 +195,7 @@ class _Books:
         if name in self.shared:
             return self.shared[name].to(target.device)
         sample_weight = energy / energy.max() if energy.max() > 0 else torch.ones_like(energy)
-        return self.found(name, target.cpu().numpy(), sample_weight.cpu().numpy()).to(target.device)
+        return self.fitted(name, target.cpu().numpy(), sample_weight.cpu().numpy()).to(target.device)
 
     def refined(self, coded: _Coded, dense: Tensor, read: Moments, damping: float) -> _Coded:
         """Return a layer's codes with a codebook that answers nearer to the dense weights, if one does."""

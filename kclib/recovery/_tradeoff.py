@@ -1,4 +1,4 @@
-"""What each group of layers takes and costs at several K, and the K of each that do least damage in all."""
+"""Bytes and damage of each group of layers at several K, and the K of each that do the least damage."""
 
 import hashlib
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ KS = tuple(1 << bits for bits in range(17))
 
 @dataclass(frozen=True)
 class Curve:
-    """What a group of layers takes and what it costs the network, at several K.
+    """The bytes of a group of layers, and the damage that clustering it does, at several K.
 
     Attributes
     ----------

@@ -36,7 +36,7 @@ def importance(
     """Return what a squared error of one in each kernel costs, for `kmeans.fit(..., sample_weight=...)`.
 
     The same seed gives the same result up to the rounding of torch's convolutions, which may differ with the
-    number of threads. The batches do not matter, but to ``hessian``, which draws directions for each.
+    number of threads. The batch size matters only to ``hessian``, which draws directions for each batch.
 
     Parameters
     ----------

@@ -102,7 +102,7 @@ def test_equal_medoids_of_two_clusters_become_one(monkeypatch):
     monkeypatch.setattr(clustering, "cluster", lambda *_, **__: split)
     # either of two equal medoids is the nearest
     monkeypatch.setattr(
-        kmeans_nearest, "nearest", lambda *_, **__: kmeans_nearest.Found(labels, np.zeros(4, np.float32))
+        kmeans_nearest, "nearest", lambda *_, **__: kmeans_nearest.Assignment(labels, np.zeros(4, np.float32))
     )
     (group,) = cluster(bank, 2, "medoid").clustering.groups
     assert (group.codebook.tolist(), group.indices.tolist(), group.inertia) == ([[[0]]], [0, 0, 0, 0], 2)
