@@ -1,4 +1,4 @@
-"""Which weights, which representatives, which price: what each loses of the shipped model at equal bytes.
+"""Which importance, which representatives, which price: what each loses of the shipped model at equal bytes.
 
 Choices are compared by the KL divergence of the answers from the dense model's, on images held back from
 training. Few images tell there what accuracy tells on many.
@@ -70,10 +70,10 @@ class Bench:
         """Bytes of the convolutions that no clustering changes."""
         return self.dense_bytes - sum(math.prod(x.shape) * x.itemsize for x in self.bank.layers)
 
-    def weights(self, kind: str = WEIGHTING) -> np.ndarray:
-        """Return weights of a kind."""
+    def importance(self, kind: str = WEIGHTING) -> np.ndarray:
+        """Return sample weights of a kind."""
         images = datasets.limited(self.images.calibration, CALIBRATION)
-        return sensitivity.weights(self.model, images, self.bank, kind=kind)
+        return sensitivity.importance(self.model, images, self.bank, kind=kind)
 
     def divergence(self, rows: np.ndarray) -> dict:
         """Return how far the answers are from the dense model's with other kernels, in the bank's rows."""
@@ -94,12 +94,12 @@ class Bench:
         if layer == "all":
             return rows
         own = self.bank.layer(layer).rows
-        result = self.bank.weights.copy()
+        result = self.bank.kernels.copy()
         result[own] = rows[own]
         return result
 
     def _with(self, rows: np.ndarray) -> nn.Module:
-        return kclib.insert(self.model, replace(self.bank, weights=rows))
+        return kclib.insert(self.model, replace(self.bank, kernels=rows))
 
 
 def log_shares(model: kclib.Model, data: kclib.ImageSet) -> Tensor:
@@ -117,16 +117,16 @@ def stored(found: kclib.Clustering) -> np.ndarray:
 
 
 def weighting(bench: Bench, kind: str) -> None:
-    """Measure weights of one kind: on each layer alone, the others dense, and on all together."""
+    """Measure sample weights of one kind: on each layer alone, the others dense, and on all together."""
     key = {"table": "weights", "kind": kind}
     alone = [{"layer": x.name, "clusters": ALONE, "seed": 0} for x in bench.bank.layers]
     together = [{"layer": "all", "clusters": k, "seed": seed} for k in TOGETHER for seed in SEEDS]
     missing = [x for x in (*alone, *together) if not bench.rows.get(**key, **x)]
     if not missing:
         return
-    weights = bench.weights(kind)
+    sample_weight = bench.importance(kind)
     for k, seed in sorted({(x["clusters"], x["seed"]) for x in missing}):
-        found = stored(kclib.cluster(bench.bank, k, weights=weights, seed=seed))
+        found = stored(kclib.cluster(bench.bank, k, sample_weight=sample_weight, seed=seed))
         for which in (x for x in missing if (x["clusters"], x["seed"]) == (k, seed)):
             bench.rows.put(key | which | bench.divergence(bench.mixed(found, which["layer"])))
 
@@ -174,7 +174,7 @@ def _filters(layer: Layer) -> int:
     return layer.shape[1 if layer.transposed else 0]
 
 
-def represented(bench: Bench, weights: np.ndarray, share: int, setting: Setting) -> None:
+def represented(bench: Bench, sample_weight: np.ndarray, share: int, setting: Setting) -> None:
     """Measure one kind of representative at the most clusters that a budget buys, the same in each group."""
     key = {"table": "representatives", "share": share, **vars(setting)}
     if bench.rows.get(**key):
@@ -189,7 +189,7 @@ def represented(bench: Bench, weights: np.ndarray, share: int, setting: Setting)
         key["clusters"],
         setting.kind,
         scope=setting.scope,
-        weights=weights,
+        sample_weight=sample_weight,
         scale_bits=setting.scale_bits,
     )
     if (n_bytes := found.n_bytes("fp16")) > budget:
@@ -198,14 +198,14 @@ def represented(bench: Bench, weights: np.ndarray, share: int, setting: Setting)
     bench.rows.put(key | {"bytes": n_bytes + bench.unclustered} | losses)
 
 
-def priced(bench: Bench, weights: np.ndarray, scope: str, k: int) -> None:
+def priced(bench: Bench, sample_weight: np.ndarray, scope: str, k: int) -> None:
     """Measure plain k-means, and one of more clusters at the price that makes it as small."""
     key = {"table": "price", "scope": scope, "asked": k}
     if bench.rows.get(**key, method="priced"):
         return
 
     def build(price: float, k: int) -> tuple[kclib.Clustering, int]:
-        found = kclib.cluster(bench.bank, k, scope=scope, weights=weights, price=price)
+        found = kclib.cluster(bench.bank, k, scope=scope, sample_weight=sample_weight, price=price)
         return found, byte_counts.clustered_bytes(bench.model, found)
 
     def keep(method: str, trial: Trial) -> None:
@@ -216,7 +216,7 @@ def priced(bench: Bench, weights: np.ndarray, scope: str, k: int) -> None:
     if not bench.rows.get(**key, method="plain"):
         keep("plain", plain)
     errors = clustering.kernel_errors(bench.bank, plain.found)
-    price = first_price(errors * weights)
+    price = first_price(errors * sample_weight)
     keep("priced", matched(lambda price: build(price, SPARE * k), plain.n_bytes, price))
 
 
@@ -267,13 +267,13 @@ def next_price(best: Trial, other: Trial | None = None) -> float:
 def tables(rows: list[dict]) -> list[pd.DataFrame]:
     """Return the three tables to print."""
     found = pd.DataFrame(rows).convert_dtypes()
-    weights = found[found.table == "weights"]
-    weights = weights.pivot_table(index=["layer", "clusters"], columns="kind", values="kl", sort=False)
-    weights = weights.assign(best=weights.astype(float).idxmin(axis=1)).reset_index()
+    weighted = found[found.table == "weights"]
+    weighted = weighted.pivot_table(index=["layer", "clusters"], columns="kind", values="kl", sort=False)
+    weighted = weighted.assign(best=weighted.astype(float).idxmin(axis=1)).reset_index()
     losses = ["clusters", "bytes", "kl", "kl_error", "drop", "drop_low", "drop_high"]
     kinds = found[found.table == "representatives"][["share", "kind", "scope", "scale_bits", *losses]]
     prices = found[found.table == "price"][["scope", "asked", "method", "price", *losses]]
-    return [weights, kinds, prices]
+    return [weighted, kinds, prices]
 
 
 def main() -> None:
@@ -282,13 +282,13 @@ def main() -> None:
     bench = Bench.of(kclib.load_model(), rows)
     for kind in sensitivity.KINDS:
         weighting(bench, kind)
-    weights = bench.weights()
+    sample_weight = bench.importance()
     for share in SHARES:
         for setting in Setting.every():
-            represented(bench, weights, share, setting)
+            represented(bench, sample_weight, share, setting)
     for scope in ("global", "layer"):
         for k in KS:
-            priced(bench, weights, scope, k)
+            priced(bench, sample_weight, scope, k)
     for table in tables(rows.rows):
         print(table.to_string(index=False, float_format="{:.4g}".format), end="\n\n")
 

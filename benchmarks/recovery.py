@@ -154,8 +154,8 @@ def smallest(bench: Bench) -> None:
         return
     start, first = time.perf_counter(), next(iter(n_clusters))
     fewer = {name: k if name == first else max(2, round(k * SMALLER)) for name, k in n_clusters.items()}
-    weights = sensitivity.weights(bench.model, bench.images.calibration, kclib.extract(bench.model))
-    found = _sequential.correct(bench.model, bench.images.calibration, fewer, weights=weights)
+    sample_weight = sensitivity.importance(bench.model, bench.images.calibration, kclib.extract(bench.model))
+    found = _sequential.correct(bench.model, bench.images.calibration, fewer, sample_weight=sample_weight)
     network = kclib.compress(found.model, found.clustering, precision="fp16")
     n_bytes, took = byte_counts.stored_bytes(network), time.perf_counter() - start
     if not bench.rows.get(**key):

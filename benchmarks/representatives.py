@@ -62,7 +62,7 @@ def cluster(
     kind: str = "mean",
     *,
     scope: str | Mapping[str, str] = "layer",
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     scale_bits: int = 16,
     seed: int = 0,
     n_threads: int | None = None,
@@ -89,7 +89,7 @@ def cluster(
         - ``filter-normalised``: the same for each filter, the kernels of one output channel. (A layer of the
           bank does not know its groups: in a grouped transposed convolution, filters at the same place in
           their groups share a number.)
-    weights : numpy.ndarray, optional
+    sample_weight : numpy.ndarray, optional
         ``(n,)``, in the rows of the bank, finite, at least 0: how much each kernel's squared error counts.
     scale_bits : int
         2 to 16: of a signed length in the scaled kinds. 16 is fp16; fewer are a place in a table of up to
@@ -109,28 +109,30 @@ def cluster(
     bank = bank_of(bank)
     checks.check_known("kind of representative", kind, KINDS)
     checks.check_whole("scale_bits", scale_bits, 2, 16)
-    weights = _settings.checked_weights(weights, len(bank))
-    options = _Options(scope, weights, int(scale_bits), seed, n_threads, progress)
+    sample_weight = _settings.checked_sample_weight(sample_weight, len(bank))
+    options = _Options(scope, sample_weight, int(scale_bits), seed, n_threads, progress)
     return Represented(kind, *KINDS[kind](bank, n_clusters, options))
 
 
 @dataclass(frozen=True)
 class _Options:
     scope: str | Mapping[str, str]
-    weights: np.ndarray | None
+    sample_weight: np.ndarray | None
     scale_bits: int
     seed: int
     n_threads: int | None
     progress: bool
 
     def fit(self, bank: kclib.KernelBank, n_clusters, **how) -> kclib.Clustering:
-        """Return the clustering of a bank, by the options' weights unless `how` has others."""
-        shared = {name: getattr(self, name) for name in ("scope", "weights", "seed", "n_threads", "progress")}
+        """Return the clustering of a bank, by the options' sample weights unless `how` has others."""
+        shared = {
+            name: getattr(self, name) for name in ("scope", "sample_weight", "seed", "n_threads", "progress")
+        }
         return kclib.cluster(bank, n_clusters, **shared | how)
 
-    def weights_of(self, rows: np.ndarray) -> np.ndarray | None:
-        """Return the weights of some rows, None if all weigh alike."""
-        return None if self.weights is None else self.weights[rows]
+    def sample_weight_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """Return the sample weights of some rows, None if all count alike."""
+        return None if self.sample_weight is None else self.sample_weight[rows]
 
 
 def _mean(bank: kclib.KernelBank, n_clusters, options: _Options, **how) -> tuple[kclib.Clustering, int]:
@@ -151,7 +153,7 @@ def _of_medoids(
     kernels = bank.points[rows]
     frame = Frame.of([kernels])
     points, means = frame.into(kernels), frame.into(group.codebook.reshape(group.n_clusters, -1))
-    means = _lloyd.means(points, options.weights_of(rows), group.indices, means, n_threads)
+    means = _lloyd.means(points, options.sample_weight_of(rows), group.indices, means, n_threads)
     errors = _nearest.errors(points, means, group.indices, n_threads=n_threads)
     nearest_first = np.lexsort((errors, group.indices))
     medoids = nearest_first[np.unique(group.indices[nearest_first], return_index=True)[1]]
@@ -159,7 +161,7 @@ def _of_medoids(
     # Kernels that are the same may lie in two clusters, as near to one as to the other.
     labels = _lloyd.merged(kernels[medoids], labels)
     used, labels = np.unique(labels, return_inverse=True)
-    codebook = bank.weights[rows[medoids[used]]]
+    codebook = bank.kernels[rows[medoids[used]]]
     return _settled(bank, replace(group, codebook=codebook, indices=labels.astype(np.int32)))
 
 
@@ -183,7 +185,7 @@ def _table(
     found = kmeans.fit(
         group.scales[:, None],
         min(1 << options.scale_bits, len(group.scales)),
-        weights=options.weights_of(group.rows),
+        sample_weight=options.sample_weight_of(group.rows),
         seed=options.seed,
         n_threads=options.n_threads,
         progress=lambda step: done(step.share),
@@ -208,24 +210,24 @@ def _normalised(
     squares = np.einsum("nd,nd->n", bank.points, bank.points, dtype=np.float64)
     areas = np.bincount(owner) * bank.points.shape[1]
     scales = _formats.half(np.sqrt(np.bincount(owner, squares) / areas))[owner]
-    divided = replace(bank, weights=bank.weights / np.where(scales > 0, scales, 1)[:, None, None])
-    found = options.fit(divided, n_clusters, weights=_weights_over(bank, scales, options))
+    divided = replace(bank, kernels=bank.kernels / np.where(scales > 0, scales, 1)[:, None, None])
+    found = options.fit(divided, n_clusters, sample_weight=_sample_weight_over(bank, scales, options))
     found = _with_scales(bank, found, [scales[group.rows] for group in found.groups])
     found = replace(found, origin=origin_of(bank))
     return found, count * _HALF.itemsize
 
 
-def _weights_over(bank: kclib.KernelBank, scales: np.ndarray, options: _Options) -> np.ndarray:
+def _sample_weight_over(bank: kclib.KernelBank, scales: np.ndarray, options: _Options) -> np.ndarray:
     """Return how much errors of divided kernels count, so that they count as those of the kernels do.
 
-    A group in which nothing would count, for it is all zero, keeps the weights of its kernels; one of zero
-    weights counts all alike.
+    A group in which nothing would count, for it is all zero, keeps the sample weights of its kernels; one
+    whose sample weights are zero counts all alike.
     """
     result = np.ones(len(bank), np.float32)
     squares = np.square(scales / (scales.max() or 1), dtype=np.float64)
     for layers in grouping(bank, options.scope).values():
         rows = rows_of(layers)
-        given = _settings.counted(options.weights_of(rows))
+        given = _settings.counted(options.sample_weight_of(rows))
         over = squares[rows] if given is None else given * squares[rows]
         result[rows] = over if over.any() else result[rows] if given is None else given
     return result
@@ -263,7 +265,7 @@ def _settled(bank: kclib.KernelBank, group: Group) -> Group:
     """Return a group with the inertia that it has now."""
     rows, total = group.rows, 0.0
     for block in threads.blocks(len(rows)):
-        total += np.square(bank.weights[rows[block]] - group.kernels(block), dtype=np.float64).sum()
+        total += np.square(bank.kernels[rows[block]] - group.kernels(block), dtype=np.float64).sum()
     return replace(group, inertia=float(total))
 
 

@@ -75,8 +75,8 @@ def sweep(
     from kclib.experiments._pool import Workers
     from kclib.store import Store
 
-    found, workers, store = _profile(profile), Workers(jobs, backend, scheduler), Store()
-    planned = _grid.plan(found.sweep, store, rerun=rerun)
+    loaded, workers, store = _profile(profile), Workers(jobs, backend, scheduler), Store()
+    planned = _grid.plan(loaded.sweep, store, rerun=rerun)
     if dry_run:
         typer.echo(_text(_grid.as_table(planned)))
     typer.echo(_grid.summary(planned, workers))
@@ -85,7 +85,7 @@ def sweep(
     failures = _grid.run(planned, workers)
     for failure in failures:
         typer.echo(f"{failure.what} failed: {failure.error}", err=True)
-    index = _grid.report(found, planned, store, failures, out)
+    index = _grid.report(loaded, planned, store, failures, out)
     typer.echo(f"report: {index.resolve()}")
     if failures:
         raise SweepError(
@@ -100,14 +100,14 @@ def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
     from kclib.experiments import _grid, _profiles, reports
     from kclib.store import Store
 
-    found, store = _profiles.load(profile), Store()
-    if found.sweep is not None:
-        tasks = _grid.plan(found.sweep, store, estimated=False)
+    loaded, store = _profiles.load(profile), Store()
+    if loaded.sweep is not None:
+        tasks = _grid.plan(loaded.sweep, store, estimated=False)
         if any(task.stored for task in tasks):
             missing = {str(task) for task in tasks if not task.stored}
-            failures = reports.read(out / found.name, found.name).failures
-            _grid.report(found, tasks, store, [x for x in failures if x.what in missing], out)
-    index = reports.rebuild(out / found.name, found.name)
+            failures = reports.read(out / loaded.name, loaded.name).failures
+            _grid.report(loaded, tasks, store, [x for x in failures if x.what in missing], out)
+    index = reports.rebuild(out / loaded.name, loaded.name)
     typer.echo(f"report: {index.resolve()}")
 
 
@@ -137,14 +137,14 @@ def results(
     store = Store()
     for path in filter(None, (csv, parquet)):
         files.check_output(path, binary=path is parquet)
-    found = _filtered(store.table(kind), where, [x.strip() for x in columns.split(",") if x.strip()])
+    table = _filtered(store.table(kind), where, [x.strip() for x in columns.split(",") if x.strip()])
     for path, write in ((csv, "to_csv"), (parquet, "to_parquet")):
         if path is not None:
             with files.replacing(path) as temporary:
-                getattr(found, write)(temporary, index=False)
-            typer.echo(f"{files.named(path)}: {len(found):,} rows")
+                getattr(table, write)(temporary, index=False)
+            typer.echo(f"{files.named(path)}: {len(table):,} rows")
     if csv is None and parquet is None:
-        typer.echo(_text(found) if len(found) else f"{store.root} has nothing like that.")
+        typer.echo(_text(table) if len(table) else f"{store.root} has nothing like that.")
 
 
 @app.command()
@@ -156,18 +156,18 @@ def gc(
     """Remove from the store what nobody will ask for: damaged, of earlier versions, left by killed runs."""
     from kclib.store import Store
 
-    def agree(found) -> bool:
-        _show_garbage(found, "would go")
+    def agree(garbage) -> bool:
+        _show_garbage(garbage, "would go")
         if not (yes or sys.stdin.isatty()):
             raise InvalidValueError("nobody is there to agree, so nothing is removed; give --yes.")
         return yes or typer.confirm(f"Remove them from {store.root}?")
 
     store = Store()
-    found = store.gc(days=days, dry_run=dry_run, agree=agree)
+    garbage = store.gc(days=days, dry_run=dry_run, agree=agree)
     if dry_run:
-        _show_garbage(found, "would go")
+        _show_garbage(garbage, "would go")
     else:
-        typer.echo(f"{len(found):,} files, {found.bytes.sum():,} bytes removed")
+        typer.echo(f"{len(garbage):,} files, {garbage.bytes.sum():,} bytes removed")
 
 
 @app.command()
@@ -204,16 +204,16 @@ def _profile(name: str):
     """Read a profile that has a sweep."""
     from kclib.experiments import _profiles
 
-    found = _profiles.load(name)
-    if found.sweep is None:
+    loaded = _profiles.load(name)
+    if loaded.sweep is None:
         raise InvalidValueError(f"profile {name} has no sweep; it must have the key 'sweep'.")
-    return found
+    return loaded
 
 
-def _show_garbage(found, what: str) -> None:
-    if len(found):
-        typer.echo(_text(found))
-    typer.echo(f"{len(found):,} files, {found.bytes.sum():,} bytes {what}")
+def _show_garbage(garbage, what: str) -> None:
+    if len(garbage):
+        typer.echo(_text(garbage))
+    typer.echo(f"{len(garbage):,} files, {garbage.bytes.sum():,} bytes {what}")
 
 
 def _text(table) -> str:

@@ -27,7 +27,7 @@ def load_model(
         their own transforms), or ``package.module:factory`` for a function without arguments that
         returns a `torch.nn.Module` or a `Model`.
     weights : path, optional
-        A checkpoint to load in place of the default weights, as `state_dicts.found` and `state_dicts.fill`
+        A checkpoint to load in place of the default weights, as `state_dicts.read_all` and `state_dicts.fill`
         take it: safetensors or what torch.save wrote, told by its content, with the prefixes and containers
         that trainers put around a state dict; or a compressed file, whose weights become dense.
     device : str or torch.device
@@ -49,10 +49,10 @@ def load_model(
         return compression.load(files.expanded(weights), architecture=model, resident="dense", device=device)
     if weights is not None:
         source = "the mapping of weights" if isinstance(weights, Mapping) else str(weights)
-        _state_dicts.fill(model.network, _state_dicts.found(weights), source)
+        _state_dicts.fill(model.network, _state_dicts.read_all(weights), source)
     elif name == "vgg16-fashion":
         shipped = files.shipped(files.data_dir() / models.FASHION_FILE, models.FASHION_SHA256)
-        _state_dicts.fill(model.network, _state_dicts.found(shipped), name)
+        _state_dicts.fill(model.network, _state_dicts.read_all(shipped), name)
     elif name in models.torchvision_names():
         _state_dicts.fill(model.network, {"": _loading.published(name)}, name)
     models.moved(model.network, device).eval()

@@ -153,13 +153,13 @@ class Store:
         kept = _read_rows(path)
         paths = sorted((self.root / kind).glob("[!.]*.safetensors"))
         bar = tqdm(paths, desc="store", unit="entry", delay=2, leave=False)
-        found = [row for x in bar if (row := self._row(x, kept))]
-        if self.root.is_dir() and [id(x) for x in found] != [id(x) for x in kept.values()]:
+        rows = [row for x in bar if (row := self._row(x, kept))]
+        if self.root.is_dir() and [id(x) for x in rows] != [id(x) for x in kept.values()]:
             try:
-                _write_rows(path, found)
+                _write_rows(path, rows)
             except (StorageError, TypeError, ValueError, OverflowError) as error:  # it only saves time
                 _LOG.info("%s", error)
-        return pd.DataFrame(found).drop(columns="checked", errors="ignore").convert_dtypes()
+        return pd.DataFrame(rows).drop(columns="checked", errors="ignore").convert_dtypes()
 
     def gc(
         self,
@@ -188,17 +188,17 @@ class Store:
         """
         if days is not None:
             checks.check_real("days", days, lambda x: x >= 0, "a finite number, at least 0")
-        found = []
+        garbage = []
         paths = sorted([*self.root.glob("*"), *self.root.glob("*/*")])
         for path in tqdm(paths, desc="store", unit="file", delay=2, leave=False):
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 if why := self._why_not(path, days):
                     size = path.stat().st_size
-                    found.append({"file": str(path.relative_to(self.root)), "why": why, "bytes": size})
-        table = pd.DataFrame(found, columns=["file", "why", "bytes"])
+                    garbage.append({"file": str(path.relative_to(self.root)), "why": why, "bytes": size})
+        table = pd.DataFrame(garbage, columns=["file", "why", "bytes"])
         if dry_run or not (len(table) and (agree is None or agree(table))):
             return table if dry_run else table[:0]
-        gone = [self._removed(self.root / row["file"], days) for row in found]
+        gone = [self._removed(self.root / row["file"], days) for row in garbage]
         return table[gone].reset_index(drop=True)
 
     def path(self, key: dict) -> Path:
@@ -256,8 +256,8 @@ class Store:
             return {}
         if abs(time.time_ns() - stat.st_ctime_ns) < _TICK:
             checked = ""  # a change right now might not show
-        found = entry.key | entry.row
-        plain = {name: json.dumps(x) if isinstance(x, (list, dict)) else x for name, x in found.items()}
+        row = entry.key | entry.row
+        plain = {name: json.dumps(x) if isinstance(x, (list, dict)) else x for name, x in row.items()}
         written = pd.Timestamp(stat.st_mtime_ns, tz="UTC")
         about = {"entry": path.stem, "file_bytes": stat.st_size, "written": written, "checked": checked}
         return plain | about

@@ -286,20 +286,20 @@ def _divergence(logits: torch.Tensor, teacher: nn.Module, inputs: torch.Tensor, 
     """
     with torch.no_grad():
         wanted = F.log_softmax(models.answers(teacher, inputs).float() / temperature, dim=1)
-    own = F.log_softmax(logits / temperature, dim=1)
-    return F.kl_div(own, wanted, reduction="batchmean", log_target=True) * temperature**2
+    log_shares = F.log_softmax(logits / temperature, dim=1)
+    return F.kl_div(log_shares, wanted, reduction="batchmean", log_target=True) * temperature**2
 
 
 @torch.inference_mode()
 def _answers(network, data, preprocess, device) -> torch.Tensor:
     """Return the class that a network answers for each image, int64 ``(n,)`` on the CPU."""
     network.eval()
-    found = []
+    answers = []
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         for inputs, _ in _read(data, preprocess, 250):
             inputs = _placed(inputs, device)
-            found.append(models.answers(network, inputs).argmax(1).cpu())
-    return torch.cat(found)
+            answers.append(models.answers(network, inputs).argmax(1).cpu())
+    return torch.cat(answers)
 
 
 def split(data: datasets.ImageSet, recipe: Recipe) -> tuple[datasets.ImageSet, datasets.ImageSet]:

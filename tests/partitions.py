@@ -20,7 +20,7 @@ def uneven(n, seed=0):
     return np.random.default_rng(seed).lognormal(size=n).astype(np.float32)
 
 
-def assert_is_a_partition(points, n_clusters, result, weights=None):
+def assert_is_a_partition(points, n_clusters, result, sample_weight=None):
     distinct = len(np.unique(points, axis=0))
     assert result.centres.shape == (min(n_clusters, distinct), points.shape[1])
     assert (result.centres.dtype, result.labels.dtype) == (np.float32, np.int32)
@@ -30,9 +30,9 @@ def assert_is_a_partition(points, n_clusters, result, weights=None):
     own = distances[np.arange(len(points)), result.labels]
     rounding = 4 * np.finfo(np.float32).eps * np.linalg.norm(points.astype(np.float64), axis=1)
     assert (own <= (1 + 1e-5) * distances.min(1) + rounding).all()
-    weights = np.ones(len(points)) if weights is None else np.asarray(weights, np.float64)
-    least = weights @ np.square(rounding)
-    assert result.inertia == pytest.approx(weights @ np.square(own), rel=1e-4, abs=least)
+    sample_weight = np.ones(len(points)) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    least = sample_weight @ np.square(rounding)
+    assert result.inertia == pytest.approx(sample_weight @ np.square(own), rel=1e-4, abs=least)
 
 
 def assert_same_bits(one, other):

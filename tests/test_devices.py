@@ -73,7 +73,7 @@ def test_k_means_finds_the_same(n_clusters):
 @pytest.mark.parametrize("kind", ["output", "input", "fisher", "hessian"])
 def test_sensitivities_are_the_same(made, exact, kind):
     model, data, bank, _ = made
-    here, there = on_both(partial(sensitivity.weights, model, data, bank, kind=kind, seed=1, **QUIET))
+    here, there = on_both(partial(sensitivity.importance, model, data, bank, kind=kind, seed=1, **QUIET))
     np.testing.assert_allclose(there, here, rtol=1e-3, atol=1e-6 * here.max())
 
 

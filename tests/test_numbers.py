@@ -77,7 +77,7 @@ WHOLE = {
     ),
     "latency, batch": (lambda g, x: latency.of_network(g.model, (3, 8, 8), [x]), 1),
     "latency, side": (lambda g, x: latency.of_network(g.model, (3, x, 8), [1], seed=x), 8),
-    "figures": (lambda g, x: plots.kernel_sheet(g.bank.weights[:5], columns=x), 2),
+    "figures": (lambda g, x: plots.kernel_sheet(g.bank.kernels[:5], columns=x), 2),
     "pack": (lambda g, x: _packing.pack(np.arange(4), x), 3),
     "palette": (lambda g, x: _formats.Palette(x, "kmeans", "tensor"), 3),
     "product": (lambda g, x: _formats.Product(x, 1).bytes(g.bank.layers[0]), 3),
@@ -119,7 +119,7 @@ CALLS = {
     'combination.Cluster("64")': lambda g: combination.Cluster("64"),
     "combination.Cluster(0)": lambda g: combination.Cluster(0),
     "kclib.insert of 1e9 into a float16 network": lambda g: kernels.insert(
-        tiny_model().network.half(), replace(g.bank, weights=np.full_like(g.bank.weights, 1e9))
+        tiny_model().network.half(), replace(g.bank, kernels=np.full_like(g.bank.kernels, 1e9))
     ),
     "kclib.load_model of weights of 1e6 into a float16 network": lambda g: _state_dicts.fill(
         tiny_model().network.half(),

@@ -90,10 +90,10 @@ def test_sensitivities_are_finite_and_zero_only_where_nothing_depends_on_a_kerne
     given, data = model(kind), pictures()
     bank = kernels.extract(given.network)
     for name in sensitivity.KINDS:
-        found = sensitivity.weights(given, data, bank, kind=name, **QUIET)
+        found = sensitivity.importance(given, data, bank, kind=name, **QUIET)
         assert np.isfinite(found).all()
         assert found.min() >= 0
-    reads = sensitivity.weights(given, data, bank, kind="input", **QUIET)
+    reads = sensitivity.importance(given, data, bank, kind="input", **QUIET)
     assert reads[bank.layer("0").rows].all()
     dead = {"dead channels": 3, "dead layer": 8}.get(kind, 0)
     if dead:
@@ -120,18 +120,22 @@ def test_shrinking_keeps_within_the_bytes(kind):
 def test_damage_is_shared_out_whole_and_restoring_never_adds_to_it(kind, tmp_path):
     given, data = model(kind), pictures()
     bank = kernels.extract(given.network)
-    weights = sensitivity.weights(given, data, bank, kind="input", **QUIET)
-    made = clustering.cluster(bank, 4, weights=weights, **QUIET)
-    table = damage.by_cluster(bank, made, weights)
-    errors = np.square(bank.weights.astype(float) - clustering.quantized(made)).sum((1, 2))
-    assert table.damage.sum() == pytest.approx(float(errors @ weights.astype(float)), rel=1e-4, abs=1e-300)
+    sample_weight = sensitivity.importance(given, data, bank, kind="input", **QUIET)
+    made = clustering.cluster(bank, 4, sample_weight=sample_weight, **QUIET)
+    table = damage.by_cluster(bank, made, sample_weight)
+    errors = np.square(bank.kernels.astype(float) - clustering.quantized(made)).sum((1, 2))
+    assert table.damage.sum() == pytest.approx(
+        float(errors @ sample_weight.astype(float)), rel=1e-4, abs=1e-300
+    )
     assert table.share.sum() == pytest.approx(float(table.damage.sum() > 0), abs=1e-9)
-    found = restoration.restore_worst(given, made, 300, weights=weights, precision="fp32", **QUIET)
+    found = restoration.restore_worst(
+        given, made, 300, sample_weight=sample_weight, precision="fp32", **QUIET
+    )
     assert (found.table.after <= found.table.before * (1 + 1e-6)).all()
     assert 0 <= found.n_bytes <= 300
     limit = 0.6 * byte_counts.convolution_bytes(given.network)
     bought = allocation.allocate(
-        given, data, bank, weights, n_bytes=limit, precision="fp32", store=Store(tmp_path), **QUIET
+        given, data, bank, sample_weight, n_bytes=limit, precision="fp32", store=Store(tmp_path), **QUIET
     )
     assert bought.n_bytes <= limit
     rows = attribution.by_layer(given, made, data, **QUIET)
@@ -258,7 +262,7 @@ def test_a_single_kernel_is_clustered_mapped_and_corrected(tmp_path):
     bank, data = kernels.extract(net), pictures()
     made = clustering.cluster(bank, 1, **QUIET)
     assert made.inertia == 0
-    np.testing.assert_array_equal(clustering.quantized(made), bank.weights)
+    np.testing.assert_array_equal(clustering.quantized(made), bank.kernels)
     with pytest.raises(InvalidValueError, match="1 of 1 kernels can be compared"):
         similarity.nearest_distances(bank.points)
     assert not len(_measures.closeness(bank, np.arange(1), **QUIET))

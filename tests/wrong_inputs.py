@@ -150,7 +150,7 @@ class Given:
         return embedding.graph(self.points, store=self.store)
 
     @cached_property
-    def weights(self) -> np.ndarray:
+    def importance(self) -> np.ndarray:
         return np.ones(len(self.bank), np.float32)
 
     @property
@@ -277,8 +277,8 @@ WRONG_INPUTS = [
     (loading.load_model, lambda g: loading.load_model("w.pt"), WRONG, "'w.pt' is a file's name"),
     (_factories.made, lambda g: _factories.made("tiny:absent"), WRONG, "has no 'absent'"),
     (datasets.load_data, lambda g: datasets.load_data(str(g.folder)), WRONG, "is a folder"),
-    (_state_dicts.found, lambda g: _state_dicts.found(g.path("x.pt", b"\x89HDF\r\n")), WRONG, "x.pt is an HDF5 file"),
-    (_state_dicts.found, lambda g: _state_dicts.found(g.path("x.pt::ema", b"PK\3\4")), DAMAGED, "x.pt::ema"),
+    (_state_dicts.read_all, lambda g: _state_dicts.read_all(g.path("x.pt", b"\x89HDF\r\n")), WRONG, "x.pt is an HDF5 file"),
+    (_state_dicts.read_all, lambda g: _state_dicts.read_all(g.path("x.pt::ema", b"PK\3\4")), DAMAGED, "x.pt::ema"),
     (_state_dicts.read, lambda g: _state_dicts.read(g.path("x.pt", b"PK\3\4")), DAMAGED, "x.pt"),
     (_state_dicts.read, lambda g: _state_dicts.read(g.folder / "absent.pt::ema"), MISSING, "absent.pt does not exist"),
     (_state_dicts.fill, lambda g: _state_dicts.fill(g.network, {"": {"a": torch.ones(1)}}, "w.pt"), WRONG, "w.pt does not fit"),
@@ -310,7 +310,7 @@ WRONG_INPUTS = [
     (kernels.extract, lambda g: kernels.extract(g.network, size=7), WRONG, "7"),
     (kernels.insert, lambda g: kernels.insert(g.other, g.bank), WRONG, "use the architecture"),
     (kernels.insert, lambda g: kernels.insert(g.network, g.clustering), WRONG, "the bank is a Clustering"),
-    (kernels.insert, lambda g: kernels.insert(g.network, replace(g.bank, weights=g.bank.weights * NAN)), WRONG, "finite in torch.float32"),
+    (kernels.insert, lambda g: kernels.insert(g.network, replace(g.bank, kernels=g.bank.kernels * NAN)), WRONG, "finite in torch.float32"),
     (kernels.bank_of, lambda g: clusterings.cluster(g.points, 4), WRONG, "kmeans.fit clusters points (n, d)"),
     (kernels.bank_of, lambda g: clusterings.cluster(torch.tensor(g.points), 4), WRONG, "the kernels are a Tensor"),
     (kernels.bank_of, lambda g: clusterings.cluster("vgg16-fashion", 4), WRONG, "the kernels are a str"),
@@ -347,8 +347,8 @@ WRONG_INPUTS = [
     (kmeans.fit, lambda g: kmeans.fit(g.points, 2.5), WRONG, "n_clusters is 2.5"),
     (kmeans.fit, lambda g: kmeans.fit(np.ones(9), 1), WRONG, "shape"),
     (kmeans.fit, lambda g: kmeans.fit(np.full((4, 9), NAN), 2), WRONG, "NaN"),
-    (kmeans.fit, lambda g: kmeans.fit(g.points, 2, weights=-g.weights), WRONG, "weights"),
-    (kmeans.fit, lambda g: kmeans.fit(g.points, 2, weights=[1]), WRONG, "weights"),
+    (kmeans.fit, lambda g: kmeans.fit(g.points, 2, sample_weight=-g.importance), WRONG, "sample_weight"),
+    (kmeans.fit, lambda g: kmeans.fit(g.points, 2, sample_weight=[1]), WRONG, "sample_weight"),
     (kmeans.fit, lambda g: kmeans.fit(g.points, 2, seed=-1), WRONG, "seed is -1"),
     (kmeans.fit, lambda g: kmeans.fit(g.points, 2, init=np.ones((3, 9))), WRONG, "init"),
     (kmeans.ladder, lambda g: kmeans.ladder(g.points, []), WRONG, "no numbers of clusters"),
@@ -376,13 +376,13 @@ WRONG_INPUTS = [
     (_background.Explorer.choose, lambda g: g.explorer.choose(n_clusters=37), WRONG, "37"),
     (_sequential.correct, lambda g: _sequential.correct(g.model, g.none, 2), WRONG, "no images"),
     (_sequential.correct, lambda g: _sequential.correct(g.model, g.data, 2, dense=g.other), WRONG, "use the architecture"),
-    (sensitivity.weights, lambda g: sensitivity.weights(g.model, g.data, g.bank, kind="fischer"), UNKNOWN, "'fisher'"),
-    (sensitivity.weights, lambda g: sensitivity.weights(g.model, g.none, g.bank), WRONG, "no images"),
-    (_tradeoff.curves, lambda g: _tradeoff.curves(g.bank, None, store=g.store), WRONG, "weights is None"),
+    (sensitivity.importance, lambda g: sensitivity.importance(g.model, g.data, g.bank, kind="fischer"), UNKNOWN, "'fisher'"),
+    (sensitivity.importance, lambda g: sensitivity.importance(g.model, g.none, g.bank), WRONG, "no images"),
+    (_tradeoff.curves, lambda g: _tradeoff.curves(g.bank, None, store=g.store), WRONG, "sample_weight is None"),
     (_tradeoff.solve, lambda g: _tradeoff.solve([], 9), WRONG, "no curves"),
     (clusterings.resolved, lambda g: clusterings.resolved(g.bank, "mixd"), UNKNOWN, "did you mean 'mixed'"),
-    (allocation.allocate, lambda g: allocation.allocate(g.model, g.data, g.bank, g.weights), WRONG, "n_bytes or max_drop"),
-    (allocation.allocate, lambda g: allocation.allocate(g.model, g.data, g.bank, g.weights, n_bytes=1, ks=(2,), store=g.store), WRONG, "bytes"),
+    (allocation.allocate, lambda g: allocation.allocate(g.model, g.data, g.bank, g.importance), WRONG, "n_bytes or max_drop"),
+    (allocation.allocate, lambda g: allocation.allocate(g.model, g.data, g.bank, g.importance, n_bytes=1, ks=(2,), store=g.store), WRONG, "bytes"),
     # Replacement and bytes
     (compression.compress, lambda g: compression.compress(g.other, g.clustering), WRONG, "use the architecture"),
     (compression.compress, lambda g: compression.compress(g.network, g.clustering, precision="int3"), UNKNOWN, "'int3'"),

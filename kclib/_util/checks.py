@@ -28,14 +28,14 @@ def said(value: object) -> str:
 
 
 def check_real(name: str, value: float, right: Callable[[float], bool], must: str) -> float:
-    """Return a number; InvalidValueError, which says what it must be, unless it is finite and right."""
+    """Return a finite number for which `right` is true; raise InvalidValueError for any other value."""
     if not (is_real(value) and right(value)):
         raise InvalidValueError(f"{name} is {said(value)}; it must be {must}.")
     return value
 
 
 def check_whole(name: str, value: int, least: int, most: float = math.inf, of: str = "") -> int:
-    """Return a whole number, numpy's too, as Python's; InvalidValueError if it is none in a range.
+    """Return a whole number as an int; raise InvalidValueError if it is not one, or is out of range.
 
     `of` says what the largest is, such as "the kernels of the layer", or the unit.
     """
@@ -47,7 +47,7 @@ def check_whole(name: str, value: int, least: int, most: float = math.inf, of: s
 
 
 def check_seed(seed: int) -> int:
-    """Return a seed, for numpy as for torch, as Python's number; InvalidValueError if it is none."""
+    """Return a seed for numpy and torch as an int; raise InvalidValueError if it is not valid."""
     return check_whole("seed", seed, 0, 2**32 - 1)
 
 
@@ -103,22 +103,22 @@ def array(values: object) -> object:
 
 
 def floats(name: str, values) -> np.ndarray:
-    """Return numbers as contiguous float32, too large ones infinite; InvalidValueError if they are none."""
+    """Return numbers as contiguous float32, too large ones infinite; InvalidValueError for anything else."""
     try:
         values = array(values)
         if np.ma.is_masked(values):
             raise ValueError("some are masked")
-        found = np.asarray(values)
-        if found.dtype.kind not in "biuf":
-            raise ValueError(f"they are {found.dtype}")
+        numbers = np.asarray(values)
+        if numbers.dtype.kind not in "biuf":
+            raise ValueError(f"they are {numbers.dtype}")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidValueError(f"{name} must be an array of real numbers ({reason(error)}).") from error
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(found, dtype=np.float32)
+        return np.ascontiguousarray(numbers, dtype=np.float32)
 
 
 def points(name: str, values, width: int | None = None) -> np.ndarray:
-    """Return finite float32 ``(n, d)``, contiguous; raise an `InvalidValueError` if they are none."""
+    """Return finite float32 ``(n, d)``, contiguous; raise an `InvalidValueError` for anything else."""
     result = floats(name, values)
     if result.ndim != 2 or result.shape[1] != (width or result.shape[1]) or not (width or result.size):
         raise InvalidValueError(f"{name} have shape {result.shape}; it must be (n, {width or 'd'}).")

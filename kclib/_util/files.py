@@ -57,10 +57,10 @@ def _temporary_cache() -> Path:
     try:
         folder = Path(tempfile.gettempdir()) / f"kclib-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
+        status = folder.lstat()
     except OSError as error:
         raise StorageError(f"no folder may be written to ({error}); set KCLIB_STORE and TMPDIR.") from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise StorageError(f"{folder} is not this user's alone; set KCLIB_STORE to a folder that is.")
     return folder
 
@@ -90,9 +90,9 @@ def shipped(path: Path, expected: str) -> Path:
         raise MissingFileError(
             f"{path} is missing; restore it from the repository, or set KCLIB_DATA to where it lies."
         )
-    if (found := sha256(path)) != expected:
+    if (digest := sha256(path)) != expected:
         raise DamagedFileError(
-            f"{path} has SHA-256 {found}, but must have {expected}; restore it from the repository."
+            f"{path} has SHA-256 {digest}, but must have {expected}; restore it from the repository."
         )
     return path
 
@@ -235,8 +235,8 @@ def _descriptor(path: Path) -> int | None:
     """Return which open file of this process a path stands for, if it does."""
     text = os.path.abspath(path)
     for _ in range(_LINKS):
-        if found := re.fullmatch(rf"(?:/dev|/proc/(?:self|{os.getpid()}))/fd/(\d+)", text):
-            return int(found[1])
+        if match := re.fullmatch(rf"(?:/dev|/proc/(?:self|{os.getpid()}))/fd/(\d+)", text):
+            return int(match[1])
         try:
             text = os.path.abspath(os.path.join(os.path.dirname(text), os.readlink(text)))
         except (OSError, ValueError):

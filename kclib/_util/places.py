@@ -26,8 +26,8 @@ def is_writable(folder: Path) -> bool:
     """Tell whether a folder may be written to, or made."""
     if folder.parts[:1] == ("~",):  # the home of a user who has none
         return False
-    there = next(x for x in (folder, *folder.absolute().parents) if os.path.lexists(x))
-    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+    nearest = next(x for x in (folder, *folder.absolute().parents) if os.path.lexists(x))
+    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def compiles_anew() -> bool:

@@ -65,10 +65,10 @@ def ticking(bar: tqdm) -> Iterator[None]:
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Let all bars of `kclib` print whole lines, one in 30 s, where ``sys.stderr`` is no terminal.
+    """Let progress bars print a line every 30 s at most, where ``sys.stderr`` is not a terminal.
 
-    A bar's last state is a line too, unless the bar would be cleared at its end and none of it was seen.
-    Processes that are started meanwhile draw their bars as rarely. On a terminal nothing changes.
+    A bar also prints its last state. A bar that would be cleared at its end does so only if it has printed
+    before. Processes started in this block update their bars as rarely. On a terminal nothing changes.
     """
     if sys.stderr.isatty():
         yield
@@ -83,7 +83,10 @@ def readable() -> Iterator[None]:
 
 
 class _Lines(io.TextIOBase):
-    """What one bar draws on, as lines of ``sys.stderr``; `left` says whether a short bar leaves its end."""
+    """A stream for one bar, which prints lines on ``sys.stderr``.
+
+    `left` says whether a bar that has printed nothing so far prints its last state.
+    """
 
     def __init__(self, left: bool):
         self.left, self.state, self.shown, self.printed = left, "", "", time.monotonic()

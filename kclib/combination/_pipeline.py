@@ -25,7 +25,7 @@ from kclib.training import Recipe
 
 @dataclass(frozen=True)
 class Given:
-    """What steps have beside the stage; the fields are those of `Pipeline.run`."""
+    """The arguments of `Pipeline.run` that its steps use."""
 
     model: Model
     images: datasets.ImageSet | None = None
@@ -37,17 +37,17 @@ class Given:
 
     @property
     def running(self) -> dict[str, object]:
-        """What every part that runs a network is told."""
+        """The options of every function that runs a network."""
         return {"device": self.device, "progress": self.progress}
 
-    def weights(self, stage: Stage) -> np.ndarray:
+    def importance(self, stage: Stage) -> np.ndarray:
         """Return what an error in each kernel of a stage costs."""
-        return sensitivity.weights(stage.model, self.images, stage.bank, seed=self.seed, **self.running)
+        return sensitivity.importance(stage.model, self.images, stage.bank, seed=self.seed, **self.running)
 
 
 @dataclass(frozen=True)
 class Combined:
-    """What a pipeline made.
+    """The result of a pipeline.
 
     Attributes
     ----------
@@ -77,8 +77,8 @@ class Combined:
     @classmethod
     def of(cls, stage: Stage, network: nn.Module, given: Given, table: pd.DataFrame) -> "Combined":
         """Return the last stage, of a final network."""
-        found = stage.clustering and with_inertia(stage.clustering, Stage.of(given.model).bank)
-        return cls(models.like(given.model, network), found, int(table.bytes.iloc[-1]), table)
+        clustering = stage.clustering and with_inertia(stage.clustering, Stage.of(given.model).bank)
+        return cls(models.like(given.model, network), clustering, int(table.bytes.iloc[-1]), table)
 
     def save(self, path: str | Path, *, architecture: str | None = None) -> Contents:
         """Write the network as `compression.save` does.
@@ -101,7 +101,7 @@ class Step:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What `Pipeline.run` must be given for it."""
+        """The arguments of `Pipeline.run` that this step cannot do without."""
         return ()
 
     def after(self, stage: Stage, given: Given) -> Stage:
@@ -113,13 +113,13 @@ class Step:
 class Prune(Step):
     """Make the kernels, filters or weights of the smallest scores zero, as `_pruning.prune` does.
 
-    After `Cluster`, kernels and filters are scored as they stand, by their representatives. The pruned ones
-    get one more, zero, the last of their group's; those that stand for none any more go. Of single weights,
-    `sparsity` is then the share of the codebooks' that is made zero: those of the smallest square times
-    number of kernels served, the squared error that it adds.
+    After `Cluster`, kernels and filters are scored by their representatives. Pruned kernels get a further
+    representative, zero, the last of their group. Representatives that no kernel uses any more are removed.
+    For single weights, `sparsity` is then the share of the codebooks' values that becomes zero. The score of
+    a value is its square times the number of kernels that use it, the squared error that pruning it adds.
 
-    Before `Cluster`, single weights do not stay zero, as representatives are means; only kernels that are all
-    zero do.
+    Before `Cluster`, kernels that are all zero stay zero. Single weights do not, because representatives are
+    means.
 
     Attributes
     ----------
@@ -127,7 +127,7 @@ class Prune(Step):
         At least 0, below 1.
     kind : {"kernels", "filters", "weights"}
     weighted : bool
-        Whether squares count times what an error in their kernel costs (`sensitivity.weights`, by images).
+        Whether squares count times what an error in their kernel costs (`sensitivity.importance`, by images).
     """
 
     sparsity: float
@@ -140,17 +140,17 @@ class Prune(Step):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What `Pipeline.run` must be given for it."""
+        """The arguments of `Pipeline.run` that this step cannot do without."""
         return ("images",) if self.weighted else ()
 
     def after(self, stage: Stage, given: Given) -> Stage:
         """Return what this step makes of a stage."""
-        weights = given.weights(stage) if self.weighted else None
+        sample_weight = given.importance(stage) if self.weighted else None
         if stage.clustering is not None and self.kind == "weights":
-            stage = stage.clustered(_stages.thinned(stage.clustering, self.sparsity, weights))
+            stage = stage.clustered(_stages.thinned(stage.clustering, self.sparsity, sample_weight))
             return stage.pruned(stage.model.network, self.kind)
-        found = _pruning.prune(stage.model, self.sparsity, kind=self.kind, weights=weights)
-        return stage.pruned(found.network, self.kind)
+        pruning = _pruning.prune(stage.model, self.sparsity, kind=self.kind, sample_weight=sample_weight)
+        return stage.pruned(pruning.network, self.kind)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Cluster(Step):
     n_clusters, scope
         As in `clustering.cluster`; after `Prune`, zero comes on top.
     weighted : bool
-        Whether kernels count by what their errors cost (`sensitivity.weights`, by images).
+        Whether kernels count by what their errors cost (`sensitivity.importance`, by images).
     corrected : bool
         Whether layers make good what those before them lost (`sequential.correct`, by images). Not after
         `Prune`: what is zero would be moved.
@@ -180,17 +180,17 @@ class Cluster(Step):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What `Pipeline.run` must be given for it."""
+        """The arguments of `Pipeline.run` that this step cannot do without."""
         return ("images",) if self.weighted or self.corrected else ()
 
     def after(self, stage: Stage, given: Given) -> Stage:
         """Return what this step makes of a stage."""
         options = {"scope": self.scope, "seed": given.seed, "progress": given.progress}
-        options["weights"] = given.weights(stage) if self.weighted else None
+        options["sample_weight"] = given.importance(stage) if self.weighted else None
         if self.corrected:
             options |= {"dense": given.model.network, "precision": stage.precision, "device": given.device}
-            found = _sequential.correct(stage.model, given.images, self.n_clusters, **options)
-            return stage.on(found.network, clustering=found.clustering).as_stored()
+            corrected = _sequential.correct(stage.model, given.images, self.n_clusters, **options)
+            return stage.on(corrected.network, clustering=corrected.clustering).as_stored()
         method = cluster if stage.held is None else _sparse_clustering.cluster
         return replace(stage, clustering=method(stage.bank, self.n_clusters, **options)).as_stored()
 
@@ -241,27 +241,27 @@ class Train(Step):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What `Pipeline.run` must be given for it."""
+        """The arguments of `Pipeline.run` that this step cannot do without."""
         return ("train", "folder")
 
     def after(self, stage: Stage, given: Given) -> Stage:
         """Return what this step makes of a stage."""
         start = stage.guarded()
         path = Path(given.folder) / f"{fingerprint(start)[:16]}.pt"
-        found = recovery.finetune(
+        tuned = recovery.finetune(
             replace(stage.model, network=start), given.train, path, teacher=given.model.network,
             recipe=self.recipe, device=given.device,
         )  # fmt: skip
-        return stage.trained(found.network.state_dict())
+        return stage.trained(tuned.network.state_dict())
 
 
 @dataclass(frozen=True)
 class Pipeline:
     """Steps in the order in which they are done; each kind once, but `Train` as often as wanted.
 
-    Orders differ where the arithmetic does. Pruning whole kernels and rounding codebooks commute but for
-    ties: zero stays zero, and magnitudes keep their ranks as far as the precision tells them apart.
-    Clustering commutes with neither.
+    Orders differ where the arithmetic does. Pruning whole kernels and rounding codebooks commute,
+    except for ties: zero stays zero, and magnitudes keep their ranks as far as the precision tells them
+    apart. Clustering commutes with neither.
 
     Attributes
     ----------
@@ -270,7 +270,7 @@ class Pipeline:
     Raises
     ------
     InvalidValueError
-        Something that is no step; a step that is there twice.
+        A value that is not a step; a step that occurs twice.
     """
 
     steps: tuple[Step, ...]
@@ -299,7 +299,7 @@ class Pipeline:
         """Do all steps.
 
         The same seed gives the same result, but where a step's own docstring says that it hangs on the number
-        of threads (`sequential.correct`, `sensitivity.weights`, training).
+        of threads (`sequential.correct`, `sensitivity.importance`, training).
 
         Parameters
         ----------

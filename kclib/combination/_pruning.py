@@ -55,7 +55,7 @@ def prune(
     sparsity: float,
     *,
     kind: str = "kernels",
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
 ) -> Pruned:
     """Set the kernels, filters or weights of the smallest scores to zero.
 
@@ -76,21 +76,21 @@ def prune(
     sparsity : float
         Share that is taken away, at least 0, below 1; in number rounded to the nearest.
     kind : {"kernels", "filters", "weights"}
-    weights : numpy.ndarray, optional
+    sample_weight : numpy.ndarray, optional
         ``(n,)`` in the rows of ``kernels.extract(model.network)``, finite, at least 0, not all 0: what a
-        kernel's squares count times (`sensitivity.weights`).
+        kernel's squares count times (`sensitivity.importance`).
 
     Raises
     ------
     InvalidValueError, UnknownNameError
-        A sparsity out of range, or that leaves less than one to each layer; an unknown kind; weights that do
-        not fit.
+        A sparsity out of range, or that leaves less than one to each layer; an unknown kind; sample weights
+        that do not fit.
     """
     checks.check_known("kind of pruning", kind, KINDS)
     checks.check_share("sparsity", sparsity)
     network = models.network_of(model)
     bank = kernels.extract(network)
-    scores = _scores(network, bank, kind, weights)
+    scores = _scores(network, bank, kind, sample_weight)
     gone = round(sparsity * sum(x.size for x in scores.values()))
     masks = _masks(network, bank, kind, _kept(scores, gone, kind))
     return Pruned(_masked(network, bank, masks), kind, sparsity, masks)
@@ -120,7 +120,7 @@ def sparse_bytes(network: nn.Module, *, kind: str = "kernels", precision: str = 
     total = byte_counts.convolution_bytes(network) - dense
     for name, module in kernels.matched(network, bank.layers).items():
         layer = bank.layer(name)
-        alive = _alive(module, bank.weights[layer.rows], kind)
+        alive = _alive(module, bank.kernels[layer.rows], kind)
         n = int(np.count_nonzero(alive))
         mask = _entropy.entropy_bytes(np.array([n, alive.size - n]))
         scales = _formats.channels(layer)[0] * _HALF if precision in ("int8", "int4") else 0
@@ -129,19 +129,19 @@ def sparse_bytes(network: nn.Module, *, kind: str = "kernels", precision: str = 
     return total
 
 
-def _scores(network: nn.Module, bank: KernelBank, kind: str, weights) -> dict[str, np.ndarray]:
+def _scores(network: nn.Module, bank: KernelBank, kind: str, sample_weight) -> dict[str, np.ndarray]:
     """Return the scores of each layer's kernels, filters ``(n,)`` or weights ``(n, kh, kw)``, float64."""
-    weights, found = _settings.checked_weights(weights, len(bank)), {}
+    sample_weight, scores = _settings.checked_sample_weight(sample_weight, len(bank)), {}
     for name, module in kernels.matched(network, bank.layers).items():
         rows = bank.layer(name).rows
-        squares = np.square(bank.weights[rows], dtype=np.float64)
-        if weights is not None:
-            squares *= weights[rows, None, None]
+        squares = np.square(bank.kernels[rows], dtype=np.float64)
+        if sample_weight is not None:
+            squares *= sample_weight[rows, None, None]
         if kind == "filters":
             filters = _filters(module).ravel()
             squares = np.bincount(filters, squares.mean(axis=(1, 2))) / np.bincount(filters)
-        found[name] = squares.sum(axis=(1, 2)) if kind == "kernels" else squares
-    return found
+        scores[name] = squares.sum(axis=(1, 2)) if kind == "kernels" else squares
+    return scores
 
 
 def _kept(scores: Mapping[str, np.ndarray], gone: int, kind: str) -> dict[str, np.ndarray]:
@@ -178,14 +178,14 @@ def _masks(
 def _masked(network: nn.Module, bank: KernelBank, masks: Mapping[str, np.ndarray]) -> nn.Module:
     """Return a copy of a network with zeros where the masks of its layers are False."""
     kept = np.concatenate([masks[layer.name].reshape(-1, *bank.size) for layer in bank.layers])
-    return kernels.insert(network, replace(bank, weights=np.where(kept, bank.weights, 0)))
+    return kernels.insert(network, replace(bank, kernels=np.where(kept, bank.kernels, 0)))
 
 
-def _alive(convolution: nn.Module, weights: np.ndarray, kind: str) -> np.ndarray:
+def _alive(convolution: nn.Module, rows: np.ndarray, kind: str) -> np.ndarray:
     """Return which of a layer's kernels, filters or weights are not all zero, bool ``(n,)``."""
     if kind == "weights":
-        return weights.ravel() != 0
-    alive = weights.any(axis=(1, 2))
+        return rows.ravel() != 0
+    alive = rows.any(axis=(1, 2))
     return alive if kind == "kernels" else np.bincount(_filters(convolution).ravel(), alive) > 0
 
 

@@ -20,7 +20,7 @@ _FORMS = {"fp16": _formats.Half(), "int8": _formats.Rounded(8), "int4": _formats
 
 @dataclass(frozen=True)
 class Stage:
-    """What the steps of a pipeline so far made of a model.
+    """A model between two steps of a pipeline.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Stage:
     def of(cls, model: Model) -> "Stage":
         """Return a dense model before any step."""
         first = kernels.extract(model.network).layers[0].name
-        return cls(model, _precisions.own(model.network.get_submodule(first).weight.dtype))
+        return cls(model, _precisions.of_dtype(model.network.get_submodule(first).weight.dtype))
 
     @property
     def bank(self) -> KernelBank:
@@ -65,13 +65,13 @@ class Stage:
         stage = self.on(network, kind=kind, held=zeros(network))
         if self.clustering is None:
             return stage
-        dead = ~stage.bank.weights.any(axis=(1, 2))
+        dead = ~stage.bank.kernels.any(axis=(1, 2))
         return stage.clustered(tuple(_with_zero(group, dead[group.rows]) for group in self.clustering.groups))
 
     def clustered(self, groups: tuple[Group, ...]) -> "Stage":
         """Return the stage with these groups, equal representatives made one, unused ones none."""
-        found = replace(self.clustering, groups=tuple(map(_distinct, groups)))
-        return self.on(compression.inserted(self.model.network, found), clustering=found)
+        clustering = replace(self.clustering, groups=tuple(map(_distinct, groups)))
+        return self.on(compression.inserted(self.model.network, clustering), clustering=clustering)
 
     def as_stored(self) -> "Stage":
         """Return the stage with its codebooks, or its kernels, rounded to its precision."""
@@ -98,15 +98,14 @@ class Stage:
         """Return the bytes of the convolutions of the final network, as stored."""
         if self.clustering is not None:
             return byte_counts.stored_bytes(network)
-        saved = byte_counts.convolution_bytes(network) - byte_counts.stored_bytes(
-            network
-        )  # of rounded biases
-        counted = "fp16" if self.precision == "bf16" else self.precision
-        return _pruning.sparse_bytes(network, kind=self.kind, precision=counted) - saved
+        precision = "fp16" if self.precision == "bf16" else self.precision  # of as many bytes
+        unrounded = _pruning.sparse_bytes(network, kind=self.kind, precision=precision)
+        saved_by_biases = byte_counts.convolution_bytes(network) - byte_counts.stored_bytes(network)
+        return unrounded - saved_by_biases
 
     def row(self, step: str, network: nn.Module) -> dict[str, object]:
-        """Return what the step that made this stage did to bytes and kernels, of its final network."""
-        alive = self.bank.weights.any(axis=(1, 2))
+        """Return a table row: a step's name, the bytes after it, and the share of kernels that are zero."""
+        alive = self.bank.kernels.any(axis=(1, 2))
         return {"step": step, "bytes": self.n_bytes(network), "zero_kernels": 1 - float(alive.mean())}
 
     def guarded(self) -> nn.Module:
@@ -127,7 +126,7 @@ class Stage:
         network.load_state_dict(state)
         stage = self.on(compression.expanded(network))
         if self.clustering is not None:
-            rows = stage.bank.weights
+            rows = stage.bank.kernels
             groups = (replace(x, codebook=rows[x.rows][_first(x)]) for x in self.clustering.groups)
             stage = stage.clustered(tuple(groups))
         return stage.as_stored()
@@ -151,18 +150,18 @@ def zeros(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def thinned(found: Clustering, sparsity: float, weights: np.ndarray | None) -> tuple[Group, ...]:
+def thinned(clustering: Clustering, sparsity: float, sample_weight: np.ndarray | None) -> tuple[Group, ...]:
     """Return the groups with a share of their codebooks' weights made zero, those of the least scores.
 
-    The score is the square times the number of kernels served, or the sum of their weights ``(n,)``. Of equal
-    ones the first stay; the best of each layer stays.
+    The score is the square times the number of kernels served, or the sum of their sample weights ``(n,)``.
+    Of equal ones the first stay; the best of each layer stays.
 
     Raises
     ------
     InvalidValueError
         The share leaves less than one to each layer.
     """
-    scores = np.concatenate([_scores(group, weights).ravel() for group in found.groups])
+    scores = np.concatenate([_scores(group, sample_weight).ravel() for group in clustering.groups])
     kept = np.argsort(-scores, kind="stable")[: scores.size - round(sparsity * scores.size)]
     if len(kept) < (least := np.count_nonzero(np.isinf(scores))):
         raise InvalidValueError(
@@ -171,16 +170,16 @@ def thinned(found: Clustering, sparsity: float, weights: np.ndarray | None) -> t
         )
     mask = np.zeros(scores.shape, bool)
     mask[kept] = True
-    masks = np.split(mask, np.cumsum([group.codebook.size for group in found.groups])[:-1])
+    masks = np.split(mask, np.cumsum([group.codebook.size for group in clustering.groups])[:-1])
     return tuple(
         replace(group, codebook=np.where(part.reshape(group.codebook.shape), group.codebook, np.float32(0)))
-        for group, part in zip(found.groups, masks, strict=True)
+        for group, part in zip(clustering.groups, masks, strict=True)
     )
 
 
-def _scores(group: Group, weights: np.ndarray | None) -> np.ndarray:
+def _scores(group: Group, sample_weight: np.ndarray | None) -> np.ndarray:
     """Return the scores of a codebook's weights, infinite for the best of each layer."""
-    served = None if weights is None else weights[group.rows]
+    served = None if sample_weight is None else sample_weight[group.rows]
     served = np.bincount(group.indices, served, minlength=group.n_clusters)
     scores = np.square(group.codebook, dtype=np.float64).reshape(len(served), -1) * served[:, None]
     best, start = [], 0
@@ -219,7 +218,7 @@ def _rounded(bank: KernelBank, precision: str) -> KernelBank:
     """Return kernels that are not clustered as a precision stores them."""
     if precision in _FORMS:
         return _formats.decoded(bank, _FORMS[precision])
-    return replace(bank, weights=_precisions.rounded(torch.tensor(bank.weights), precision).numpy())
+    return replace(bank, kernels=_precisions.rounded(torch.tensor(bank.kernels), precision).numpy())
 
 
 def _guard(module: nn.Module, part: str, mask: Tensor) -> None:

@@ -68,7 +68,7 @@ def cells(
         not matter is None: what is pruned at a sparsity of 0, scope and seed where nothing is clustered,
         order but where something is pruned and clustered.
     """
-    found = {}
+    unique = {}
     names = ("pruned", "sparsities", "clusters", "scopes", "precisions", "orders", "seeds")
     levels = map(checks.several, names, (pruned, sparsities, clusters, scopes, precisions, orders, seeds))
     for kind, sparsity, k, scope, precision, order, seed in itertools.product(*levels):
@@ -83,8 +83,8 @@ def cells(
             if bank is not None and k > largest(bank, scope):
                 continue
         values = kind if sparsity else None, float(sparsity), k, scope, precision, order, seed
-        found[values] = dict(zip(_CELL, values, strict=True))
-    return list(found.values())
+        unique[values] = dict(zip(_CELL, values, strict=True))
+    return list(unique.values())
 
 
 def pipeline(cell: Mapping) -> Pipeline:
@@ -95,13 +95,13 @@ def pipeline(cell: Mapping) -> Pipeline:
     cell : mapping
         From `cells`, or a row of what `run` returns.
     """
-    found = {name: None if pd.isna(cell[name]) or cell[name] == "none" else cell[name] for name in _CELL}
-    steps = [Prune(float(found["sparsity"]), found["pruned"])] if found["sparsity"] else []
-    if found["clusters"] is not None:
-        steps.append(Cluster(int(found["clusters"]), found["scope"]))
-    if found["order"] == "cluster first":
+    levels = {name: None if pd.isna(cell[name]) or cell[name] == "none" else cell[name] for name in _CELL}
+    steps = [Prune(float(levels["sparsity"]), levels["pruned"])] if levels["sparsity"] else []
+    if levels["clusters"] is not None:
+        steps.append(Cluster(int(levels["clusters"]), levels["scope"]))
+    if levels["order"] == "cluster first":
         steps.reverse()
-    return Pipeline((*steps, *_rounding(found["precision"])))
+    return Pipeline((*steps, *_rounding(levels["precision"])))
 
 
 def run(
@@ -132,7 +132,7 @@ def run(
         As in `evaluation.evaluate`.
     progress : bool
     n_jobs : int
-        Threads, each with cells of its own; the result is the same.
+        Threads, which compute different cells; the result is the same for any number.
 
     Returns
     -------
@@ -158,8 +158,8 @@ def run(
             with lock:
                 bar.update()
 
-        found = threads.side_by_side(lambda i: sheet.entries(groups[i], done), len(groups), n_jobs)
-    entries = {_values(entry.key["cell"]): entry for part in found for entry in part}
+        parts = threads.side_by_side(lambda i: sheet.entries(groups[i], done), len(groups), n_jobs)
+    entries = {_values(entry.key["cell"]): entry for part in parts for entry in part}
     dense, n_bytes = sheet.answers(entries[_values(_CELL)]), byte_counts.convolution_bytes(model.network)
     chosen = [entries[_values(cell)] for cell in wanted]
     rows = [
@@ -222,7 +222,7 @@ def trained(
 
 
 class _Sheet(Cells):
-    """A model and images whose cells are combinations."""
+    """Compute the cells of a model and images, each a combination, and keep them in a store."""
 
     @cached_property
     def key(self) -> dict:
@@ -236,7 +236,7 @@ class _Sheet(Cells):
         }
 
     def entries(self, cells: list[dict], done: Callable[[], None]) -> list[Entry]:
-        """Return the entries of cells that differ in their precision alone; each is stored at once."""
+        """Return the entries of cells that differ only in their precision; each is stored once computed."""
         stage, result = None, []
 
         def compute() -> Entry:
@@ -271,7 +271,7 @@ def _values(cell: dict) -> tuple:
 
 
 def _by_clustering(cells: list[dict]) -> list[list[dict]]:
-    """Return the cells, each once, those together that differ in their precision alone."""
+    """Return the distinct cells in groups; those of a group differ only in their precision."""
     groups = {}
     for cell in {_values(cell): cell for cell in cells}.values():
         groups.setdefault(_values(cell | {"precision": None}), []).append(cell)

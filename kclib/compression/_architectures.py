@@ -52,16 +52,18 @@ def of(path: Path, named: object, given: str | nn.Module | models.Model | None) 
 
 
 def others(network: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers but those that clustered convolutions have in place of weights."""
-    own = set()
+    """Return all parameters and buffers, except indices, scales and codebooks of clustered convolutions."""
+    held = set()
     for module in _layers.clustered(network).values():
-        own |= {id(x) for x in (module.indices, module.scales, module.codebook.values, module.codebook.turns)}
+        held |= {
+            id(x) for x in (module.indices, module.scales, module.codebook.values, module.codebook.turns)
+        }
     named = (*network.named_parameters(), *network.named_buffers())
-    return {name: value for name, value in named if id(value) not in own}
+    return {name: value for name, value in named if id(value) not in held}
 
 
 def stored(network: nn.Module, *, entropy_coded: bool = True) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """Return these as a file holds them, and what it says of those that have a precision of their own.
+    """Return the tensors of `others` as a file holds them, and its description of the rounded ones.
 
     Parameters
     ----------

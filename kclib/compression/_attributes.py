@@ -25,11 +25,11 @@ _FRAME = frozenset(vars(nn.Module()))
 _IN_WHOLE = re.compile(r"network\.(?:network\.?|attributes\['([^']*)'\]\['_?([^']*)'\](?:\['([^']*)'\])?)")
 
 
-def own(module: nn.Module) -> dict[str, object]:
-    """Return the attributes of a convolution, dense or clustered, but for its weight and bias.
+def own_attributes(module: nn.Module) -> dict[str, object]:
+    """Return the attributes of a convolution, dense or clustered, without its weight and bias.
 
-    What computes these (weight norm, pruning) is left out: they are taken as they are. What computes the
-    weight and can do so again (`compute_again`) is kept aside, in ``computed_by``.
+    Hooks and parametrizations that compute these (weight norm, pruning) are left out. Those from which the
+    weight can be computed again (`compute_again`) are returned as ``computed_by``.
 
     Parameters
     ----------
@@ -63,7 +63,11 @@ def compute_again(convolution: nn.Module) -> None:
 
 def plain(module: nn.Module) -> dict[str, object]:
     """Return its plain attributes alone, its geometry among them: no parameter, buffer, module or hook."""
-    return {name: value for name, value in own(module).items() if name not in _FRAME or name == "training"}
+    return {
+        name: value
+        for name, value in own_attributes(module).items()
+        if name not in _FRAME or name == "training"
+    }
 
 
 def give(module: nn.Module, attributes: Mapping[str, object]) -> None:
@@ -90,7 +94,7 @@ def swapped(network: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
     memo = {id(x): replaced[id(x)] for x in places.values()}
     memo |= {id(x.bias): replaced[id(x)].bias for x in places.values() if x.bias is not None}
     whole = nn.Module()  # one copy of all, so that what refers to something else refers to its copy
-    whole.network, whole.attributes = network, {name: own(x) for name, x in places.items()}
+    whole.network, whole.attributes = network, {name: own_attributes(x) for name, x in places.items()}
     try:
         copy = copied(whole, memo)
     except InvalidValueError as error:
@@ -104,7 +108,7 @@ def check_names(name: str, convolution: nn.Module) -> None:
     """Raise an error if a convolution has an attribute whose name one in its place needs for itself."""
     if taken := sorted(set(PLACES) & {*vars(convolution), *dict(_named(convolution))}):
         raise InvalidValueError(
-            f"layer {name} has an attribute {taken[0]!r} of its own, where a clustered convolution keeps "
+            f"layer {name} has an attribute {taken[0]!r}, where a clustered convolution keeps "
             "its indices; rename it, or replace its kernels with compression.replaced instead."
         )
 

@@ -203,14 +203,14 @@ def coded(codebook: Codebook, members: Mapping[str, ClusteredConv2d]) -> _entrop
 
 def _stored_indices(group, codebook, members, indices: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors that hold a group's indices, and how each layer's are coded."""
-    found = coded(codebook, members) if indices == "entropy" else None
-    if found is None:
+    coding = coded(codebook, members) if indices == "entropy" else None
+    if coding is None:
         return {f"indices {name}": x.indices for name, x in members.items()}, dict.fromkeys(members, "fixed")
-    tensors = {f"indices {name}": _bytes(words) for name, words in zip(members, found.words, strict=True)}
+    tensors = {f"indices {name}": _bytes(words) for name, words in zip(members, coding.words, strict=True)}
     codings = dict.fromkeys(members, "group")
-    if found.table.size:
-        tensors[f"frequencies group {group}"] = _bytes(found.table)
-    for name, table in zip(members, found.tables, strict=True):
+    if coding.table.size:
+        tensors[f"frequencies group {group}"] = _bytes(coding.table)
+    for name, table in zip(members, coding.tables, strict=True):
         if table.size:
             tensors[f"frequencies layer {name}"] = _bytes(table)
             codings[name] = "layer"

@@ -41,7 +41,7 @@ class Contents:
     path : pathlib.Path
     description : dict
         ``format``, ``kclib`` (the version that wrote it), ``architecture``, ``accuracy`` (percent), and by
-        name ``groups``, ``layers``, ``stored`` (other parameters that have a precision of their own) and
+        name ``groups``, ``layers``, ``stored`` (other parameters, which are rounded) and
         ``extra`` (modules' extra state); JSON values, None if unknown.
     sha256 : str
         Of the description and of each tensor's name, type, shape and bytes.

@@ -57,8 +57,11 @@ def coded(parts: Sequence[np.ndarray], n_symbols: int) -> Coded:
     each = [_entropy.counts(part, n_symbols) for part in parts]
     whole = np.sum(each, axis=0)
     words, tables = [], []
-    for part, own in zip(parts, each, strict=True):
-        choices = ((encode(part, whole), np.empty(0, np.uint8)), (encode(part, own), packed_counts(own)))
+    for part, counts in zip(parts, each, strict=True):
+        choices = (
+            (encode(part, whole), np.empty(0, np.uint8)),
+            (encode(part, counts), packed_counts(counts)),
+        )
         chosen, table = min(choices, key=lambda pair: pair[0].nbytes + pair[1].nbytes)
         words.append(chosen)
         tables.append(table)
@@ -97,7 +100,7 @@ def decode(words: np.ndarray, frequencies: np.ndarray, n: int) -> np.ndarray:
     Raises
     ------
     DamagedFileError
-        If the words are none that `encode` made.
+        The words are not what `encode` returns.
     """
     if np.count_nonzero(frequencies) < 2:
         if len(words):

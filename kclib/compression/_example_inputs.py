@@ -74,8 +74,8 @@ def arguments(network: nn.Module, given, inputs: Inputs) -> tuple[tuple, dict] |
             if _runs(network, shape) is None:
                 return (_image(network, shape),), {}
     for channels in channels_of(network):
-        if (found := _searched(network, channels)) is not None:
-            return (_image(network, found),), {}
+        if (size := _searched(network, channels)) is not None:
+            return (_image(network, size),), {}
     return None
 
 
@@ -126,8 +126,8 @@ def _image(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 def channels_of(network: nn.Module) -> list[int]:
     """Return how many channels an image may have: those of the first convolution, of colour, of grey."""
-    own = [x.in_channels for x in network.modules() if isinstance(x, (nn.Conv2d, nn.ConvTranspose2d))][:1]
-    return list(dict.fromkeys([*own, 3, 1]))
+    first = [x.in_channels for x in network.modules() if isinstance(x, (nn.Conv2d, nn.ConvTranspose2d))][:1]
+    return list(dict.fromkeys([*first, 3, 1]))
 
 
 def twice(given: tuple[tuple, dict]) -> tuple[tuple, dict]:

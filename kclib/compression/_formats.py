@@ -31,7 +31,7 @@ class Form(Protocol):
     def bytes(self, layer: Layer) -> int:
         """Return what a layer takes."""
 
-    def decoded(self, weights: np.ndarray) -> np.ndarray:
+    def decoded(self, weight: np.ndarray) -> np.ndarray:
         """Return the float32 weights ``(out, in, kh, kw)`` that stand for those given."""
 
 
@@ -43,9 +43,9 @@ class Half:
         """Return what a layer takes."""
         return size(layer) * _HALF
 
-    def decoded(self, weights: np.ndarray) -> np.ndarray:
+    def decoded(self, weight: np.ndarray) -> np.ndarray:
         """Return the weights as fp16 stores them."""
-        return half(weights)
+        return half(weight)
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ class Palette:
         tables = 1 if self.per == "tensor" else channels(layer)[0]
         return index_bytes(size(layer), self.n_bits) + tables * 2**self.n_bits * _HALF
 
-    def decoded(self, weights: np.ndarray) -> np.ndarray:
+    def decoded(self, weight: np.ndarray) -> np.ndarray:
         """Return the nearest value of its table for each weight."""
-        rows = weights.reshape(1 if self.per == "tensor" else len(weights), -1)
+        rows = weight.reshape(1 if self.per == "tensor" else len(weight), -1)
 
         def row(i: int) -> np.ndarray:
             table = half(self._table(rows[i]))
             return table[np.searchsorted((table[1:].astype(np.float64) + table[:-1]) / 2, rows[i])]
 
-        return np.reshape(threads.side_by_side(row, len(rows), threads.threads()), weights.shape)
+        return np.reshape(threads.side_by_side(row, len(rows), threads.threads()), weight.shape)
 
     def _table(self, values: np.ndarray) -> np.ndarray:
         if self.kind == "kmeans":
@@ -106,16 +106,16 @@ class Product:
         k = self._clusters(n)
         return index_bytes(n, index_bits(k)) + k * self.width * _HALF
 
-    def decoded(self, weights: np.ndarray) -> np.ndarray:
+    def decoded(self, weight: np.ndarray) -> np.ndarray:
         """Return the representative of each sub-vector of consecutive inputs at one tap."""
-        n_out, n_in, *taps = weights.shape
+        n_out, n_in, *taps = weight.shape
         if n_in % self.width:
-            return half(weights)
-        vectors = np.moveaxis(weights.reshape(n_out, n_in // self.width, self.width, *taps), 2, -1)
+            return half(weight)
+        vectors = np.moveaxis(weight.reshape(n_out, n_in // self.width, self.width, *taps), 2, -1)
         points = vectors.reshape(-1, self.width)
-        found = kmeans.fit(points, self._clusters(len(points)), seed=self.seed)
-        decoded = half(found.centres)[found.labels].reshape(vectors.shape)
-        return np.moveaxis(decoded, -1, 2).reshape(weights.shape)
+        fit = kmeans.fit(points, self._clusters(len(points)), seed=self.seed)
+        decoded = half(fit.centres)[fit.labels].reshape(vectors.shape)
+        return np.moveaxis(decoded, -1, 2).reshape(weight.shape)
 
     def _clusters(self, n: int) -> int:
         return max(1, min(self.n_clusters, n // 4))
@@ -134,15 +134,15 @@ class Rounded:
         """Return what a layer takes."""
         return index_bytes(size(layer), self.n_bits) + channels(layer)[0] * _HALF
 
-    def decoded(self, weights: np.ndarray) -> np.ndarray:
+    def decoded(self, weight: np.ndarray) -> np.ndarray:
         """Return the nearest multiple of its channel's scale for each weight."""
-        rows = weights.reshape(len(weights), -1).astype(np.float64)
+        rows = weight.reshape(len(weight), -1).astype(np.float64)
         exact = np.abs(rows).max(1, keepdims=True) / (2 ** (self.n_bits - 1) - 1)
         scales = half(exact)
         above = np.nextafter(scales, np.inf, dtype=np.float16)
         scales = half(np.where(scales < exact, above, scales))
         decoded = np.round(rows / np.where(scales > 0, scales, 1)) * scales
-        return decoded.astype(np.float32).reshape(weights.shape)
+        return decoded.astype(np.float32).reshape(weight.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,19 +166,19 @@ class Sparse:
         values = kept * _HALF if self.precision == "fp16" else kept + channels(layer)[0] * _HALF
         return values + math.ceil(mask)
 
-    def decoded(self, weights: np.ndarray) -> np.ndarray:
+    def decoded(self, weight: np.ndarray) -> np.ndarray:
         """Return the weights in their precision."""
-        return (Half() if self.precision == "fp16" else Rounded(8)).decoded(weights)
+        return (Half() if self.precision == "fp16" else Rounded(8)).decoded(weight)
 
 
 def decoded(bank: KernelBank, form: Form) -> KernelBank:
     """Return the bank whose layers are stored in a form, and decoded."""
-    rows = np.empty_like(bank.weights)
+    rows = np.empty_like(bank.kernels)
     for layer in tqdm(bank.layers, desc="layers", unit="layer", delay=2, leave=False):
         axes = (1, 0, 2, 3) if layer.transposed else (0, 1, 2, 3)
-        weights = np.ascontiguousarray(bank.weights[layer.rows].reshape(layer.shape).transpose(axes))
-        rows[layer.rows] = form.decoded(weights).transpose(axes).reshape(-1, *bank.size)
-    return replace(bank, weights=rows)
+        weight = np.ascontiguousarray(bank.kernels[layer.rows].reshape(layer.shape).transpose(axes))
+        rows[layer.rows] = form.decoded(weight).transpose(axes).reshape(-1, *bank.size)
+    return replace(bank, kernels=rows)
 
 
 def half(values: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ def scale_type(precision: str) -> torch.dtype:
     return float_type("fp16" if precision in _BITS else precision)
 
 
-def own(dtype: torch.dtype) -> str:
+def of_dtype(dtype: torch.dtype) -> str:
     """Return the name of the precision that a network's weights have; float64 ones are kept as float32."""
     return {value: name for name, value in _FLOATS.items()}.get(dtype, "fp32")
 
@@ -208,9 +208,9 @@ def precisions(network: nn.Module) -> dict[int, str]:
 def mark(network: nn.Module, wanted: Mapping[int, str]) -> None:
     """Note, in place, how parameters are stored, by their ``id``, wherever each is used."""
     for module in network.modules():
-        found = {name: wanted[id(x)] for name, x in module._parameters.items() if id(x) in wanted}
-        if found:
-            module.stored_as = getattr(module, "stored_as", {}) | found
+        marks = {name: wanted[id(x)] for name, x in module._parameters.items() if id(x) in wanted}
+        if marks:
+            module.stored_as = getattr(module, "stored_as", {}) | marks
 
 
 def _roundable(
@@ -232,7 +232,7 @@ def _chosen(
     network: nn.Module, linear: str | None, biases: str | None
 ) -> list[tuple[str, nn.Parameter, str]]:
     """Return the parameters to be rounded, each once, with their names and precisions."""
-    found = {}
+    chosen = {}
     for owner, module in network.named_modules():
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, ClusteredConv2d)):
             continue
@@ -240,10 +240,10 @@ def _chosen(
             if isinstance(value, nn.parameter.UninitializedTensorMixin):
                 raise InvalidValueError(f"{name} has no shape yet (lazy); run the network once first.")
             if isinstance(module, nn.Linear) and value is module.weight:
-                found[id(value)] = (name, value, linear)
+                chosen[id(value)] = (name, value, linear)
             elif value.dim() == 1 and value is not getattr(module, "scales", None):
-                found[id(value)] = (name, value, biases)
-    return [each for each in found.values() if each[2] is not None and each[1].numel()]
+                chosen[id(value)] = (name, value, biases)
+    return [each for each in chosen.values() if each[2] is not None and each[1].numel()]
 
 
 def linear_weights(network: nn.Module) -> dict[int, Tensor]:

@@ -50,7 +50,7 @@ def compress(
     (`_layers.ClusteredConv2d`). A weight that is computed, by weight norm for example, is taken as it is.
 
     The result is run once, hooks included, on one input (`_trial_run.check`): each replaced layer must be
-    used, and the answers must be those of dense weights, but for rounding.
+    used, and the answers must be those of dense weights up to rounding.
 
     Parameters
     ----------
@@ -148,9 +148,9 @@ def check_origin(network: nn.Module, clustering: Clustering) -> None:
     """
     if not checked(clustering).origin:
         return
-    found, rows = kernels.matched(network, clustering.layers), None
+    convolutions, rows = kernels.matched(network, clustering.layers), None
     for layer in clustering.layers:
-        values = _rows(found[layer.name])
+        values = _rows(convolutions[layer.name])
         if digest(values) == clustering.origin.get(layer.name):
             continue
         rows = quantized(clustering) if rows is None else rows
@@ -175,10 +175,10 @@ def packed_layers(
     block_bytes: int = BLOCK_BYTES,
 ) -> dict[str, ClusteredConv2d]:
     """Return what `compress` puts in place of convolutions, by their names."""
-    found = kernels.matched(network, clustering.layers)
+    convolutions = kernels.matched(network, clustering.layers)
     result, biases = {}, {}
     for group in clustering.groups:
-        members = [found[layer.name] for layer in group.layers]
+        members = [convolutions[layer.name] for layer in group.layers]
         codebook, ranks = _codebook(group, members, precision, clustering.seed)
         start = 0
         for layer in group.layers:
@@ -300,7 +300,7 @@ def _codebook(group: Group, members, precision: str | None, seed: int) -> tuple[
             f"{', '.join(sorted(f'{dtype} on {device}' for device, dtype in kinds))}."
         )
     device, dtype = kinds.pop()
-    precision = _precisions.own(dtype) if precision is None else precision
+    precision = _precisions.of_dtype(dtype) if precision is None else precision
     if precision in ("int8", "int4") and dtype != torch.float32:
         raise InvalidValueError(
             f"an {precision} codebook needs a float32 network, not {dtype}; call .float() on it first."

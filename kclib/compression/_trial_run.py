@@ -45,7 +45,7 @@ def check(
     source : torch.nn.Module, optional
         What it was copied from. None of these layers' weights in it may be read.
     reference : torch.nn.Module, optional
-        A network of ours that must answer alike but for rounding; it is run as it is.
+        A network that must give the same answers up to rounding; it is run as it is.
     given : Model or torch.nn.Module, optional
         What the caller gave; the shape of inputs is a Model's own, where its preprocessing tells it.
     inputs : torch.Tensor or tuple or mapping or bool, optional
@@ -91,7 +91,7 @@ def check(
 
 @dataclass(frozen=True)
 class _Trial:
-    """What one run did.
+    """The result of one run.
 
     Attributes
     ----------
@@ -118,17 +118,17 @@ def _tried(
     for name, module in layers.items():
         if isinstance(module, ClusteredConv2d):
             module._decoded = _noting(module._decoded, name, reached)
-    own = _places({name: x for name, x in layers.items() if not isinstance(x, ClusteredConv2d)})
+    ordinary = _places({name: x for name, x in layers.items() if not isinstance(x, ClusteredConv2d)})
     sources = {} if source is None else dict(source.named_modules(remove_duplicate=False))
     foreign = _places({name: sources[name] for name in names if name in sources})
-    reads, answers, error = _Reads(own.keys() | foreign.keys()), [], None
+    reads, answers, error = _Reads(ordinary.keys() | foreign.keys()), [], None
     try:
         with reads:
             answers = _example_inputs.run(network, arguments, training=training)
     except Exception as caught:  # of the user's own code
         error = caught
-    for place in reads.found & own.keys():
-        reached.update(own[place])
+    for place in reads.found & ordinary.keys():
+        reached.update(ordinary[place])
     of_source = [name for place in reads.found & foreign.keys() for name in foreign[place]]
     return _Trial(answers, frozenset(reached), min(of_source, default=None), error)
 

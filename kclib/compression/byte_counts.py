@@ -139,8 +139,8 @@ def ways(
     pandas.DataFrame
         One row a way: ``way``; ``of``, what is counted; ``dense`` and ``kept``, kernels or bytes; ``removed``
         in percent; ``ratio``, dense / kept; ``pays_up_to``, the largest K a group at which less is kept than
-        dense (for entropy coding, with indices of log2 K bits: more they are not, tables and rounding apart);
-        missing for what was weighed, not computed.
+        dense, and missing for what was measured. For entropy coding it is computed with indices of log2 K
+        bits, the most that they can take beside tables and rounding.
 
         Son et al. 2018 count a 32-bit codebook and, for each kernel, log2 K bits and a 16-bit scale (as we
         read them), whether or not the clustering has scales.
@@ -156,14 +156,14 @@ def ways(
             for part in ("convolutions", "model"):
                 sums = table.loc[part, ["dense", f"{name}_{precision}"]]
                 rows.append((f"{label} indices, {precision} codebook", part, *sums, limit))
-    bound = table.loc["convolutions", "fixed_fp16"] - table.loc["indices", "fixed_fp16"]
-    bound += entropy_bound(clustering)
-    son = Count("fp32", exact=False, scale_bits=16)
-    kept = sum(son.bytes(group.layers, group.n_clusters) for group in clustering.groups)
     kernels, convolutions, model = table.loc[["kernels", "convolutions", "model"], "dense"]
+    without_indices = table.loc["convolutions", "fixed_fp16"] - table.loc["indices", "fixed_fp16"]
+    bound = without_indices + entropy_bound(clustering)
     name = "entropy of the groups' indices, fp16 codebook"
     rows.append((name, "convolutions", convolutions, bound, None))
-    limit = pays_up_to(groups, son)
+    formula = Count("fp32", exact=False, scale_bits=16)
+    kept = sum(formula.bytes(group.layers, group.n_clusters) for group in clustering.groups)
+    limit = pays_up_to(groups, formula)
     rows.append(("formula of Son et al. 2018", "clustered kernels", kernels, kept, limit))
     if file is not None:
         rows.append(("file, as it lies on disk", "model", model, file.bytes.sum(), None))
@@ -306,8 +306,8 @@ def index_bits_by_layer(network: Model | nn.Module) -> pd.DataFrame:
         for (name, module), words, table in zip(members.items(), coded.words, coded.tables, strict=True):
             n = module.n_kernels
             entropy = entropy_bytes(counts(module.members(), codebook.n_members))
-            own = (words.nbytes + table.nbytes) / n + shared * (table.size == 0)
-            rows.append((name, codebook.bits, 8 * own, 8 * entropy / n))
+            n_bytes = (words.nbytes + table.nbytes) / n + shared * (table.size == 0)
+            rows.append((name, codebook.bits, 8 * n_bytes, 8 * entropy / n))
     return pd.DataFrame(rows, columns=["layer", "fixed", "coded", "entropy"])
 
 

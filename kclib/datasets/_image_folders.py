@@ -18,7 +18,7 @@ _JUNK = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin")  # wh
 
 
 @dataclass(frozen=True)
-class Found:
+class Scanned:
     """Pictures of one split of a folder.
 
     Attributes
@@ -60,7 +60,7 @@ def halves(labels: Sequence[int], sums: Sequence[str]) -> tuple[list[int], list[
     ]
 
 
-def find(root: Path, split: str) -> Found:
+def find(root: Path, split: str) -> Scanned:
     """Find the pictures of one split of a folder.
 
     A folder that holds ``train`` (or ``training``) and ``test``, ``testing``, ``val``, ``valid`` or
@@ -108,7 +108,7 @@ def find(root: Path, split: str) -> Found:
     place = {name: i for i, name in enumerate(classes)}
     samples = [(path, place[folder.name]) for folder in chosen.classes for path in folder.all_images()]
     notes += _left_out(top, splits, chosen)
-    return Found(chosen.name if splits else "", tuple(samples), classes, tuple(notes))
+    return Scanned(chosen.name if splits else "", tuple(samples), classes, tuple(notes))
 
 
 @dataclass

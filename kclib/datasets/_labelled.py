@@ -94,9 +94,9 @@ def of_files(
 ) -> ImageSet:
     """Return pictures on disk with labels; `sums` are the SHA-256 of their files."""
     labels = [label for _, label in samples]
-    found = hashlib.sha256(f"RGB {classes} {labels} {''.join(sums)}".encode())
+    digest = hashlib.sha256(f"RGB {classes} {labels} {''.join(sums)}".encode())
     return ImageSet(
-        name, Pictures(samples), torch.tensor(labels, dtype=torch.int64), classes, found.hexdigest(), notes
+        name, Pictures(samples), torch.tensor(labels, dtype=torch.int64), classes, digest.hexdigest(), notes
     )
 
 
@@ -109,8 +109,8 @@ def _of_loader(loader: DataLoader) -> ImageSet:
         notes.append("The loader's own sampler is not used: each image of its data set is taken once.")
     if not isinstance(data, IterableDataset) and loader.collate_fn not in (default_collate, default_convert):
         notes.append("The loader's own collate_fn is not used: images are taken one by one.")
-    found = read(data)
-    return replace(found, notes=(*notes, *found.notes))
+    images = read(data)
+    return replace(images, notes=(*notes, *images.notes))
 
 
 def _takes_each_once(loader: DataLoader) -> bool:
@@ -143,22 +143,22 @@ def _of_table(table: pd.DataFrame) -> ImageSet:
 def _of_arrays(name: str, images, labels) -> ImageSet:
     images = _preprocessing.image_tensor(images)
     numbers, classes = _labels(name, labels, None)
-    found = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
+    digest = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
     for part in images.split(1024):
-        found.update(part.contiguous().numpy())
-    found.update(numbers.numpy())
+        digest.update(part.contiguous().numpy())
+    digest.update(numbers.numpy())
     notes = (_PREPARED,) if images.is_floating_point() else ()
-    return ImageSet(name, images, numbers, classes, found.hexdigest(), notes)
+    return ImageSet(name, images, numbers, classes, digest.hexdigest(), notes)
 
 
 def _of_pairs(data, name: str) -> ImageSet:
     """Return a map-style data set of (image, label), read once for its labels and fingerprint."""
-    found, labels, prepared = hashlib.sha256(), [], False
+    digest, labels, prepared = hashlib.sha256(), [], False
     for i in tqdm(range(len(data)), desc=f"labels of {name}", unit="image", delay=2):
         image, label = _preprocessing.item(data, i, name)
         labels.append(_label(label, name, i))
         prepared |= _preprocessing.is_prepared(image)
-        found.update(_content(image))
+        digest.update(_content(image))
     classes = _classes(data, name)
     try:
         numbers, classes = _labels(name, np.stack(labels) if labels else np.zeros(0, int), classes)
@@ -166,8 +166,8 @@ def _of_pairs(data, name: str) -> ImageSet:
         if isinstance(error, InvalidValueError):
             raise
         raise InvalidValueError(_NO_LABELS.format(name=name, what="of several shapes")) from error
-    found.update(numbers.numpy())
-    return ImageSet(name, data, numbers, classes, found.hexdigest(), (_PREPARED,) if prepared else ())
+    digest.update(numbers.numpy())
+    return ImageSet(name, data, numbers, classes, digest.hexdigest(), (_PREPARED,) if prepared else ())
 
 
 def _label(given, name: str, index: int) -> np.ndarray:

@@ -115,7 +115,7 @@ def names() -> tuple[str, ...]:
 
 
 def select(data, indices: torch.Tensor) -> ImageSet:
-    """Return the images at `indices` (int64 ``(m,)``) as a data set of their own.
+    """Return the images at `indices` (int64 ``(m,)``) as a data set.
 
     `data` is as for `as_image_set`.
     """

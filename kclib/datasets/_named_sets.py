@@ -61,28 +61,28 @@ def _unpacked(name: str) -> np.ndarray:
 
 def _cifar(maker: type, name: str) -> Callable[[str], ImageSet]:
     def read(split: str) -> ImageSet:
-        found = _found(lambda: maker(files.data_dir(), train=split == "train"), name)
-        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-        labels = torch.tensor(found.targets)
+        dataset = _found(lambda: maker(files.data_dir(), train=split == "train"), name)
+        images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+        labels = torch.tensor(dataset.targets)
         digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-        return ImageSet(f"{name}/{split}", images, labels, tuple(found.classes), digest)
+        return ImageSet(f"{name}/{split}", images, labels, tuple(dataset.classes), digest)
 
     return read
 
 
 def _imagenette(split: str) -> ImageSet:
     part = "train" if split == "train" else "val"
-    found = _found(lambda: tv.Imagenette(files.data_dir(), split=part), "imagenette")
-    samples = found._samples  # Imagenette has no public list of samples
-    return _from_files(f"imagenette/{split}", samples, tuple(names[0] for names in found.classes))
+    dataset = _found(lambda: tv.Imagenette(files.data_dir(), split=part), "imagenette")
+    samples = dataset._samples  # Imagenette has no public list of samples
+    return _from_files(f"imagenette/{split}", samples, tuple(names[0] for names in dataset.classes))
 
 
 def _imagenet(split: str) -> ImageSet:
     part = "train" if split == "train" else "val"
-    found = _found(lambda: tv.ImageNet(files.data_dir() / "imagenet", split=part), "imagenet")
+    dataset = _found(lambda: tv.ImageNet(files.data_dir() / "imagenet", split=part), "imagenet")
     categories, ids = _class_names.imagenet()  # their names do not repeat, as those of the archive do
-    classes = categories if tuple(found.wnids) == ids else tuple(names[0] for names in found.classes)
-    return _from_files(f"imagenet/{split}", found.samples, classes)
+    classes = categories if tuple(dataset.wnids) == ids else tuple(names[0] for names in dataset.classes)
+    return _from_files(f"imagenet/{split}", dataset.samples, classes)
 
 
 def folder(name: str, split: str) -> ImageSet:
@@ -90,8 +90,8 @@ def folder(name: str, split: str) -> ImageSet:
     if split == "train":
         with suppress(MissingFileError):  # a folder may hold a split to train by alone
             return folders(name)[0]
-    found = _image_folders.find(_root(name), split)
-    return _from_files(f"{name}/{found.split or split}", found.samples, found.classes, found.notes)
+    scanned = _image_folders.find(_root(name), split)
+    return _from_files(f"{name}/{scanned.split or split}", scanned.samples, scanned.classes, scanned.notes)
 
 
 def folders(name: str) -> tuple[ImageSet, ImageSet]:
@@ -126,13 +126,13 @@ def _root(name: str) -> Path:
 
 def _of_found(
     name: str,
-    found: _image_folders.Found,
+    scanned: _image_folders.Scanned,
     sums: Sequence[str],
     indices: Sequence[int],
     notes: tuple[str, ...],
 ) -> ImageSet:
-    samples, sums = [found.samples[i] for i in indices], [sums[i] for i in indices]
-    return _labelled.of_files(name, samples, found.classes, (*found.notes, *notes), sums)
+    samples, sums = [scanned.samples[i] for i in indices], [sums[i] for i in indices]
+    return _labelled.of_files(name, samples, scanned.classes, (*scanned.notes, *notes), sums)
 
 
 def _from_files(

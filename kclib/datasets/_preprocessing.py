@@ -181,7 +181,7 @@ def is_prepared(image) -> bool:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What went wrong with an image: raised in a worker, it would come out as a page of text."""
+    """An error with an image, as a value: raised in a worker, it would be reported as a page of text."""
 
     error: KclibError
     cause: BaseException | None

@@ -151,7 +151,7 @@ def evaluate(
     ------
     InvalidValueError, UnknownNameError
         A model that answers other classes than the data set has, or NaN, or does not run on the images; no
-        images, or none whose class is known; a batch, device or precision that is none.
+        images, or none whose class is known; an invalid batch size, device or precision.
     NotEnoughMemoryError
         A batch does not fit.
     StoppedError

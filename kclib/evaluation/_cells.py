@@ -16,7 +16,7 @@ from kclib.store import Entry, Store
 
 @dataclass(frozen=True)
 class Cells:
-    """What the cells of an experiment are computed from, and where they are kept.
+    """A model and images from which the cells of an experiment are computed, and a store that keeps them.
 
     Attributes
     ----------

@@ -31,16 +31,16 @@ def of_mean(
     """
     n = sum(counts)
     shares = [(float(value), count / n) for value, count in zip(values, counts, strict=True) if count]
-    found = sum(value * share for value, share in shares)
+    average = sum(value * share for value, share in shares)
     width = special.ndtri((1 + level) / 2) ** 2 / n
 
     def excess(mean: float) -> float:
-        return (found - mean) ** 2 - width * _variance(shares, mean, least, most)
+        return (average - mean) ** 2 - width * _variance(shares, mean, least, most)
 
     ends = []
     for limit in (least, most):
         # Next to what was found no mean is rejected; at a limit, where nothing can vary, all are.
-        near, far = found + _NEAR * (limit - found), limit - _NEAR * (limit - found)
+        near, far = average + _NEAR * (limit - average), limit - _NEAR * (limit - average)
         ends.append(limit if near == far else optimize.brentq(excess, near, far, xtol=_NEAR))
     return float(ends[0]), float(ends[1])
 

@@ -72,17 +72,17 @@ def by_layer(
     owners = kernels.matched(model.network, checked(clustering).layers)
     users = {name: tuple(_replacement.users(model.network, name)) for name, x in owners.items()}
     keys = [*((layer, way) for layer in users for way in ways), _ALL]
-    found: dict[tuple[str, str], list[Tensor]] = {key: [] for key in keys}
+    top5: dict[tuple[str, str], list[Tensor]] = {key: [] for key in keys}
 
     def tell(key: tuple[str, str], logits: Tensor) -> None:
-        found[key].append(logits.cpu().topk(min(5, logits.shape[1])).indices)
+        top5[key].append(logits.cpu().topk(min(5, logits.shape[1])).indices)
 
     pair = _copying.copied(model.network).eval(), compression.replaced(model.network, clustering)
     dense, small = map(_convolutions.plain, pair)  # weights that can be put in for each other
     many = replace(model, name=f"{model.name} by layer", network=_Variants(dense, small, users, ways, tell))
     options = {"batch_size": batch_size, "precision": precision, "device": device, "progress": progress}
     answers = _accuracy.evaluate(many, data, **options)
-    rows = [(*key, *_compared(answers, torch.cat(top))) for key, top in found.items()]
+    rows = [(*key, *_compared(answers, torch.cat(top))) for key, top in top5.items()]
     return pd.DataFrame(rows, columns=["layer", "way", "top1", "drop", "drop_low", "drop_high", "agreement"])
 
 
@@ -109,12 +109,12 @@ def by_class(before: Evaluation, after: Evaluation) -> pd.DataFrame:
     _check_images(before, after)
     rows = []
     for i, name in enumerate(_accuracy.told_apart(before.classes)):
-        mine = before.labels == i
-        if mine.any():
-            first, second = _part(before, mine), _part(after, mine)
+        of_class = before.labels == i
+        if of_class.any():
+            first, second = _part(before, of_class), _part(after, of_class)
             drop = _accuracy.drop(first, second)
             accuracies = first.top1.estimate, second.top1.estimate
-            rows.append((name, int(mine.sum()), *accuracies, *_ends(drop.points), drop.lost, drop.won))
+            rows.append((name, int(of_class.sum()), *accuracies, *_ends(drop.points), drop.lost, drop.won))
     columns = ["name", "images", "before", "after", "drop", "drop_low", "drop_high", "lost", "won"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -183,13 +183,13 @@ class _Variants(nn.Module):
 def _swapped(network: nn.Module, other: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """While it lasts, some modules of a network have the weights of another's."""
     changed = [network.get_submodule(name) for name in names]
-    own = [module.weight for module in changed]
+    weights = [module.weight for module in changed]
     for name, module in zip(names, changed, strict=True):
         module.weight = other.get_submodule(name).weight
     try:
         yield
     finally:
-        for module, weight in zip(changed, own, strict=True):
+        for module, weight in zip(changed, weights, strict=True):
             module.weight = weight
 
 
@@ -205,9 +205,9 @@ def _ends(points: Interval) -> tuple[float, float, float]:
     return points.estimate, points.low, points.high
 
 
-def _part(found: Evaluation, mine: np.ndarray) -> Evaluation:
+def _part(whole: Evaluation, part: np.ndarray) -> Evaluation:
     return replace(
-        found, predictions=found.predictions[mine], labels=found.labels[mine], in_top5=found.in_top5[mine]
+        whole, predictions=whole.predictions[part], labels=whole.labels[part], in_top5=whole.in_top5[part]
     )
 
 

@@ -16,7 +16,9 @@ from kclib.kernels import KernelBank, Kernels
 from kclib.models import Model
 
 
-def by_cluster(bank: Kernels, clustering: Clustering, weights: np.ndarray | None = None) -> pd.DataFrame:
+def by_cluster(
+    bank: Kernels, clustering: Clustering, sample_weight: np.ndarray | None = None
+) -> pd.DataFrame:
     """Return what each representative costs, the worst first.
 
     Parameters
@@ -24,24 +26,24 @@ def by_cluster(bank: Kernels, clustering: Clustering, weights: np.ndarray | None
     bank : KernelBank, Model or torch.nn.Module
         The dense kernels that were clustered.
     clustering : Clustering
-    weights : numpy.ndarray, optional
+    sample_weight : numpy.ndarray, optional
         ``(n,)`` in the rows of the bank, finite, at least 0: what a squared error of one in each kernel costs
-        (`sensitivity.weights`). By default all cost alike.
+        (`sensitivity.importance`). By default all cost alike.
 
     Returns
     -------
     pandas.DataFrame
         One row a representative: ``group``; ``cluster``, its index; ``kernels`` that it stands for;
-        ``error``, the sum of their squared errors; ``damage``, the sum of errors times weights; ``share`` of
-        all damage, 0 to 1.
+        ``error``, the sum of their squared errors; ``damage``, the sum of errors times sample weights;
+        ``share`` of all damage, 0 to 1.
 
     Raises
     ------
     InvalidValueError
-        Another bank than was clustered; weights out of range.
+        Another bank than was clustered; sample weights out of range.
     """
     bank = kernels.bank_of(bank)
-    squares, costs = kernel_errors(bank, clustering), kernel_errors(bank, clustering, weights)
+    squares, costs = kernel_errors(bank, clustering), kernel_errors(bank, clustering, sample_weight)
     tables = [_by_cluster(group, squares[group.rows], costs[group.rows]) for group in clustering.groups]
     table = pd.concat(tables, ignore_index=True)
     table["share"] = table.damage / (table.damage.sum() or 1)
@@ -66,13 +68,13 @@ def restored(model: Model | nn.Module, clustering: Clustering, worst: pd.DataFra
     """
     checks.check_columns(worst, ("group", "cluster"))
     model = models.as_model(model)
-    dense = bank_of(model.network, clustering).weights
-    weights = quantized(clustering)
+    dense = bank_of(model.network, clustering).kernels
+    values = quantized(clustering)
     chosen = worst.groupby("group").cluster.agg(list) if len(worst) else {}
     for group in clustering.groups:
-        own = group.rows[np.isin(group.indices, chosen.get(group.name, []))]
-        weights[own] = dense[own]
-    network = kernels.insert(model.network, KernelBank(weights, clustering.layers, {}))
+        rows = group.rows[np.isin(group.indices, chosen.get(group.name, []))]
+        values[rows] = dense[rows]
+    network = kernels.insert(model.network, KernelBank(values, clustering.layers, {}))
     return replace(model, network=network)
 
 

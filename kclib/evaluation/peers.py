@@ -157,7 +157,7 @@ def pruned(network: Model | nn.Module, keep: float, *, precision: str = "fp16") 
     checks.check_real("keep", keep, lambda x: 0 < x <= 1, "a share of the weights, above 0 to 1")
     bank = kernels.extract(network)
     form = partial(_formats.Sparse, _ranks(bank), precision)
-    return _pruned(network, bank, form, max(1, round(keep * bank.weights.size)))
+    return _pruned(network, bank, form, max(1, round(keep * bank.kernels.size)))
 
 
 def son(network: Model | nn.Module, n_clusters: int, *, turned: bool, seed: int = 0) -> Peer:
@@ -180,13 +180,13 @@ def son(network: Model | nn.Module, n_clusters: int, *, turned: bool, seed: int 
     """
     network = models.network_of(network)
     bank = kernels.extract(network)
-    found = cluster(bank, n_clusters, scope="global", scaled=True, turned=turned, seed=seed)
-    (group,) = found.groups
+    result = cluster(bank, n_clusters, scope="global", scaled=True, turned=turned, seed=seed)
+    (group,) = result.groups
     halved = replace(group, codebook=_formats.half(group.codebook), scales=_formats.half(group.scales))
-    small = compression.inserted(network, replace(found, groups=(halved,)))
+    small = compression.inserted(network, replace(result, groups=(halved,)))
     name = "Son et al. 2018" + ", turned" * turned
     return Peer(
-        name, f"K={n_clusters}", small, byte_counts.clustered_bytes(network, found, coding="fixed"), found
+        name, f"K={n_clusters}", small, byte_counts.clustered_bytes(network, result, coding="fixed"), result
     )
 
 
@@ -289,20 +289,20 @@ def _peer(name: str, setting: str, network: nn.Module, form: _formats.Form) -> P
 
 def _pruned(network: nn.Module, bank: KernelBank, form: Callable[[int], _formats.Sparse], kept: int) -> Peer:
     sparse = form(kept)
-    zeroed = replace(bank, weights=np.where(sparse.ranks < kept, bank.weights, 0))
+    zeroed = replace(bank, kernels=np.where(sparse.ranks < kept, bank.kernels, 0))
     small = kernels.insert(network, _formats.decoded(zeroed, sparse))
-    setting = f"{kept / bank.weights.size:.3g} kept, {sparse.precision}"
+    setting = f"{kept / bank.kernels.size:.3g} kept, {sparse.precision}"
     return Peer("pruning", setting, small, _total(network, bank, sparse))
 
 
 def _ranks(bank: KernelBank) -> np.ndarray:
     """Return each weight's place by magnitude, 0 the largest, int64 in the shape of the bank's weights."""
-    return stats.rankdata(-np.abs(bank.weights), "ordinal").reshape(bank.weights.shape) - 1
+    return stats.rankdata(-np.abs(bank.kernels), "ordinal").reshape(bank.kernels.shape) - 1
 
 
 def _moved(bank: KernelBank, peer: Peer) -> float:
     """Return the sum of squared changes of all weights."""
-    return float(np.square(kernels.extract(peer.network).weights - bank.weights).sum(dtype=np.float64))
+    return float(np.square(kernels.extract(peer.network).kernels - bank.kernels).sum(dtype=np.float64))
 
 
 def compare(

@@ -30,7 +30,7 @@ _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
 def run(profile: Profile, out: Path) -> Path:
-    """Execute a profile's notebooks, each in a process of its own, and return the path of the index page.
+    """Execute a profile's notebooks, each in its own process, and return the path of the index page.
 
     Under ``out/<profile>/`` each notebook leaves its executed ``.ipynb`` and an ``.html`` for readers;
     ``index.html`` is written anew after each, so an interrupted batch leaves its finished part readable.

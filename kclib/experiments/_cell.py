@@ -108,8 +108,10 @@ class Subject(Cells):
             raise InvalidValueError(
                 f"no K of {ks} is at most the {len(self.bank)} kernels of {self.model.name}."
             )
-        found = [Cell(scope, k, method, seed) for method in methods for seed in seeds for scope, k in fitting]
-        return [Cell(), *dict.fromkeys(found)]
+        clustered = [
+            Cell(scope, k, method, seed) for method in methods for seed in seeds for scope, k in fitting
+        ]
+        return [Cell(), *dict.fromkeys(clustered)]
 
     def key_of(self, cell: Cell) -> dict:
         """Return what a cell's answers depend on, as the store has it."""
@@ -152,12 +154,12 @@ class Subject(Cells):
     def _computed(self, key: dict, cell: Cell, progress: bool, n_threads: int | None) -> Entry:
         model, row = self.model, {"bytes": byte_counts.convolution_bytes(self.model.network)}
         if cell != Cell():
-            found, seconds = stored_clustering(
+            result, seconds = stored_clustering(
                 self.bank, cell.k, scope=cell.scope, method=cell.method, seed=cell.seed,
                 store=self.store, progress=progress, n_threads=n_threads,
             )  # fmt: skip
-            row = byte_counts.removed(model.network, found) | {"cluster_seconds": seconds}
-            model = compression.replaced(model, found)
+            row = byte_counts.removed(model.network, result) | {"cluster_seconds": seconds}
+            model = compression.replaced(model, result)
         row |= _provenance.stamp() | {"data": self.data.name}
         return self.evaluated(key, model, row, progress=progress)
 
@@ -181,7 +183,7 @@ def sweep(
     model : Model
     data : ImageSet
     ks : iterable of int
-        Clusters a group. In scope ``layer`` a layer with fewer kernels keeps all of its own; a K
+        Clusters a group. In scope ``layer`` a layer with fewer kernels keeps all of them; a K
         above a scope's largest group is not run there.
     scopes : iterable of {"layer", "global"}
     methods : iterable of str
@@ -258,8 +260,8 @@ def stored_clustering(
 
     def compute() -> Entry:
         start = time.perf_counter()
-        found = clustering.cluster(bank, n_clusters, **options, **METHODS[method])
-        return _clustering_entry(key, found, time.perf_counter() - start)
+        result = clustering.cluster(bank, n_clusters, **options, **METHODS[method])
+        return _clustering_entry(key, result, time.perf_counter() - start)
 
     entry = store.once(key, compute)
     return _clustering(entry, bank), entry.row["seconds"]
@@ -314,18 +316,18 @@ def forget() -> None:
         remembered.cache_clear()
 
 
-def _clustering_entry(key: dict, found: Clustering, seconds: float) -> Entry:
+def _clustering_entry(key: dict, result: Clustering, seconds: float) -> Entry:
     arrays = {}
-    for i, group in enumerate(found.groups):
+    for i, group in enumerate(result.groups):
         arrays[f"{i}.codebook"] = group.codebook
         arrays[f"{i}.indices"] = group.indices.astype(np.min_scalar_type(group.n_clusters - 1))
         if group.scales is not None:
             arrays[f"{i}.scales"] = group.scales
         if group.turns is not None:
             arrays[f"{i}.turns"] = group.turns
-    groups = [[x.name, [layer.name for layer in x.layers], x.inertia] for x in found.groups]
-    row = {"clusters": found.n_clusters, "inertia": found.inertia, "seconds": seconds}
-    return Entry(key, row | {"groups": groups, "notes": list(found.notes)}, arrays)
+    groups = [[x.name, [layer.name for layer in x.layers], x.inertia] for x in result.groups]
+    row = {"clusters": result.n_clusters, "inertia": result.inertia, "seconds": seconds}
+    return Entry(key, row | {"groups": groups, "notes": list(result.notes)}, arrays)
 
 
 def _clustering(entry: Entry, bank: KernelBank) -> Clustering:
@@ -361,5 +363,5 @@ def _model(source: ModelSource, folder: str) -> models.Model:
 @lru_cache(maxsize=16)
 def _data(name: str, folder: str, limit: int) -> datasets.ImageSet:
     where = files.located(name, Path(folder))
-    found = datasets.load_data(where, limit=limit or None)
-    return replace(found, name=found.name.replace(where, name, 1))
+    images = datasets.load_data(where, limit=limit or None)
+    return replace(images, name=images.name.replace(where, name, 1))

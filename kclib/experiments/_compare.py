@@ -22,18 +22,18 @@ def read(path: str | Path) -> pd.DataFrame:
     Raises
     ------
     MissingFileError, DamagedFileError, InvalidValueError
-        There are none; the file is not whole; it is a table of something else.
+        The file does not exist; it is damaged; it is not a table of results.
     """
     path = files.expanded(path)
     path = path / "results.parquet" if path.is_dir() else path
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; kclib sweep writes results.parquet into its report.")
     try:
-        found = pd.read_parquet(path)
+        table = pd.read_parquet(path)
     except Exception as error:  # a damaged file can make its reader raise almost anything
         raise DamagedFileError(f"{path} is no whole parquet file ({reason(error)}).") from error
-    checks.check_columns(found, _NEEDED)
-    return found
+    checks.check_columns(table, _NEEDED)
+    return table
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
@@ -88,15 +88,15 @@ def broken(table: pd.DataFrame, max_drop: float) -> list[str]:
         Points of top-1 accuracy, at least 0.
     """
     checks.check_real("max_drop", max_drop, lambda x: x >= 0, "a number of points, at least 0")
-    found = []
+    sentences = []
     for row in table.itertuples():
         what = _called(row)
         if pd.isna(row.top1_after):
-            found.append(f"{what}: is missing in the second run.")
+            sentences.append(f"{what}: is missing in the second run.")
         elif row.change < -max_drop - 1e-9:  # 0.7 points of images are 0.70000000000000007
             lost = f"{-row.change:.2f} points [{-row.change_high:.2f}, {-row.change_low:.2f}]"
-            found.append(f"{what}: lost {lost}, from {row.top1_before:.2f} to {row.top1_after:.2f} %.")
-    return found
+            sentences.append(f"{what}: lost {lost}, from {row.top1_before:.2f} to {row.top1_after:.2f} %.")
+    return sentences
 
 
 def answer(table: pd.DataFrame) -> str:
@@ -143,9 +143,9 @@ def _readable(table: pd.DataFrame) -> pd.DataFrame:
 def _row(before: pd.Series | None, after: pd.Series | None) -> dict:
     """Return the numbers of a cell that one run, or both, have."""
     row = {}
-    for name, found in (("before", before), ("after", after)):
-        row[f"top1_{name}"] = np.nan if found is None else float(found.top1)
-        row[f"bytes_{name}"] = np.nan if found is None else float(found.bytes)
+    for name, cell in (("before", before), ("after", after)):
+        row[f"top1_{name}"] = np.nan if cell is None else float(cell.top1)
+        row[f"bytes_{name}"] = np.nan if cell is None else float(cell.bytes)
     names = ("change", "change_low", "change_high", "p_value", "paired")
     if before is None or after is None:
         return row | dict(zip(names, (*[np.nan] * 4, False), strict=True))

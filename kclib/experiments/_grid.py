@@ -87,7 +87,7 @@ def plan(grid: Grid, store: Store, *, estimated: bool = True, rerun: bool = Fals
     KclibError
         Any model or data set that cannot be had, or a level that none of them can have.
     """
-    found, options = [], (grid.folder, grid.limit, grid.precision, grid.device, str(store.root))
+    planned, options = [], (grid.folder, grid.limit, grid.precision, grid.device, str(store.root))
     forget()  # files may be others than at the last plan
     for model in grid.models:
         for data in grid.data:
@@ -99,8 +99,8 @@ def plan(grid: Grid, store: Store, *, estimated: bool = True, rerun: bool = Fals
                 Task(source, cell, key, stored=not rerun and store.get(key) is not None, again=rerun)
                 for cell, key in zip(cells, keys, strict=True)
             ]
-            found += _estimated(subject, tasks) if estimated else tasks
-    return sorted(found, key=lambda task: -task.seconds)
+            planned += _estimated(subject, tasks) if estimated else tasks
+    return sorted(planned, key=lambda task: -task.seconds)
 
 
 def run(tasks: Sequence[Task], workers: Workers, *, progress: bool = True) -> list[Failure]:
@@ -134,8 +134,8 @@ def table(tasks: Sequence[Task], store: Store) -> pd.DataFrame:
     by_source = {}
     for task in tasks:
         by_source.setdefault(task.source, []).append(task)
-    found = [_table(source, tasks, store) for source, tasks in by_source.items()]
-    return pd.concat([x for x in found if len(x)] or [pd.DataFrame()], ignore_index=True)
+    tables = [_table(source, tasks, store) for source, tasks in by_source.items()]
+    return pd.concat([x for x in tables if len(x)] or [pd.DataFrame()], ignore_index=True)
 
 
 def report(
@@ -149,7 +149,7 @@ def report(
     missing, about = len(tasks) - len(results), _levels(profile) | _origin(results)
     picture = reports.picture(results) if len(results) else ""
     old = reports.read(folder, profile.name)  # so late because a batch may be at it
-    found = replace(
+    described = replace(
         old,
         note=old.note or profile.note,
         failures=tuple(failures),
@@ -158,7 +158,7 @@ def report(
         picture=picture,
         provenance={name: text for name, text in (old.provenance | about).items() if text},
     )
-    return reports.write(folder, found)
+    return reports.write(folder, described)
 
 
 def summary(tasks: Sequence[Task], workers: Workers) -> str:
@@ -226,7 +226,7 @@ class Rates:
         k = min(cell.k, largest)
         fit = _fitting.memory(largest, bank.points.shape[1], k) if largest else 0
         # The network, the one with other kernels, the copy that runs; the bank, and what stands for it.
-        return _IMPORTS + 3 * dense + held + 2 * bank.weights.nbytes + fit
+        return _IMPORTS + 3 * dense + held + 2 * bank.kernels.nbytes + fit
 
     @cached_property
     def _an_image(self) -> float:
@@ -253,8 +253,8 @@ class Rates:
 def _probed(subject: Subject) -> float:
     """Return the seconds an image takes, from a few of them."""
     few, options = _few(subject.data, _PROBE), {"precision": subject.precision, "device": subject.device}
-    found = evaluation.evaluate(subject.model, few, progress=False, **options)
-    return found.seconds / len(few)
+    probe = evaluation.evaluate(subject.model, few, progress=False, **options)
+    return probe.seconds / len(few)
 
 
 def _few(data: datasets.ImageSet, n: int) -> datasets.ImageSet:
@@ -264,16 +264,16 @@ def _few(data: datasets.ImageSet, n: int) -> datasets.ImageSet:
 
 def _run(missing: Sequence[Task], n_cells: int, workers: Workers, progress: bool) -> list[Failure]:
     """Compute cells and return what failed."""
-    failed, there = [], n_cells - len(missing)
+    failed, n_stored = [], n_cells - len(missing)
     if not missing:
         return failed
     with tqdm(
-        total=sum(x.seconds for x in missing), desc=f"sweep, {there} of {n_cells} cells",
+        total=sum(x.seconds for x in missing), desc=f"sweep, {n_stored} of {n_cells} cells",
         bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed} elapsed, about {remaining} left{postfix}",
         disable=not progress,
     ) as bar, progress_bars.ticking(bar):  # fmt: skip
         compute = partial(_compute, progress=progress and not workers.apart)
-        for done, outcome in enumerate(_pool.run(compute, missing, workers), there + 1):
+        for done, outcome in enumerate(_pool.run(compute, missing, workers), n_stored + 1):
             task = missing[outcome.place]
             if outcome.error:
                 failed.append(Failure(str(task), outcome.error, outcome.traceback))
@@ -314,24 +314,24 @@ def _levels(profile: Profile) -> dict[str, str]:
 
 def _origin(results: pd.DataFrame) -> dict[str, str]:
     """Return where results come from: when, by which versions and where each was computed, and of what."""
-    rows = results.reindex(columns=_ORIGIN)  # which no results do not have
+    rows = results.reindex(columns=_ORIGIN)  # an empty table has no columns yet
     made = sorted(rows.made)
-    found = {"sweep, made": " to ".join(dict.fromkeys([*made[:1], *made[-1:]]))}
+    origin = {"sweep, made": " to ".join(dict.fromkeys([*made[:1], *made[-1:]]))}
     for name in ("versions", "commit", "machine"):
-        found[f"sweep, {name}"] = "; ".join(rows[name].unique())
+        origin[f"sweep, {name}"] = "; ".join(rows[name].unique())
     for what, name, digest in (("weights", "model", "weights"), ("images", "data", "images_hash")):
         pairs = rows[[name, digest]].drop_duplicates().itertuples(index=False)
-        found[f"{what}, SHA-256"] = ", ".join(" ".join(pair) for pair in pairs)
-    return found
+        origin[f"{what}, SHA-256"] = ", ".join(" ".join(pair) for pair in pairs)
+    return origin
 
 
 def _table(source: Source, tasks: Sequence[Task], store: Store) -> pd.DataFrame:
     subject = source.load()
-    found: dict[Cell, Entry] = {task.cell: entry for task in tasks if (entry := store.get(task.key))}
-    if Cell() not in found:
+    entries: dict[Cell, Entry] = {task.cell: entry for task in tasks if (entry := store.get(task.key))}
+    if Cell() not in entries:
         return pd.DataFrame()
-    cells = sorted(found, key=lambda x: (x != Cell(), x.method, x.seed, x.scope != "layer", x.scope, x.k))
-    shown = subject.table(cells, [found[cell] for cell in cells])
+    cells = sorted(entries, key=lambda x: (x != Cell(), x.method, x.seed, x.scope != "layer", x.scope, x.k))
+    shown = subject.table(cells, [entries[cell] for cell in cells])
     return shown.assign(model=str(source.model))  # two weights of one model are two
 
 

@@ -73,7 +73,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended.
+    """The result of a task: done, or an error.
 
     Attributes
     ----------
@@ -159,16 +159,16 @@ def _dead_workers() -> tuple[type[Exception], ...]:
     """Return what joblib raises when a worker died."""
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
-    found = [BrokenProcessPool]
+    errors = [BrokenProcessPool]
     with contextlib.suppress(ImportError):
         from distributed.scheduler import KilledWorker
 
-        found.append(KilledWorker)
+        errors.append(KilledWorker)
     with contextlib.suppress(ImportError):
         from ray.exceptions import RayActorError
 
-        found.append(RayActorError)
-    return tuple(found)
+        errors.append(RayActorError)
+    return tuple(errors)
 
 
 @contextlib.contextmanager

@@ -142,9 +142,9 @@ def load(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
     notebooks = {stem: entry or {} for stem, entry in content.get("notebooks", {}).items()}
     known = {stem: _declared(document, folder, stem) for stem in notebooks}
     _check_parameters(document, notebooks, known, changes)
-    shared, here = content.get("parameters") or {}, _located(changes, Path())
+    shared, overrides = content.get("parameters") or {}, _located(changes, Path())
     given = {
-        stem: _located(shared | (entry.get("parameters") or {}), path.parent) | here
+        stem: _located(shared | (entry.get("parameters") or {}), path.parent) | overrides
         for stem, entry in notebooks.items()
     }
     note = content.get("note", "")
@@ -166,8 +166,8 @@ def declared(notebook: Path) -> dict[str, str]:
     if not notebook.is_file():
         raise MissingFileError(f"notebook {notebook} does not exist.")
     try:
-        found = papermill.inspect_notebook(notebook)
-        types = {name: about["inferred_type_name"] for name, about in found.items()}
+        declarations = papermill.inspect_notebook(notebook)
+        types = {name: about["inferred_type_name"] for name, about in declarations.items()}
         return {name: "" if text == "None" else text for name, text in types.items()}
     except Exception as error:  # JSON that is no notebook can make its reader raise almost anything
         raise DamagedFileError(f"{notebook} is not a whole notebook ({reason(error)}).") from error

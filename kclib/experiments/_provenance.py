@@ -29,9 +29,9 @@ def _of_this_process() -> dict[str, str]:
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(
+        answer = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
         )
     except OSError:  # no git here
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return answer.stdout.strip() or "unknown"

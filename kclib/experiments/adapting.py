@@ -33,12 +33,12 @@ def clusters(bank: KernelBank, n_clusters: int, scope: str = "layer") -> tuple[i
         K below 1; an unknown scope.
     """
     checks.check_whole("n_clusters", n_clusters, 1)
-    there = largest(bank, scope)
-    if n_clusters <= there:
+    most = largest(bank, scope)
+    if n_clusters <= most:
         return n_clusters, ""
-    taken = _some(there)
+    taken = _some(most)
     return taken, (
-        f"K = {n_clusters:,} was asked for, but {_NAMES[scope]} has {there:,} kernels: K is {taken:,} here."
+        f"K = {n_clusters:,} was asked for, but {_NAMES[scope]} has {most:,} kernels: K is {taken:,} here."
     )
 
 
@@ -61,11 +61,11 @@ def several(
     InvalidValueError, UnknownNameError
         No scope; an unknown one.
     """
-    asked, there = list(asked), {scope: largest(bank, scope) for scope in within}
-    if not there:
+    asked, counts = list(asked), {scope: largest(bank, scope) for scope in within}
+    if not counts:
         raise InvalidValueError("scopes is empty; name at least one, such as layer.")
-    most, said = max(there.values()), []
-    for scope, n in there.items():
+    most, said = max(counts.values()), []
+    for scope, n in counts.items():
         if above := [f"{k:,}" for k in asked if k is not None and k > n]:
             said.append(
                 f"K = {' and '.join(above)} is left out of scope {scope}: {_NAMES[scope]} has {n:,} kernels."
@@ -154,13 +154,13 @@ def budgets(model: Model, bank: KernelBank, shares: Iterable[float]) -> tuple[di
     dense = byte_counts.convolution_bytes(model.network)
     single = clustering.cluster(bank, 1, progress=False)
     least = byte_counts.clustered_bytes(model.network, single)
-    found = {share: dense / share for share in shares}
-    above = [share for share in shares if found[share] < _ROOM * least]
-    found |= {share: least + (dense - least) / share for share in above}
+    result = {share: dense / share for share in shares}
+    above = [share for share in shares if result[share] < _ROOM * least]
+    result |= {share: least + (dense - least) / share for share in above}
     if not above:
-        return found, ""
+        return result, ""
     named = ", ".join(f"1/{share:g}" for share in above)
-    return found, (
+    return result, (
         f"Of the {dense:,} bytes of the convolutions {least:,} remain even with one cluster a layer, for "
         f"what is not clustered stays as it is: {named} is a share of the bytes above that."
     )

@@ -216,18 +216,18 @@ def render(notebook: NotebookNode, folder: Path, chapter: Chapter) -> Chapter:
 def read(folder: Path, name: str) -> Report:
     """Return the report that was written into a folder, or an empty one; what is damaged of it is logged."""
     described, results = folder / "report.json", folder / "results.parquet"
-    found = Report(name)
+    report = Report(name)
     try:
         if described.is_file():
             about = json.loads(described.read_text(encoding="utf-8"))
             chapters = tuple(Chapter(**x) for x in about.pop("chapters"))
             failures = tuple(Failure(**x) for x in about.pop("failures"))
-            found = Report(**(about | {"chapters": chapters, "failures": failures, "name": name}))
+            report = Report(**(about | {"chapters": chapters, "failures": failures, "name": name}))
         if results.is_file():
-            found = replace(found, results=pd.read_parquet(results))
+            report = replace(report, results=pd.read_parquet(results))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         _LOG.warning("the report in %s is damaged (%s) and is begun anew.", folder, reason(error))
-    return found
+    return report
 
 
 def write(folder: Path, report: Report) -> Path:
@@ -330,8 +330,8 @@ def _data(notebook: NotebookNode):
 
 
 def _recorded(notebook: NotebookNode) -> dict:
-    found = [data[_HEADLINE] for _, data in _data(notebook) if _HEADLINE in data]
-    return found[-1] if found else {}
+    headlines = [data[_HEADLINE] for _, data in _data(notebook) if _HEADLINE in data]
+    return headlines[-1] if headlines else {}
 
 
 def _thumbnail(notebook: NotebookNode, width: int = 480) -> str:

@@ -28,7 +28,7 @@ Stale = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Answer(Generic[Q]):
-    """What was found.
+    """The answer to a question: a figure and facts.
 
     Attributes
     ----------
@@ -72,8 +72,8 @@ class Newest:
         """Make everything given so far pointless; return what tells when this moment is past."""
         with self._known:
             self._count += 1
-            mine = self._count
-        return lambda: mine != self._count
+            count = self._count
+        return lambda: count != self._count
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until nothing is under way; return whether that came to pass in time."""

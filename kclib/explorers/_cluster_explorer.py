@@ -44,7 +44,8 @@ METHODS = {
     "symmetric": {"scaled": False, "turned": True},
 }
 COLOURS = ("each kernel's own scale", "one scale for all")
-# Who hears of a clustering's progress: each thread its own, for clusterings are kept by what they are of.
+# The progress of the clustering under way in this thread. It is not an argument of what computes the
+# clustering, because results are cached by their arguments.
 _progress: ContextVar[Progress] = ContextVar("progress")
 
 
@@ -60,12 +61,12 @@ class ClusterQuestion:
 
     @property
     def method(self) -> "ClusterQuestion":
-        """The same question but for what does not change the clustering."""
+        """The question with only what changes the clustering; its colour is the default."""
         return replace(self, colour=COLOURS[0])
 
 
 class Clusterer:
-    """The clusterings of a bank, each kept: asking again takes no time.
+    """Compute clusterings of a bank, and keep the latest: asking again takes no time.
 
     Parameters
     ----------
@@ -112,7 +113,7 @@ class Clusterer:
 
     def _cluster(self, question: ClusterQuestion) -> Clustering:
         bank, method, progress = self.bank.only(*question.layers), METHODS[question.distance], _progress.get()
-        wanted, found = self.wanted(bank, question), {}
+        wanted, fits = self.wanted(bank, question), {}
         groups = {
             name: tuple(layer.name for layer in layers)
             for name, layers in grouping(bank, question.scope).items()
@@ -126,19 +127,19 @@ class Clusterer:
             points = bank.only(*names).points
             hear = progress.of(len(points))
             if plain:
-                found[name] = ladders[name].at(wanted[name], progress=hear)
+                fits[name] = ladders[name].at(wanted[name], progress=hear)
             else:
-                found[name] = symmetric.fit(points, wanted[name], seed=self.seed, progress=hear, **method)
+                fits[name] = symmetric.fit(points, wanted[name], seed=self.seed, progress=hear, **method)
             progress.check()
-        return of_fits(bank, found, wanted, scope=question.scope, seed=self.seed, **method)
+        return of_fits(bank, fits, wanted, scope=question.scope, seed=self.seed, **method)
 
     def _ladder(self, names: tuple[str, ...]) -> kmeans.Ladder:
         """Cluster some layers at a few K, from which any other K is a fraction of a second away."""
         points, progress = self.bank.only(*names).points, _progress.get()
         ks = [k for k in RUNGS if k <= len(points)] or [len(points)]
-        found = kmeans.ladder(points, ks, tol=0.01, seed=self.seed, progress=progress.of(len(points)))
+        ladder = kmeans.ladder(points, ks, tol=0.01, seed=self.seed, progress=progress.of(len(points)))
         progress.check()
-        return found
+        return ladder
 
 
 @dataclass(frozen=True)
@@ -251,17 +252,17 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
     def answered(self, question: ClusterQuestion, stale: Stale) -> Answer[ClusterQuestion]:
         """Return the codebook by use, the cluster sizes, and what is removed."""
         progress = Progress(stale, lambda sentence: self.say(sentence, stale))
-        found = self.clusterer.clustering(question, progress)
-        removed = byte_counts.removed(self.model.network, found)
+        clustering = self.clusterer.clustering(question, progress)
+        removed = byte_counts.removed(self.model.network, clustering)
         facts = {
-            "kernels": f"{found.n_kernels:,}",
-            "representatives": f"{found.n_clusters:,}",
+            "kernels": f"{clustering.n_kernels:,}",
+            "representatives": f"{clustering.n_clusters:,}",
             "kernels removed": f"{removed['kernels_removed']:.3f} %",
             "bytes of all convolutions removed": f"{removed['bytes_removed']:.2f} %",
             "with a 16-bit codebook": f"{removed['bytes_removed_fp16']:.2f} %",
-            "inertia": f"{found.inertia:.4g}",
+            "inertia": f"{clustering.inertia:.4g}",
         }
-        return Answer(question, self._figure(question, found), facts)
+        return Answer(question, self._figure(question, clustering), facts)
 
     def evaluate(self, n_images: int) -> None:
         """Evaluate the clustering asked for now, on images drawn at random, in the background.
@@ -310,10 +311,10 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         plots.accuracy_curve(table, x="bytes_removed", ax=figure.subplots())
         return figure
 
-    def _figure(self, question: ClusterQuestion, found: Clustering) -> Figure:
+    def _figure(self, question: ClusterQuestion, clustering: Clustering) -> Figure:
         figure = Figure(figsize=(11, 5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        books = [by_use(group) for group in found.groups]
+        books = [by_use(group) for group in clustering.groups]
         codebook = np.concatenate([book for book, _ in books])
         counts = np.concatenate([uses for _, uses in books])
         most = np.argsort(-counts, kind="stable")[: self.shown]
@@ -322,13 +323,13 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         )
         left.set_title(f"the {len(most)} most used of {len(codebook):,} representatives", fontsize=10)
         right.set_prop_cycle(color=sns.color_palette("viridis", len(books)))
-        for group, (_, uses) in zip(found.groups, books, strict=True):
+        for group, (_, uses) in zip(clustering.groups, books, strict=True):
             plots.cluster_sizes(uses, label=group.name, ax=right)
         if len(books) > 1:
             right.legend(fontsize=7, frameon=False)
         figure.suptitle(
-            f"{called(self.bank, question.layers)}: {found.n_kernels:,} kernels, K = {question.n_clusters:,} "
-            f"({SCOPES[question.scope]}, {question.distance})",
+            f"{called(self.bank, question.layers)}: {clustering.n_kernels:,} kernels, "
+            f"K = {question.n_clusters:,} ({SCOPES[question.scope]}, {question.distance})",
             fontsize=11,
         )
         return figure
@@ -346,7 +347,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
     def _evaluated_rows(self, question: ClusterQuestion, n_images: int, stale: Stale) -> list[dict]:
         """Return the row of a clustering, after that of the dense model the first time on so many images."""
         begun = time.monotonic()
-        found = self.clusterer.clustering(question, Progress(stale))
+        clustering = self.clusterer.clustering(question, Progress(stale))
         images = datasets.limited(self.images, n_images)
         met, started = n_images in self._dense, time.monotonic()
 
@@ -364,7 +365,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
             self._dense[n_images] = answers(self.model.network, 0.5, 0.0)
         dense = self._dense[n_images]
         before = time.monotonic()
-        small = compression.replaced(self.model, found).network
+        small = compression.replaced(self.model, clustering).network
         started += time.monotonic() - before  # in which no image was read
         result = answers(small, 1.0 if met else 0.5, 0.0 if met else 0.5)
         origin = {"layers": "", "distance": "", "codebook": "", "scope": "dense", "k": 0}
@@ -377,7 +378,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
             "k": question.n_clusters,
             "cluster_seconds": started - begun,
         }
-        rows.append(origin | byte_counts.removed(self.model.network, found) | _measured(result, dense))
+        rows.append(origin | byte_counts.removed(self.model.network, clustering) | _measured(result, dense))
         return rows[any(row["images"] == n_images for row in self.rows) :]
 
     def _way(self, question: ClusterQuestion) -> str:

@@ -60,14 +60,14 @@ class SimilarityExplorer(Explorer[SimilarityQuestion]):
         largest = named.largest
         if np.isinf(largest):
             largest = 2 * np.linalg.norm(points, axis=1).max()
-        edges, found, nearest = np.linspace(0, largest, self.n_bins + 1), {}, {}
+        edges, histograms, nearest = np.linspace(0, largest, self.n_bins + 1), {}, {}
         for name, kernels_ in sets.items():
             if stale():
                 raise StoppedError("a newer question came.")
-            found[name] = similarity.pair_histogram(kernels_, edges, distance=question.distance)
+            histograms[name] = similarity.pair_histogram(kernels_, edges, distance=question.distance)
             nearest[name] = np.median(similarity.nearest_distances(kernels_, distance=question.distance))
         figure = Figure(figsize=(10, 4.2), layout="constrained")
-        ax = plots.distance_histograms(found, xlabel=named.label, ax=figure.subplots())
+        ax = plots.distance_histograms(histograms, xlabel=named.label, ax=figure.subplots())
         ax.set_title(
             f"{_background.called(self.bank, question.layers)}: all pairs of {len(points):,} kernels",
             fontsize=10,

@@ -69,7 +69,7 @@ def interactive(
 ) -> models.LayoutDOM:
     """Return a map whose points show their kernels, and a table and the mean of those that are selected.
 
-    The mean kernel is that of the weights as they are, not of shapes. How alike the kernels are is the mean,
+    The mean kernel is that of the kernels as they are, not of shapes. How alike the kernels are is the mean,
     over those that are not all zero, of each one's cosine to the mean kernel.
 
     Parameters
@@ -87,7 +87,7 @@ def interactive(
     Raises
     ------
     InvalidValueError
-        If there are no rows, rows are none of the bank's, lengths do not match, labels are no integers, or
+        If there are no rows, rows are not in the bank, lengths do not match, labels are not integers, or
         the layout is not finite.
     """
     layout, rows = np.asarray(layout, np.float32), np.asarray(rows)
@@ -168,14 +168,14 @@ def _check(layout: np.ndarray, rows: np.ndarray, labels: Mapping[str, np.ndarray
 
 def _columns(layout: np.ndarray, bank: KernelBank, rows: np.ndarray) -> dict[str, np.ndarray | list[str]]:
     """Return what is known of each point but its clusters."""
-    origin, weights = bank.origin(rows), bank.weights[rows]
+    origin, kernels = bank.origin(rows), bank.kernels[rows]
     starts = [layer.start for layer in bank.layers]
     return {
         "x": layout[:, 0],
         "y": layout[:, 1],
-        "weights": weights,
-        "picture": pictures(weights),
-        "norm": np.linalg.norm(weights, axis=(1, 2)),
+        "weights": kernels,
+        "picture": pictures(kernels),
+        "norm": np.linalg.norm(kernels, axis=(1, 2)),
         "layer": origin["layer"].to_list(),
         "depth": _narrow(np.searchsorted(starts, rows, side="right") - 1),
         "out": _narrow(origin["out"].to_numpy()),

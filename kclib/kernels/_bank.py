@@ -69,7 +69,7 @@ class KernelBank:
 
     Attributes
     ----------
-    weights : numpy.ndarray
+    kernels : numpy.ndarray
         float32 ``(n, kh, kw)``, read-only; rows in order of `layers`.
     layers : tuple of Layer
     left_out : mapping of str to str
@@ -88,28 +88,28 @@ class KernelBank:
     128
     """
 
-    weights: np.ndarray
+    kernels: np.ndarray
     layers: tuple[Layer, ...]
     left_out: Mapping[str, str]
 
     def __len__(self) -> int:
-        return len(self.weights)
+        return len(self.kernels)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the kernels in pixels."""
-        return self.weights.shape[1:]
+        return self.kernels.shape[1:]
 
     @property
     def points(self) -> np.ndarray:
         """The kernels as float32 points ``(n, kh * kw)``, a view."""
-        return self.weights.reshape(len(self), -1)
+        return self.kernels.reshape(len(self), -1)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the layers and the bytes of all kernels."""
-        digest = hashlib.sha256(f"{self.layers} {self.weights.shape}".encode())
-        digest.update(np.ascontiguousarray(self.weights))
+        digest = hashlib.sha256(f"{self.layers} {self.kernels.shape}".encode())
+        digest.update(np.ascontiguousarray(self.kernels))
         return digest.hexdigest()
 
     def layer(self, name: str) -> Layer:
@@ -129,10 +129,10 @@ class KernelBank:
             return self
         chosen = [layer for layer in self.layers if layer.name in wanted]
         starts = np.cumsum([0, *(layer.n_kernels for layer in chosen)]).tolist()
-        weights = self.weights[rows_of(chosen)]
-        weights.flags.writeable = False
+        kernels = self.kernels[rows_of(chosen)]
+        kernels.flags.writeable = False
         layers = tuple(replace(x, start=start) for x, start in zip(chosen, starts, strict=False))
-        return KernelBank(weights, layers, {})
+        return KernelBank(kernels, layers, {})
 
     def checked(self, rows: np.ndarray) -> np.ndarray:
         """Return rows as int64 ``(m,)``; raise an InvalidValueError if some are not in this bank."""
@@ -193,16 +193,16 @@ def extract(network: Model | nn.Module, *, size: int | tuple[int, int] | None = 
     >>> import kclib, torch
     >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 1))
     >>> bank = kclib.extract(network)
-    >>> bank.weights.shape
+    >>> bank.kernels.shape
     (24, 3, 3)
     >>> [layer.name for layer in bank.layers], bank.left_out
     (['0'], {'1': '1×1 kernels, not 3×3'})
     """
     network = network_of(network)
-    found, left_out = _convolutions.usable(network)
-    chosen = _wanted_size(network, found, left_out, size)
+    convolutions, left_out = _convolutions.usable(network)
+    chosen = _wanted_size(network, convolutions, left_out, size)
     layers, parts, start = [], [], 0
-    for name, module in found.items():
+    for name, module in convolutions.items():
         shape, transposed = form(module)
         if shape[2:] != chosen:
             left_out[name] = f"{_times(shape[2:])} kernels, not {_times(chosen)}"
@@ -210,9 +210,9 @@ def extract(network: Model | nn.Module, *, size: int | tuple[int, int] | None = 
         parts.append(_rows(name, module))
         layers.append(Layer(name, shape, start, transposed, _convolutions.weight(module).element_size()))
         start += len(parts[-1])
-    weights = np.concatenate(parts)
-    weights.flags.writeable = False
-    return KernelBank(weights, tuple(layers), left_out)
+    kernels = np.concatenate(parts)
+    kernels.flags.writeable = False
+    return KernelBank(kernels, tuple(layers), left_out)
 
 
 def insert(network: Model | nn.Module, bank: KernelBank) -> Model | nn.Module:
@@ -233,24 +233,25 @@ def insert(network: Model | nn.Module, bank: KernelBank) -> Model | nn.Module:
     >>> bank = kclib.extract(network)
     >>> torch.equal(kclib.insert(network, bank).weight, network.weight)
     True
-    >>> zeros = dataclasses.replace(bank, weights=0 * bank.weights)
+    >>> zeros = dataclasses.replace(bank, kernels=0 * bank.kernels)
     >>> kclib.insert(network, zeros).weight.count_nonzero()
     tensor(0)
     """
     if not isinstance(bank, KernelBank):
         raise InvalidValueError(f"the bank is a {type(bank).__name__}; it must be a KernelBank.")
-    weights = checks.floats("the kernels of the bank", bank.weights)
+    kernels = checks.floats("the kernels of the bank", bank.kernels)
     n_kernels = sum(layer.n_kernels for layer in bank.layers)
-    if len(weights) != n_kernels:
-        raise InvalidValueError(f"the bank has {len(weights)} kernels; its layers have {n_kernels}.")
+    if len(kernels) != n_kernels:
+        raise InvalidValueError(f"the bank has {len(kernels)} kernels; its layers have {n_kernels}.")
     result = copied(network_of(network))
     for name, module in matched(result, bank.layers).items():
-        rows, own = weights[bank.layer(name).rows], _rows(name, module)
-        if rows.shape != own.shape:
+        rows, present = kernels[bank.layer(name).rows], _rows(name, module)
+        if rows.shape != present.shape:
             raise InvalidValueError(
-                f"the bank's kernels have shape {rows.shape[1:]}; layer {name or ALONE} has {own.shape[1:]}."
+                f"the bank's kernels have shape {rows.shape[1:]}; "
+                f"layer {name or ALONE} has {present.shape[1:]}."
             )
-        changed = (rows.view(np.uint32) != own.view(np.uint32)).any(axis=(1, 2))
+        changed = (rows.view(np.uint32) != present.view(np.uint32)).any(axis=(1, 2))
         if changed.any():
             set_weight(module, _changed(_convolutions.weight(module), rows, changed), name=name)
     return like(network, result)
@@ -267,9 +268,9 @@ def matched(network: Model | nn.Module, layers: Iterable[Layer]) -> dict[str, nn
         If the layers do not come from a network of this architecture.
     """
     network = network_of(network)
-    found, left_out = _convolutions.usable(network)
+    convolutions, left_out = _convolutions.usable(network)
     for layer in layers:
-        module = found.get(layer.name)
+        module = convolutions.get(layer.name)
         if module is not None and form(module) == (layer.shape, layer.transposed):
             continue
         was = f"layer {layer.name or ALONE} was a convolution of {_described(layer.shape, layer.transposed)}"
@@ -279,7 +280,7 @@ def matched(network: Model | nn.Module, layers: Iterable[Layer]) -> dict[str, nn
         raise InvalidValueError(
             f"{was}, the network has {has}; use the architecture that the kernels were extracted from."
         )
-    return {layer.name: found[layer.name] for layer in layers}
+    return {layer.name: convolutions[layer.name] for layer in layers}
 
 
 def bank_of(given: Kernels) -> KernelBank:
@@ -308,7 +309,7 @@ def sample(bank: Kernels, per_layer: int, *, seed: int = 0) -> np.ndarray:
     Raises
     ------
     InvalidValueError
-        `per_layer` is below 1; a seed that is none.
+        `per_layer` is below 1; an invalid seed.
     """
     bank = bank_of(bank)
     checks.check_whole("per_layer", per_layer, 1)
@@ -348,9 +349,11 @@ def _described(shape: tuple[int, ...], transposed: bool) -> str:
     return f"shape {shape}" + " (transposed)" * transposed
 
 
-def _wanted_size(network: nn.Module, found: Mapping[str, nn.Module], left_out, size) -> tuple[int, int]:
+def _wanted_size(
+    network: nn.Module, convolutions: Mapping[str, nn.Module], left_out, size
+) -> tuple[int, int]:
     counts = Counter()
-    for module in found.values():
+    for module in convolutions.values():
         shape, _ = form(module)
         counts[shape[2:]] += shape[0] * shape[1]
     larger = [s for s, _ in counts.most_common() if s != (1, 1)]

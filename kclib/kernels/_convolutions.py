@@ -32,7 +32,7 @@ def usable(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     InvalidValueError
         A convolution has no values yet.
     """
-    found, left_out, owner = {}, {}, {}
+    taken, left_out, owner = {}, {}, {}
     for name, module in network.named_modules(remove_duplicate=False):
         if why := _why_not(module, name):
             left_out[name] = why
@@ -42,8 +42,8 @@ def usable(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
                 left_out[name] = f"shares its weight with {owner[key] or ALONE}"
             else:
                 owner[key] = name
-                found[name] = module
-    return found, left_out
+                taken[name] = module
+    return taken, left_out
 
 
 def form(convolution: nn.Module) -> tuple[tuple[int, ...], bool]:
@@ -90,17 +90,17 @@ def set_weight(convolution: nn.Module, values: Tensor, *, name: str = "") -> Non
     InvalidValueError
         Values that are not finite in the convolution's floating type, or too few or many.
     """
-    own = weight(convolution)
-    if values.numel() != own.numel():
+    present = weight(convolution)
+    if values.numel() != present.numel():
         raise InvalidValueError(
-            f"layer {name or ALONE} is written {values.numel()} values; its weight has {own.numel()}."
+            f"layer {name or ALONE} is written {values.numel()} values; its weight has {present.numel()}."
         )
-    new = values.reshape(own.shape).to(own)
+    new = values.reshape(present.shape).to(present)
     if not torch.isfinite(new).all():
         most = values.abs().max().item()
         raise InvalidValueError(
-            f"layer {name or ALONE} is written weights up to {most:g}; they must be finite in {own.dtype}, "
-            f"up to {torch.finfo(own.dtype).max:g}."
+            f"layer {name or ALONE} is written weights up to {most:g}; "
+            f"they must be finite in {present.dtype}, up to {torch.finfo(present.dtype).max:g}."
         )
     hook = _weight_norm_hook(convolution)
     if hook:
@@ -122,14 +122,14 @@ def plain(network: nn.Module) -> nn.Module:
     """
     owners = {_key(x): nn.Parameter(weight(x)) for x in usable(network)[0].values() if _is_computed(x)}
     users = [(x, owners.get(_key(x))) for x in network.modules() if isinstance(x, _FLAT) and _is_computed(x)]
-    for module, own in users:
-        if own is None:
+    for module, computed in users:
+        if computed is None:
             continue
         if parametrize.is_parametrized(module, "weight"):
             _unparametrized(module)
         else:
             nn.utils.remove_weight_norm(module)
-        module.weight = own
+        module.weight = computed
     return network
 
 
@@ -161,8 +161,8 @@ def instead(network: nn.Module) -> str:
     loose = [name for name, value in network.named_parameters() if value.ndim == 4]
     if loose:
         return f"parameters of four axes: {_some(loose)}; they must be those of a torch.nn.Conv2d"
-    own = {id(module) for module in network.modules()}
-    hidden = [x for x in reached(network) if isinstance(x, _KINDS) and id(x) not in own]
+    modules = {id(module) for module in network.modules()}
+    hidden = [x for x in reached(network) if isinstance(x, _KINDS) and id(x) not in modules]
     if hidden:
         return (
             f"{len(hidden)} {type(hidden[0]).__name__} lie in lists or the like; put them into a ModuleList"
@@ -218,16 +218,16 @@ def _weight_fault(module: nn.Module, name: str) -> str:
             hooks = ", ".join(type(x).__name__ for x in module._forward_pre_hooks.values())
             return f"its weight is computed ({hooks or 'no parameter'}); make it an ordinary parameter first"
         _check_values(module.weight, name)
-    own = weight(module)
-    _check_values(own, name)
-    if type(own).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return f"its weight is a {type(own).__name__}, no ordinary tensor"
-    if own.layout != torch.strided:
+    tensor = weight(module)
+    _check_values(tensor, name)
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"its weight is a {type(tensor).__name__}, no ordinary tensor"
+    if tensor.layout != torch.strided:
         return "its weight is sparse; write its dense values into it first"
-    if own.dtype not in _TAKEN:
-        return f"its weights are {own.dtype}; give it floating ones, such as float32"
-    if own.ndim != 4 or not own.numel():
-        return f"its weight has shape {tuple(own.shape)}; a 2D convolution's has four axes, none empty"
+    if tensor.dtype not in _TAKEN:
+        return f"its weights are {tensor.dtype}; give it floating ones, such as float32"
+    if tensor.ndim != 4 or not tensor.numel():
+        return f"its weight has shape {tuple(tensor.shape)}; a 2D convolution's has four axes, none empty"
     return ""
 
 
@@ -240,13 +240,13 @@ def _parametrization_fault(module: nn.Module) -> str:
     advice = "call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first"
     trial = copy.deepcopy(computed).eval()
     try:
-        own = trial()
-        probe = torch.randn(own.shape, generator=torch.Generator().manual_seed(0)).to(own)
+        tensor = trial()
+        probe = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
         trial.right_inverse(probe)
         apart = (trial() - probe).abs().max().item()
     except Exception as error:  # of the user's own code
         return f"parametrized ({names}), and cannot be written to ({reason(error)}); {advice}"
-    if apart <= _ROUNDED * torch.finfo(own.dtype).eps * probe.abs().max().item():
+    if apart <= _ROUNDED * torch.finfo(tensor.dtype).eps * probe.abs().max().item():
         return ""
     return f"parametrized ({names}), and what is written to it does not come back; {advice}"
 

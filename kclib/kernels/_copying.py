@@ -84,9 +84,9 @@ def _fault(value: object, outside: set[int]) -> Exception | None:
 
 def _check_apart(network: nn.Module, result: nn.Module, replaced: Mapping[int, object]) -> None:
     """Raise an error if a module of the copy is one of the network, which would be changed with it."""
-    own = {id(module) for module in network.modules()} - {id(x) for x in replaced.values()}
+    modules = {id(module) for module in network.modules()} - {id(x) for x in replaced.values()}
     for name, module in result.named_modules():
-        if id(module) in own:
+        if id(module) in modules:
             path = f"network.{name}".rstrip(".")
             raise InvalidValueError(
                 f"the network cannot be copied, for {path} ({type(module).__name__}) "
@@ -132,10 +132,12 @@ def _attributes(value: object) -> dict[str, object]:
     """Return the attributes that lie in an object, by name."""
     slots = [x for kind in type(value).__mro__ for x in _listed(vars(kind).get("__slots__", ()))]
     try:
-        own = dict(vars(value))
+        attributes = dict(vars(value))
     except TypeError:
-        own = {}
-    return {name: getattr(value, name) for name in slots if name != "__dict__" and hasattr(value, name)} | own
+        attributes = {}
+    return {
+        name: getattr(value, name) for name in slots if name != "__dict__" and hasattr(value, name)
+    } | attributes
 
 
 def _listed(names: str | Iterable[str]) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def entropy_bytes(frequencies: np.ndarray) -> float:
 _START = 0.5  # share of the work that the unpriced clustering is
 _PARTS = 64  # pieces of work, whatever the number of threads: same bits for any
 _DEAR = 1e30  # a bit at this price outweighs any distance in the frame, and 30 of them fit into float32
-_DEAREST = 1e200  # so for a price before it is divided by weights; sums of it fit into float64
+_DEAREST = 1e200  # so for a price before it is divided by sample weights; sums of it fit into float64
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def fit(
     n_clusters: int,
     *,
     price: float,
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     max_iter: int = 25,
     tol: float | None = None,
     seed: int = 0,
@@ -100,8 +100,8 @@ def fit(
     n_clusters : int
         1 to n: centres to start from. The higher the price, the fewer come back.
     price : float
-        What a bit costs, in squared units of the points (times those of the weights); finite, at least 0.
-    weights : numpy.ndarray, optional
+        What a bit costs, in squared units of the points (times those of `sample_weight`); finite, at least 0.
+    sample_weight : numpy.ndarray, optional
         ``(n,)``, finite, at least 0, not all 0: how much each point's squared distance counts. Each index
         counts alike, so a point of weight 0 takes the most frequent one, unless bits are free.
     max_iter : int
@@ -117,25 +117,27 @@ def fit(
     Raises
     ------
     InvalidValueError
-        K, points, price, weights, max_iter or tol out of range.
+        K, points, price, sample_weight, max_iter or tol out of range.
     NotEnoughMemoryError
     """
     price, report = checked_price(price), Progress(progress)
     options = Options(max_iter, tol, None, seed, n_threads)
     points = _settings.checked_points(points)
-    weights = _settings.checked_weights(weights, len(points))
+    sample_weight = _settings.checked_sample_weight(sample_weight, len(points))
 
     def starting(step: FitStep) -> bool:
         report.inertia = step.inertia
         report(_START * step.share)
         return report.stopped
 
-    start = unpriced(points, n_clusters, weights=weights, seed=seed, n_threads=n_threads, progress=starting)
+    start = unpriced(
+        points, n_clusters, sample_weight=sample_weight, seed=seed, n_threads=n_threads, progress=starting
+    )
     frame = Frame.of([points])
     report.unit = frame.inertia_unit
-    market = _Market.of(frame.into(points), weights, price / frame.inertia_unit, options.threads)
-    found = _improved(market, market.priced(frame.into(start.centres), start.labels), options, report)
-    return replace(frame.out_of(found), price=price)
+    market = _Market.of(frame.into(points), sample_weight, price / frame.inertia_unit, options.threads)
+    priced = _improved(market, market.priced(frame.into(start.centres), start.labels), options, report)
+    return replace(frame.out_of(priced), price=price)
 
 
 def checked_price(price: float) -> float:
@@ -148,39 +150,41 @@ class _Market:
     """Framed points, and what a bit costs each, in its own squared distance."""
 
     points: np.ndarray
-    weights: np.ndarray | None
+    sample_weight: np.ndarray | None
     price: float
     prices: np.ndarray  # float32 (n,): the price over the weight
     n_threads: int
 
     @classmethod
-    def of(cls, points, weights, price: float, n_threads: int) -> "_Market":
+    def of(cls, points, sample_weight, price: float, n_threads: int) -> "_Market":
         price = min(price, _DEAREST)
         prices = np.full(len(points), price)
-        if weights is not None and price > 0:
+        if sample_weight is not None and price > 0:
             prices = np.full(len(points), _DEAREST)
-            np.divide(price, weights, out=prices, where=weights > 0, dtype=np.float64)
-        return cls(points, weights, price, np.minimum(prices, _DEAR).astype(np.float32), n_threads)
+            np.divide(price, sample_weight, out=prices, where=sample_weight > 0, dtype=np.float64)
+        return cls(points, sample_weight, price, np.minimum(prices, _DEAR).astype(np.float32), n_threads)
 
     def priced(self, centres: np.ndarray, labels: np.ndarray) -> Priced:
         """Return a partition with what it costs, without unused and double centres."""
         centres, labels = _lloyd.used(centres, _lloyd.merged(centres, labels))
         inertia = _lloyd.total(
-            _nearest.errors(self.points, centres, labels, n_threads=self.n_threads), self.weights
+            _nearest.errors(self.points, centres, labels, n_threads=self.n_threads), self.sample_weight
         )
         bits = 8 * entropy_bytes(counts(labels, len(centres)))
         return Priced(centres, labels, inertia, bits, self.price)
 
-    def improved(self, found: Priced) -> Priced:
+    def improved(self, priced: Priced) -> Priced:
         """Return the partition after one round."""
-        labels = self.assigned(found.centres, found.labels)
-        centres = _lloyd.means(self.points, self.weights, labels, found.centres, self.n_threads)
+        labels = self.assigned(priced.centres, priced.labels)
+        centres = _lloyd.means(self.points, self.sample_weight, labels, priced.centres, self.n_threads)
         return self.priced(centres, labels)
 
     def alone(self) -> Priced:
         """Return the partition into one cluster, whose index takes no bits."""
         labels, centre = np.zeros(len(self.points), np.int32), self.points[:1]
-        return self.priced(_lloyd.means(self.points, self.weights, labels, centre, self.n_threads), labels)
+        return self.priced(
+            _lloyd.means(self.points, self.sample_weight, labels, centre, self.n_threads), labels
+        )
 
     def assigned(self, centres: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return the cheapest centre of each point, int32 ``(n,)``, by the shares of the present labels."""
@@ -200,25 +204,25 @@ class _Market:
         return result
 
 
-def _improved(market: _Market, found: Priced, options: Options, report: Progress) -> Priced:
+def _improved(market: _Market, best: Priced, options: Options, report: Progress) -> Priced:
     """Improve a partition round by round, while that lowers its cost by more than the tolerance."""
     iterations, converged = 0, False
     for _ in range(options.max_iter):
         if report.stopped:
             break
-        after = market.improved(found)
-        converged = found.cost - after.cost <= options.tolerance(len(found.centres)) * found.cost
-        if after.cost < found.cost:
-            found, iterations = after, iterations + 1
-        report.inertia = found.inertia
+        after = market.improved(best)
+        converged = best.cost - after.cost <= options.tolerance(len(best.centres)) * best.cost
+        if after.cost < best.cost:
+            best, iterations = after, iterations + 1
+        report.inertia = best.inertia
         report(_lloyd.ROUND_SHARE * report.left)
         if converged:
             break
-    # Equally frequent centres give way to none of each other, whatever a bit costs.
-    found = min(found, market.alone(), key=lambda priced: priced.cost)
-    report.inertia = found.inertia
+    # Rounds cannot merge centres that are equally frequent, whatever a bit costs: also try a single centre.
+    best = min(best, market.alone(), key=lambda priced: priced.cost)
+    report.inertia = best.inertia
     report(report.left)
-    return replace(found, iterations=iterations, converged=converged)
+    return replace(best, iterations=iterations, converged=converged)
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
@@ -231,14 +235,14 @@ def _search(points, prices, centres, lengths, order, starts, first, last, dims, 
     shortest = np.argmin(lengths)
     apart = np.empty(len(centres), np.float32)
     for j in range(first, last):
-        mine = order[starts[j] : starts[j + 1]]
-        reach, costs = _opening(points, prices, centres, lengths, mine, j, shortest, dims, result)
+        members = order[starts[j] : starts[j + 1]]
+        reach, costs = _opening(points, prices, centres, lengths, members, j, shortest, dims, result)
         for c in range(len(centres)):
             apart[c] = np.sqrt(square(centres[c], centres[j], dims)) * np.float32(0.9995)  # for rounding
         near = np.flatnonzero(apart <= reach)
         near = near[np.argsort(apart[near])]
         far, extra, rows = apart[near], lengths[near], centres[near]
-        for place, row in enumerate(mine):
+        for place, row in enumerate(members):
             radius, best = np.sqrt(square(points[row], centres[j], dims)), costs[place]
             limit = radius + np.sqrt(best)
             for i in range(len(near)):
@@ -253,10 +257,10 @@ def _search(points, prices, centres, lengths, order, starts, first, last, dims, 
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
-def _opening(points, prices, centres, lengths, mine, j, shortest, dims, result):
+def _opening(points, prices, centres, lengths, members, j, shortest, dims, result):
     """Take the better of centre j and the most frequent one; return how far to look on, and the costs."""
-    reach, costs = np.float32(0), np.empty(len(mine), np.float32)
-    for place, row in enumerate(mine):
+    reach, costs = np.float32(0), np.empty(len(members), np.float32)
+    for place, row in enumerate(members):
         distance = square(points[row], centres[j], dims)
         costs[place], result[row] = distance + prices[row] * lengths[j], j
         other = square(points[row], centres[shortest], dims)

@@ -1,4 +1,4 @@
-"""How far a fit is, as it tells its caller, and as a bar shows."""
+"""The progress of a fit, for its caller and for a progress bar."""
 
 import math
 import threading
@@ -10,7 +10,7 @@ from kclib._util import progress_bars
 
 @dataclass(frozen=True)
 class FitStep:
-    """What a fit tells its caller as it goes.
+    """A report on the progress of a fit.
 
     Attributes
     ----------

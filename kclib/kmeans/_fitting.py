@@ -23,7 +23,7 @@ def fit(
     points: np.ndarray | Iterable,
     n_clusters: int,
     *,
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     init: np.ndarray | None = None,
     max_iter: int = 25,
     tol: float | None = None,
@@ -45,7 +45,7 @@ def fit(
         an iterable of several arrays, are streamed in blocks (`_streaming.fit`).
     n_clusters : int
         1 to n. Fewer come back only if there are fewer distinct points.
-    weights : numpy.ndarray, optional
+    sample_weight : numpy.ndarray, optional
         ``(n,)``, finite, at least 0, not all 0: how much each point's squared distance counts.
     init : numpy.ndarray, optional
         ``(K, d)``: centres to start from.
@@ -70,18 +70,18 @@ def fit(
     Raises
     ------
     InvalidValueError
-        K, points, weights, init, max_iter or tol out of range.
+        K, points, sample_weight, init, max_iter or tol out of range.
     NotEnoughMemoryError
         The machine has less free memory than `memory` says it takes.
     """
     options = Options(max_iter, tol, reach, seed, n_threads)
     report = Progress(progress)
     points = _array(points)
-    if not isinstance(points, np.ndarray) or len(points) > _IN_MEMORY or device != "cpu":
-        return _streamed(points, n_clusters, weights, init, device, options, report)
+    if not isinstance(points, np.ndarray) or is_streamed(len(points), device):
+        return _streamed(points, n_clusters, sample_weight, init, device, options, report)
     points = _settings.checked_points(points)
     n_clusters = _settings.check_k(n_clusters, len(points))
-    weights = _settings.checked_weights(weights, len(points))
+    sample_weight = _settings.checked_sample_weight(sample_weight, len(points))
     _room(_lloyd.memory(*points.shape, n_clusters, options.threads), len(points), n_clusters)
     if 2 * n_clusters > len(points) and init is None:
         distinct, labels = np.unique(points, axis=0, return_inverse=True)
@@ -89,7 +89,7 @@ def fit(
             report.inertia = 0.0
             report(1.0)
             return KMeans(distinct, labels.reshape(-1).astype(np.int32), 0.0, 0, True)
-    framed = _Framed.of(points, weights, options)
+    framed = _Framed.of(points, sample_weight, options)
     if init is None:
         return framed.alone(n_clusters, report)
     return framed.fit(framed.frame.into(_checked_init(init, n_clusters, points.shape[1])), None, report)
@@ -135,7 +135,7 @@ def ladder(
     points: np.ndarray,
     ks: Iterable[int],
     *,
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     max_iter: int = 25,
     tol: float | None = None,
     reach: float | None = 1.6,
@@ -145,12 +145,12 @@ def ladder(
 ) -> Ladder:
     """Cluster the same points at several K, each grown from the next smaller.
 
-    The clusters of a rung are the cells in which the next one's centres are started; rounds and exact labels
-    are those of `kmeans`, whose parameters these are.
+    The clusters of a rung are the cells in which the centres of the next rung are started. Rounds, exact
+    labels and parameters are those of `fit`.
 
     Parameters
     ----------
-    points, weights, max_iter, tol, reach, seed, n_threads
+    points, sample_weight, max_iter, tol, reach, seed, n_threads
     ks : iterable of int
         In any order; each 1 to n.
     progress : callable, optional
@@ -161,9 +161,9 @@ def ladder(
     points = _settings.checked_points(points)
     for k in ks:
         _settings.check_k(k, len(points))
-    weights = _settings.checked_weights(weights, len(points))
+    sample_weight = _settings.checked_sample_weight(sample_weight, len(points))
     _room(_lloyd.memory(*points.shape, ks[-1], options.threads), len(points), ks[-1])
-    framed, rungs, stopped = _Framed.of(points, weights, options), [], False
+    framed, rungs, stopped = _Framed.of(points, sample_weight, options), [], False
     work = np.sqrt(np.array(ks, float)) + 20
     for k, part in zip(ks, work / work.sum(), strict=True):
         if stopped:
@@ -177,7 +177,7 @@ def ladder(
 
 
 def checked_ks(ks: Iterable[int]) -> list[int]:
-    """Return numbers of clusters, each once, ascending; raise InvalidValueError if they are none."""
+    """Return distinct numbers of clusters, ascending; raise InvalidValueError if there are none."""
     ks = list(ks) if isinstance(ks, Iterable) else []
     ks = [checks.check_whole("a number of clusters", k, 1) for k in ks]
     if not ks:
@@ -185,25 +185,30 @@ def checked_ks(ks: Iterable[int]) -> list[int]:
     return sorted(set(ks))
 
 
+def is_streamed(n: int, device: str) -> bool:
+    """Tell whether so many points are read in blocks, rather than clustered in memory."""
+    return n > _IN_MEMORY or device != "cpu"
+
+
 def memory(n: int, d: int, n_clusters: int, n_threads: int | None = None) -> int:
     """Return about how many bytes `kmeans` takes at most, beside the points."""
     n_threads = threads.threads(n_threads)
-    if n > _IN_MEMORY:
+    if is_streamed(n, "cpu"):
         return _streaming.memory(n, d, n_clusters, n_threads)
     return _lloyd.memory(n, d, n_clusters, n_threads)
 
 
-def _streamed(points, n_clusters, weights, init, device, options, report) -> KMeans:
+def _streamed(points, n_clusters, sample_weight, init, device, options, report) -> KMeans:
     """Return a clustering of points that are read block by block."""
     parts = _streaming.Parts(points)
     n_clusters = _settings.check_k(n_clusters, parts.n)
-    weights = _settings.checked_weights(weights, parts.n)
+    sample_weight = _settings.checked_sample_weight(sample_weight, parts.n)
     _room(_streaming.memory(parts.n, parts.d, n_clusters, options.threads), parts.n, n_clusters)
     if init is not None:
         init = parts.frame.into(_checked_init(init, n_clusters, parts.d))
     report.unit = parts.frame.inertia_unit
-    found = _streaming.fit(parts, n_clusters, weights, init, options, device, report)
-    return parts.frame.out_of(found)
+    framed = _streaming.fit(parts, n_clusters, sample_weight, init, options, device, report)
+    return parts.frame.out_of(framed)
 
 
 @dataclass(frozen=True)
@@ -211,24 +216,26 @@ class _Framed:
     """Points in their frame, and how they are fitted; what is returned is out of the frame again."""
 
     points: np.ndarray
-    weights: np.ndarray | None
+    sample_weight: np.ndarray | None
     frame: Frame
     options: Options
 
     @classmethod
-    def of(cls, points: np.ndarray, weights: np.ndarray | None, options: Options) -> "_Framed":
+    def of(cls, points: np.ndarray, sample_weight: np.ndarray | None, options: Options) -> "_Framed":
         frame = Frame.of([points])
-        return cls(frame.into(points), weights, frame, options)
+        return cls(frame.into(points), sample_weight, frame, options)
 
     def fit(self, centres: np.ndarray, guess: np.ndarray | None, report: Progress) -> KMeans:
         """Return the clustering that framed centres lead to."""
         report.unit = self.frame.inertia_unit
-        return self.frame.out_of(_lloyd.fit(self.points, self.weights, centres, guess, self.options, report))
+        return self.frame.out_of(
+            _lloyd.fit(self.points, self.sample_weight, centres, guess, self.options, report)
+        )
 
     def alone(self, k: int, report: Progress) -> KMeans:
-        """Return a clustering from a start of its own."""
+        """Return a clustering that is started without the help of another."""
         return self.fit(
-            *_lloyd.start(self.points, self.weights, k, self.options, report.part(_START)), report
+            *_lloyd.start(self.points, self.sample_weight, k, self.options, report.part(_START)), report
         )
 
     def grown(self, rungs: Sequence[KMeans], k: int, report: Progress, *, a_cell: int = _A_CELL) -> KMeans:
@@ -240,9 +247,9 @@ class _Framed:
         cells = coarse[-1]
         centres = self.frame.into(cells.centres)
         errors = _nearest.errors(self.points, centres, cells.labels, n_threads=self.options.threads)
-        found = _nearest.Found(cells.labels, errors)
+        assigned = _nearest.Assignment(cells.labels, errors)
         start = _lloyd.grow(
-            self.points, self.weights, found, len(centres), k, self.options, report.part(_START)
+            self.points, self.sample_weight, assigned, len(centres), k, self.options, report.part(_START)
         )
         return self.fit(*start, report)
 

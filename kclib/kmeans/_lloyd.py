@@ -22,7 +22,7 @@ ROUND_SHARE = 0.15  # of the work that is left, for a round: how many there will
 
 def fit(
     points: np.ndarray,
-    weights: np.ndarray | None,
+    sample_weight: np.ndarray | None,
     centres: np.ndarray,
     guess: np.ndarray | None,
     options: Options,
@@ -34,7 +34,7 @@ def fit(
 
     Parameters
     ----------
-    points, weights, centres : numpy.ndarray
+    points, sample_weight, centres : numpy.ndarray
         As in `_fitting.fit`, checked and framed.
     guess : numpy.ndarray, optional
         int32 ``(n,)``: a centre near each point.
@@ -46,19 +46,19 @@ def fit(
     for _ in range(options.max_iter):
         part = progress.part(ROUND_SHARE * progress.left)
         near = reach if guess is not None else None  # a guess for want of a better is looked up in full
-        found = _nearest.nearest(points, centres, guess=guess, reach=near, n_threads=n_threads, done=part)
-        centres, found = filled(points, weights, centres, found, n_threads)
-        guess = found.labels
-        if not rounds.another(total(found.errors, weights)):
+        assigned = _nearest.nearest(points, centres, guess=guess, reach=near, n_threads=n_threads, done=part)
+        centres, assigned = filled(points, sample_weight, centres, assigned, n_threads)
+        guess = assigned.labels
+        if not rounds.another(total(assigned.errors, sample_weight)):
             break
-        centres = means(points, weights, guess, centres, n_threads)
+        centres = means(points, sample_weight, guess, centres, n_threads)
     part = progress.part(progress.left)
-    found = _nearest.nearest(points, centres, guess=guess, n_threads=n_threads, done=part)
-    found = _nearest.Found(merged(centres, found.labels), found.errors)
-    centres, found = filled(points, weights, centres, found, n_threads)
-    progress.inertia = total(found.errors, weights)
+    assigned = _nearest.nearest(points, centres, guess=guess, n_threads=n_threads, done=part)
+    assigned = _nearest.Assignment(merged(centres, assigned.labels), assigned.errors)
+    centres, assigned = filled(points, sample_weight, centres, assigned, n_threads)
+    progress.inertia = total(assigned.errors, sample_weight)
     progress(progress.left)
-    return KMeans(centres, found.labels, progress.inertia, rounds.made, rounds.converged)
+    return KMeans(centres, assigned.labels, progress.inertia, rounds.made, rounds.converged)
 
 
 @dataclass
@@ -96,7 +96,7 @@ def memory(n: int, d: int, n_clusters: int, n_threads: int) -> int:
 
 def start(
     points: np.ndarray,
-    weights: np.ndarray | None,
+    sample_weight: np.ndarray | None,
     n_clusters: int,
     options: Options,
     done: Callable[[float], None] | None = None,
@@ -108,66 +108,70 @@ def start(
     each.
     """
     if is_flat(len(points), n_clusters):
-        return _flat(points, weights, n_clusters, options), None
-    coarse, _ = start(points, weights, round(math.sqrt(n_clusters)), options)
+        return _flat(points, sample_weight, n_clusters, options), None
+    coarse, _ = start(points, sample_weight, round(math.sqrt(n_clusters)), options)
     cells = _nearest.near(points, coarse, n_threads=options.threads)
-    found = _nearest.Found(cells, _nearest.errors(points, coarse, cells, n_threads=options.threads))
-    return grow(points, weights, found, len(coarse), n_clusters, options, done)
+    assigned = _nearest.Assignment(cells, _nearest.errors(points, coarse, cells, n_threads=options.threads))
+    return grow(points, sample_weight, assigned, len(coarse), n_clusters, options, done)
 
 
 def grow(
     points: np.ndarray,
-    weights: np.ndarray | None,
-    found: _nearest.Found,
+    sample_weight: np.ndarray | None,
+    assigned: _nearest.Assignment,
     n_cells: int,
     n_clusters: int,
     options: Options,
     done: Callable[[float], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return K centres made inside the clusters of a smaller clustering, and a near one of each point."""
-    sizes = np.bincount(found.labels, minlength=n_cells)
-    loss = found.errors if weights is None else found.errors * weights
-    inertias = np.bincount(found.labels, loss, minlength=n_cells)
+    sizes = np.bincount(assigned.labels, minlength=n_cells)
+    loss = assigned.errors if sample_weight is None else assigned.errors * sample_weight
+    inertias = np.bincount(assigned.labels, loss, minlength=n_cells)
     counts = _seeding.shares(inertias, sizes, n_clusters, points.shape[1])
     return _seeding.split(
-        points, weights, found.labels, counts,
+        points, sample_weight, assigned.labels, counts,
         rounds=_LOCAL_ROUNDS, trials=_TRIALS, seed=options.seed, n_threads=options.threads, done=done,
     )  # fmt: skip
 
 
-def _flat(points, weights, n_clusters: int, options: Options) -> np.ndarray:
-    able = np.arange(len(points)) if weights is None else np.flatnonzero(weights)
+def _flat(points, sample_weight, n_clusters: int, options: Options) -> np.ndarray:
+    able = np.arange(len(points)) if sample_weight is None else np.flatnonzero(sample_weight)
     if len(able) < n_clusters:
         able = np.arange(len(points))
     size = min(len(able), max(_FLAT_SAMPLE * n_clusters, 4096))
     rows = np.sort(np.random.default_rng(options.seed).choice(able, size, replace=False))
     return _seeding.split(
-        points[rows], None if weights is None else weights[rows],
+        points[rows], None if sample_weight is None else sample_weight[rows],
         np.zeros(size, np.int32), np.array([n_clusters]),
         rounds=20, trials=2 + round(math.log(n_clusters)),  # greedy k-means++'s own choice
         sample=size, seed=options.seed, n_threads=options.threads,
     )[0]  # fmt: skip
 
 
-def total(errors: np.ndarray, weights: np.ndarray | None) -> float:
+def total(errors: np.ndarray, sample_weight: np.ndarray | None) -> float:
     """Return the weighted sum of squared distances, in float64."""
-    if weights is None:
+    if sample_weight is None:
         return float(errors.sum(dtype=np.float64))
-    return float(np.multiply(errors, weights, dtype=np.float64).sum())
+    return float(np.multiply(errors, sample_weight, dtype=np.float64).sum())
 
 
 def means(
-    points: np.ndarray, weights: np.ndarray | None, labels: np.ndarray, centres: np.ndarray, n_threads: int
+    points: np.ndarray,
+    sample_weight: np.ndarray | None,
+    labels: np.ndarray,
+    centres: np.ndarray,
+    n_threads: int,
 ) -> np.ndarray:
     """Return each cluster's weighted mean, float32 ``(K, d)``; one without weight stays."""
     order, starts = _nearest.by_label(labels, len(centres))
     result = np.empty_like(centres)
-    weights = np.ones(0, np.float32) if weights is None else weights
+    sample_weight = np.ones(0, np.float32) if sample_weight is None else sample_weight
     parts = min(64, len(centres))
     edges = np.searchsorted(starts, np.linspace(0, len(points), parts + 1))
     edges[0], edges[-1] = 0, len(centres)
     threads.side_by_side(
-        lambda i: _means(points, weights, order, starts, centres, edges[i], edges[i + 1], result),
+        lambda i: _means(points, sample_weight, order, starts, centres, edges[i], edges[i + 1], result),
         parts,
         n_threads,
     )
@@ -175,14 +179,14 @@ def means(
 
 
 @njit(nogil=True, cache=True)
-def _means(points, weights, order, starts, centres, first, last, result):
+def _means(points, sample_weight, order, starts, centres, first, last, result):
     d = points.shape[1]
     sums = np.empty(d, np.float64)
     for j in range(first, last):
         sums[:] = 0
         mass = 0.0
         for row in order[starts[j] : starts[j + 1]]:
-            weight = np.float64(weights[row]) if len(weights) > 0 else 1.0
+            weight = np.float64(sample_weight[row]) if len(sample_weight) > 0 else 1.0
             mass += weight
             for k in range(d):
                 sums[k] += weight * np.float64(points[row, k])
@@ -200,18 +204,18 @@ def merged(centres: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def filled(
     points: np.ndarray,
-    weights: np.ndarray | None,
+    sample_weight: np.ndarray | None,
     centres: np.ndarray,
-    found: _nearest.Found,
+    assigned: _nearest.Assignment,
     n_threads: int,
-) -> tuple[np.ndarray, _nearest.Found]:
+) -> tuple[np.ndarray, _nearest.Assignment]:
     """Move centres that no point chose to the worst served points, until none is left.
 
     Each move lowers the inertia, so this ends; it gives up centres only when every point lies on one.
     """
-    labels, errors = found.labels, found.errors
+    labels, errors = assigned.labels, assigned.errors
     while len(empty := unused(centres, labels)):
-        worst = _worst(points, errors, weights, len(empty))
+        worst = _worst(points, errors, sample_weight, len(empty))
         if not len(worst):
             centres, labels = used(centres, labels)
             break
@@ -222,7 +226,7 @@ def filled(
         labels = np.where(better, moved[challenge.labels], labels).astype(np.int32)
         errors = np.where(better, challenge.errors, errors)
         labels[worst], errors[worst] = moved, 0  # whatever rounding made of the search
-    return centres, _nearest.Found(labels, errors)
+    return centres, _nearest.Assignment(labels, errors)
 
 
 def unused(centres: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -242,11 +246,13 @@ def distinct(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return rows[np.sort(first)]
 
 
-def _worst(points: np.ndarray, errors: np.ndarray, weights: np.ndarray | None, count: int) -> np.ndarray:
+def _worst(
+    points: np.ndarray, errors: np.ndarray, sample_weight: np.ndarray | None, count: int
+) -> np.ndarray:
     """Return up to `count` rows of distinct points that lie on no centre, those that cost most first."""
     loss = errors
-    if weights is not None:  # points without weight come last, but before an empty cluster
-        loss = errors * np.maximum(weights, 1e-6 * weights[weights > 0].min())
+    if sample_weight is not None:  # points without weight come last, but before an empty cluster
+        loss = errors * np.maximum(sample_weight, 1e-6 * sample_weight[sample_weight > 0].min())
     rows = np.argpartition(-loss, min(4 * count, len(loss) - 1))[: 4 * count]
     rows = rows[errors[rows] > 0]
     return distinct(points, rows[np.argsort(-loss[rows], kind="stable")])[:count]

@@ -15,7 +15,7 @@ _COMPARED = 256
 
 
 @dataclass(frozen=True)
-class Found:
+class Assignment:
     """The nearest centre of each point.
 
     Attributes
@@ -38,7 +38,7 @@ def nearest(
     reach: float | None = None,
     n_threads: int | None = None,
     done: Callable[[float], None] | None = None,
-) -> Found:
+) -> Assignment:
     """Return each point's nearest centre, exact to float32 rounding.
 
     A point x with a guessed centre m at distance r can only be nearer to centres within 2r of m (Phillips
@@ -69,11 +69,11 @@ def nearest(
         labels = np.zeros(len(points), np.int32)
         if done:
             done(1.0)
-        return Found(labels, errors(points, centres, labels, n_threads=n_threads))
+        return Assignment(labels, errors(points, centres, labels, n_threads=n_threads))
     if guess is None:
         guess = near(points, centres, n_threads=n_threads)
     order, starts = by_label(guess, len(centres))
-    return Found(*_pruned_search.pruned(points, centres, order, starts, reach, n_threads, done))
+    return Assignment(*_pruned_search.pruned(points, centres, order, starts, reach, n_threads, done))
 
 
 def near(points: np.ndarray, centres: np.ndarray, *, n_threads: int | None = None) -> np.ndarray:
@@ -136,12 +136,12 @@ def _around_pivots(points, centres, n_threads: int) -> np.ndarray:
     guess = np.zeros(len(points), np.int32)
 
     def search(i: int) -> None:
-        mine = rows[offsets[i] : offsets[i + 1]]
-        if len(mine) and len(cells[i]):
+        members = rows[offsets[i] : offsets[i + 1]]
+        if len(members) and len(cells[i]):
             index = faiss.IndexFlatL2(centres.shape[1])
             index.add(centres[cells[i]])
-            for part in threads.blocks(len(mine)):
-                guess[mine[part]] = cells[i][index.search(points[mine[part]], 1)[1][:, 0]]
+            for part in threads.blocks(len(members)):
+                guess[members[part]] = cells[i][index.search(points[members[part]], 1)[1][:, 0]]
 
     threads.side_by_side(search, len(pivots), n_threads)
     return guess

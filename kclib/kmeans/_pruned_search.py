@@ -98,10 +98,10 @@ def _search(
     near, inside = np.empty(outer.shape[2], np.float32), np.empty(_BUNCH, np.float32)
     scratch = np.empty(TILE, np.float32)
     for j in range(first, last):
-        mine = order[starts[j] : starts[j + 1]]
-        if len(mine) == 0:
+        cell = order[starts[j] : starts[j + 1]]
+        if len(cell) == 0:
             continue
-        largest, mean = _radii(points, mine, centres[j], dims)
+        largest, mean = _radii(points, cell, centres[j], dims)
         # Twice the radius, and a little more than float32 could lose on the way and in turning the axes.
         limit = np.float32(2.002) * np.sqrt(largest) if reach <= 0 else reach * np.sqrt(mean)
         limit += np.float32(4e-6) * np.sqrt(_dot(centres[j], centres[j], dims)) + np.float32(1e-15)
@@ -111,7 +111,7 @@ def _search(
         )
         _sort(place, distance, n, limit, sorted_place, low)
         _scan(
-            points, mine, j, centres[j], ids, rows, sorted_place, n, low, dims,
+            points, cell, j, centres[j], ids, rows, sorted_place, n, low, dims,
             tiles, halves, scratch, labels, errors,
         )  # fmt: skip
 
@@ -125,16 +125,16 @@ def _dot(a, b, dims):
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
-def _radii(points, mine, centre, dims):
+def _radii(points, cell, centre, dims):
     """Return the largest and the mean squared distance of the points to their guess."""
     largest, total = np.float32(0), np.float32(0)
-    for row in mine:
+    for row in cell:
         distance = np.float32(0)
         for k in range(len(dims)):
             distance += (points[row, k] - centre[k]) ** 2
         largest = max(largest, distance)
         total += distance
-    return largest, total / np.float32(len(mine))
+    return largest, total / np.float32(len(cell))
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
@@ -220,12 +220,12 @@ def _fill(tile, centre, rows, sorted_place, n, dims, tiles, halves):
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
 def _scan(
-    points, mine, guess, centre, ids, rows, sorted_place, n, low, dims, tiles, halves, score, labels, errors
+    points, cell, guess, centre, ids, rows, sorted_place, n, low, dims, tiles, halves, score, labels, errors
 ):
     """Find the nearest candidate c of each point x: the least |c|²/2 - xc, both seen from the guess."""
     x = np.empty(len(dims), np.float32)
     filled = 0
-    for row in mine:
+    for row in cell:
         for k in range(len(dims)):
             x[k] = points[row, k] - centre[k]
         length = _dot(x, x, dims)

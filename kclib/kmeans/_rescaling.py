@@ -49,25 +49,27 @@ class Frame:
             return points
         return np.ldexp(points, -self.exponent) - np.ldexp(self.shift, -self.exponent)
 
-    def out_of(self, found: KMeans) -> KMeans:
+    def out_of(self, framed: KMeans) -> KMeans:
         """Return a clustering of framed points as one of the points themselves."""
         if self.plain:
-            return found
-        centres = np.ldexp(found.centres + np.ldexp(self.shift, -self.exponent), self.exponent)
-        return replace(found, centres=centres, inertia=found.inertia * self.inertia_unit)
+            return framed
+        centres = np.ldexp(framed.centres + np.ldexp(self.shift, -self.exponent), self.exponent)
+        return replace(framed, centres=centres, inertia=framed.inertia * self.inertia_unit)
 
 
 def _moments_of(parts: Iterable[np.ndarray]) -> tuple:
     """Return how many points there are, their sums, sums of squares, and least and greatest coordinates."""
-    found = []
+    sums_of_blocks = []
     for points in parts:
         cuts = threads.blocks(len(points))
-        found += threads.side_by_side(
+        sums_of_blocks += threads.side_by_side(
             lambda i, points=points, cuts=cuts: (cuts[i].stop - cuts[i].start, *_moments(points[cuts[i]])),
             len(cuts),
             threads.threads(),
         )
-    counts, sums, squares, lowest, highest = (np.stack(column) for column in zip(*found, strict=True))
+    counts, sums, squares, lowest, highest = (
+        np.stack(column) for column in zip(*sums_of_blocks, strict=True)
+    )
     return counts.sum(), sums.sum(0), squares.sum(0), lowest.min(0), highest.max(0)
 
 

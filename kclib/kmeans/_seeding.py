@@ -31,7 +31,7 @@ def shares(inertias: np.ndarray, sizes: np.ndarray, n_clusters: int, d: int) -> 
 
 def split(
     points: np.ndarray,
-    weights: np.ndarray | None,
+    sample_weight: np.ndarray | None,
     cells: np.ndarray,
     counts: np.ndarray,
     *,
@@ -48,7 +48,7 @@ def split(
     ----------
     points : numpy.ndarray
         float32 ``(n, d)``.
-    weights : numpy.ndarray, optional
+    sample_weight : numpy.ndarray, optional
         float32 ``(n,)``.
     cells : numpy.ndarray
         int32 ``(n,)``: the cell of each point.
@@ -75,7 +75,7 @@ def split(
     first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     centres = np.empty((first[-1], points.shape[1]), np.float32)
     labels = np.empty(len(points), np.int32)
-    weights = np.ones(0, np.float32) if weights is None else weights
+    sample_weight = np.ones(0, np.float32) if sample_weight is None else sample_weight
     cost = np.concatenate([[0], np.cumsum(np.diff(starts) * (counts + 4.0) + 50)])
     parts = min(256, len(counts))
     edges = np.searchsorted(cost, np.linspace(0, cost[-1], parts + 1))
@@ -84,7 +84,7 @@ def split(
 
     def run(i: int) -> None:
         _cells(
-            points, weights, order, starts, first, edges[i], edges[i + 1],
+            points, sample_weight, order, starts, first, edges[i], edges[i + 1],
             rounds, trials, sample, seed, dims, centres, labels,
         )  # fmt: skip
 
@@ -94,36 +94,49 @@ def split(
 
 @njit(nogil=True, cache=True)
 def _cells(
-    points, weights, order, starts, first, begin, end, rounds, trials, sample, seed, dims, centres, labels
+    points,
+    sample_weight,
+    order,
+    starts,
+    first,
+    begin,
+    end,
+    rounds,
+    trials,
+    sample,
+    seed,
+    dims,
+    centres,
+    labels,
 ):
     for cell in range(begin, end):
         rows = order[starts[cell] : starts[cell + 1]]
         k = first[cell + 1] - first[cell]
         if len(rows) == 0 or k == 0:
             continue
-        mine = centres[first[cell] : first[cell + 1]]
+        cell_centres = centres[first[cell] : first[cell + 1]]
         np.random.seed(seed + cell)  # noqa: NPY002 - numba's own generator, one a thread
-        chosen = rows if k == 1 else _sampled(rows, weights, k, sample)
-        x, w = _gathered(points, weights, chosen, dims)
+        chosen = rows if k == 1 else _sampled(rows, sample_weight, k, sample)
+        x, w = _gathered(points, sample_weight, chosen, dims)
         local = np.zeros(len(chosen), np.int32)
         if k == 1:
-            _means(x, w, local, mine, np.zeros(len(chosen), np.float32), dims)
+            _means(x, w, local, cell_centres, np.zeros(len(chosen), np.float32), dims)
         else:
-            _plus_plus(x, w, mine, trials, dims)
-            _lloyd(x, w, mine, local, rounds, dims)
+            _plus_plus(x, w, cell_centres, trials, dims)
+            _lloyd(x, w, cell_centres, local, rounds, dims)
         if len(chosen) < len(rows):
-            x, w = _gathered(points, weights, rows, dims)
+            x, w = _gathered(points, sample_weight, rows, dims)
             local = np.zeros(len(rows), np.int32)
-            _lloyd(x, w, mine, local, 0, dims)
+            _lloyd(x, w, cell_centres, local, 0, dims)
         for i, row in enumerate(rows):
             labels[row] = first[cell] + local[i]
 
 
 @njit(nogil=True, cache=True)
-def _sampled(rows, weights, k, sample):
+def _sampled(rows, sample_weight, k, sample):
     """Return rows that have weight, at most about `sample` a cluster: a random one of each few."""
-    if len(weights) > 0:
-        able = rows[weights[rows] > 0]
+    if len(sample_weight) > 0:
+        able = rows[sample_weight[rows] > 0]
         if len(able) >= k:
             rows = able
     stride = len(rows) // (sample * k)
@@ -136,15 +149,15 @@ def _sampled(rows, weights, k, sample):
 
 
 @njit(nogil=True, cache=True)
-def _gathered(points, weights, rows, dims):
-    """Return some points, one coordinate after the other ``(d, m)``, and their weights."""
+def _gathered(points, sample_weight, rows, dims):
+    """Return some points, one coordinate after the other ``(d, m)``, and their sample weights."""
     x = np.empty((len(dims), len(rows)), np.float32)
     w = np.ones(len(rows), np.float32)
     for i, row in enumerate(rows):
         for a in range(len(dims)):
             x[a, i] = points[row, a]
-        if len(weights) > 0:
-            w[i] = weights[row]
+        if len(sample_weight) > 0:
+            w[i] = sample_weight[row]
     return x, w
 
 

@@ -1,4 +1,4 @@
-"""What a k-means fit is given and what comes of it: values, their checks, and progress."""
+"""Options and results of a k-means fit, and checks of its arguments."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class KMeans:
         Whether the last of these lowered the inertia by no more than `tol` of it. False if the rounds or the
         caller's patience ended before.
     search : str
-        How the labels were found: ``pruned`` (by the triangle inequality), ``streamed`` (so too, block by
+        How the labels were found: ``pruned`` (by the triangle inequality), ``streamed`` (likewise, block by
         block), or the name of a torch device (every centre compared there). All are exact.
     """
 
@@ -43,7 +43,7 @@ class KMeans:
 
 @dataclass(frozen=True)
 class Options:
-    """How a fit is made; the parameters of `_fitting.fit` that have no part in what is fitted."""
+    """How a fit is made; the parameters of `_fitting.fit` beside the data."""
 
     max_iter: int
     tol: float | None
@@ -77,7 +77,7 @@ def check_k(n_clusters: int, n: int) -> int:
 
 
 def checked_points(points) -> np.ndarray:
-    """Return points as contiguous float32 ``(n, d)``; raise InvalidValueError if they are not finite such."""
+    """Return points as contiguous float32 ``(n, d)``; raise InvalidValueError if they are not finite."""
     points = checks.floats("the points", points)
     if points.ndim != 2 or not points.shape[1]:
         raise InvalidValueError(f"the points have shape {points.shape}; it must be (n, d).")
@@ -86,25 +86,25 @@ def checked_points(points) -> np.ndarray:
     return points
 
 
-def checked_weights(weights, n: int) -> np.ndarray | None:
-    """Return weights as float32 ``(n,)``, None if none are given; raise InvalidValueError if out of range."""
-    if weights is None:
+def checked_sample_weight(sample_weight, n: int) -> np.ndarray | None:
+    """Return sample weights as float32 ``(n,)``, or None as it is; InvalidValueError if out of range."""
+    if sample_weight is None:
         return None
-    weights = checks.floats("weights", weights)
-    if weights.shape != (n,):
-        raise InvalidValueError(f"weights have shape {weights.shape}; it must be ({n},).")
-    if not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
-        raise InvalidValueError("weights must be finite, at least 0, and not all 0.")
-    return weights
+    sample_weight = checks.floats("sample_weight", sample_weight)
+    if sample_weight.shape != (n,):
+        raise InvalidValueError(f"sample_weight has shape {sample_weight.shape}; it must be ({n},).")
+    if not np.isfinite(sample_weight).all() or sample_weight.min() < 0 or not sample_weight.any():
+        raise InvalidValueError("sample_weight must be finite, at least 0, and not all 0.")
+    return sample_weight
 
 
-def counted(weights: np.ndarray | None) -> np.ndarray | None:
-    """Return the weights of a group's points; None, so that all count alike, where all of them are 0."""
-    return None if weights is None or not weights.any() else weights
+def counted(sample_weight: np.ndarray | None) -> np.ndarray | None:
+    """Return the sample weights of a group, or None, so that all count alike, where all of them are 0."""
+    return None if sample_weight is None or not sample_weight.any() else sample_weight
 
 
-def required_weights(weights, n: int) -> np.ndarray:
-    """Return weights as `checked_weights` does; raise InvalidValueError also if none are given."""
-    if weights is None:
-        raise InvalidValueError("weights is None; give what errors cost, such as sensitivity.weights.")
-    return checked_weights(weights, n)
+def required_sample_weight(sample_weight, n: int) -> np.ndarray:
+    """Return sample weights as `checked_sample_weight` does; raise InvalidValueError also for None."""
+    if sample_weight is None:
+        raise InvalidValueError("sample_weight is None; give what errors cost (sensitivity.importance).")
+    return checked_sample_weight(sample_weight, n)

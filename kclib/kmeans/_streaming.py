@@ -66,32 +66,34 @@ class Parts:
             yield slice(start, start + len(block)), self.frame.into(block)
             start += len(block)
 
-    def sample(self, size: int, weights: np.ndarray | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return about `size` framed points and weights that stand for all: a lightweight coreset.
+    def sample(self, size: int, sample_weight: np.ndarray | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return about `size` framed points, and sample weights, that stand for all: a lightweight coreset.
 
         A point is drawn with a chance that is half uniform and half in proportion to its squared distance
         from the mean, so far ones are not missed (Bachem, Lucic and Krause 2018, *Scalable k-means
         clustering via lightweight coresets*).
         """
         mass, sums, squares = 0.0, np.zeros(self.d), 0.0
-        for block, weight in self._weighted(weights):
+        for block, weight in self._weighted(sample_weight):
             mass += weight.sum(dtype=np.float64)
             sums += weight.astype(np.float64) @ block
             squares += _lloyd.total(np.square(block).sum(1), weight)
         mean = (sums / mass).astype(np.float32)
         spread = squares - mass * np.square(mean, dtype=np.float64).sum()
         draw, kept = np.random.default_rng(seed), []
-        for block, weight in self._weighted(weights):
+        for block, weight in self._weighted(sample_weight):
             distance = np.square(block - mean).sum(1) / spread if spread > 0 else 1 / mass
             chance = np.ones(len(block)) if size >= self.n else size * weight * (0.5 / mass + 0.5 * distance)
             chosen = draw.random(len(block)) < chance
             kept.append((block[chosen], weight[chosen] / np.minimum(chance[chosen], 1)))
-        points, weights = (np.concatenate(column).astype(np.float32) for column in zip(*kept, strict=True))
-        return points, weights
+        points, sample_weight = (
+            np.concatenate(column).astype(np.float32) for column in zip(*kept, strict=True)
+        )
+        return points, sample_weight
 
-    def _weighted(self, weights: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _weighted(self, sample_weight: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for at, block in self:
-            yield block, np.ones(len(block), np.float32) if weights is None else weights[at]
+            yield block, np.ones(len(block), np.float32) if sample_weight is None else sample_weight[at]
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class _Step:
 def fit(
     parts: Parts,
     n_clusters: int,
-    weights: np.ndarray | None,
+    sample_weight: np.ndarray | None,
     init: np.ndarray | None,
     options: Options,
     device: str,
@@ -125,7 +127,7 @@ def fit(
     Parameters
     ----------
     parts : Parts
-    n_clusters, weights, init
+    n_clusters, sample_weight, init
         As in `_fitting.fit`, checked; `init` framed.
     options : Options
     device : str
@@ -135,11 +137,11 @@ def fit(
     checks.check_values(device)
     centres = init
     if init is None:
-        centres = _from_sample(parts, n_clusters, weights, options)
+        centres = _from_sample(parts, n_clusters, sample_weight, options)
     progress(_SAMPLE_SHARE)
     labels, rounds = None, _lloyd.Rounds(options, n_clusters, progress)
     reach = None if n_clusters <= FLAT else options.reach
-    run = _Pass(parts, weights, options.threads, device, progress)
+    run = _Pass(parts, sample_weight, options.threads, device, progress)
     for _ in range(options.max_iter):
         near = reach if labels is not None else None
         labels, step = run(centres, labels, near, _lloyd.ROUND_SHARE * progress.left)
@@ -171,17 +173,19 @@ def memory(n: int, d: int, n_clusters: int, n_threads: int) -> int:
     sample = _sample_size(n, n_clusters)
     held = 4 * d * sample + _lloyd.memory(sample, d, n_clusters, n_threads)
     blocks = 2 * n_threads * (min(n, _BLOCK) * 4 * (3 * d + 10) + 16 * n_clusters * (d + 1))
-    return 12 * n + held + blocks  # labels, the ones before, weights
+    return 12 * n + held + blocks  # labels, the ones before, sample weights
 
 
 def _sample_size(n: int, n_clusters: int) -> int:
     return min(n, max(_SAMPLE, n_clusters, min(64 * n_clusters, _SAMPLE_MOST)))
 
 
-def _from_sample(parts: Parts, n_clusters: int, weights: np.ndarray | None, options: Options) -> np.ndarray:
+def _from_sample(
+    parts: Parts, n_clusters: int, sample_weight: np.ndarray | None, options: Options
+) -> np.ndarray:
     """Return the centres of a fit of a sample; those that it cannot find lie where no point is."""
     size = _sample_size(parts.n, n_clusters)
-    sample, mass = parts.sample(size, weights, options.seed)
+    sample, mass = parts.sample(size, sample_weight, options.seed)
     start = _lloyd.start(sample, mass, min(n_clusters, len(sample)), options)
     centres = _lloyd.fit(sample, mass, *start, options, Progress()).centres
     missing = np.arange(n_clusters - len(centres), dtype=np.float32)[:, None]
@@ -194,7 +198,7 @@ class _Pass:
     """One pass over all blocks."""
 
     parts: Parts
-    weights: np.ndarray | None
+    sample_weight: np.ndarray | None
     n_threads: int
     device: str
     progress: Progress
@@ -206,7 +210,7 @@ class _Pass:
         tasks = (
             delayed(_block_step)(
                 block,
-                None if self.weights is None else self.weights[at],
+                None if self.sample_weight is None else self.sample_weight[at],
                 None if guess is None else guess[at],
                 centres,
                 reach,
@@ -229,22 +233,24 @@ class _Pass:
         return labels, _Step(labels, sums, mass, inertia, np.concatenate(worst), np.concatenate(loss))
 
 
-def _block_step(block, weights, guess, centres, reach, device) -> _Step:
+def _block_step(block, sample_weight, guess, centres, reach, device) -> _Step:
     """Assign one block and sum up; runs wherever joblib sends it."""
     if device == "cpu":
-        found = _nearest.nearest(block, centres, guess=guess, reach=reach, n_threads=1)
+        assigned = _nearest.nearest(block, centres, guess=guess, reach=reach, n_threads=1)
     else:
         labels = nearest_on_device(block, centres, device)
-        found = _nearest.Found(labels, _nearest.errors(block, centres, labels, n_threads=1))
-    weights = np.ones(len(block), np.float32) if weights is None else weights
+        assigned = _nearest.Assignment(labels, _nearest.errors(block, centres, labels, n_threads=1))
+    sample_weight = np.ones(len(block), np.float32) if sample_weight is None else sample_weight
     k = len(centres)
-    loss = found.errors * np.maximum(weights, np.float32(1e-12))  # those without weight come last
+    loss = assigned.errors * np.maximum(sample_weight, np.float32(1e-12))  # those without weight come last
     worst = np.argsort(-loss, kind="stable")[:_WORST]
     return _Step(
-        found.labels,
-        np.stack([np.bincount(found.labels, x * weights.astype(np.float64), k) for x in block.T], axis=1),
-        np.bincount(found.labels, weights, k),
-        _lloyd.total(found.errors, weights),
+        assigned.labels,
+        np.stack(
+            [np.bincount(assigned.labels, x * sample_weight.astype(np.float64), k) for x in block.T], axis=1
+        ),
+        np.bincount(assigned.labels, sample_weight, k),
+        _lloyd.total(assigned.errors, sample_weight),
         block[worst],
         loss[worst],
     )
@@ -257,13 +263,14 @@ def nearest_on_device(points: np.ndarray, centres: np.ndarray, device: str) -> n
     n and K.
     """
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    there = torch.from_numpy(np.require(centres, requirements="W")).to(device, dtype)
-    halves = there.square().sum(1) / 2
+    centres_there = torch.from_numpy(np.require(centres, requirements="W")).to(device, dtype)
+    halves = centres_there.square().sum(1) / 2
     parts = torch.from_numpy(np.require(points, requirements="W")).split(max(1, _ON_DEVICE // len(centres)))
-    found = [
-        torch.addmm(halves, part.to(device, dtype), there.T, alpha=-1).argmin(1).int().cpu() for part in parts
+    labels = [
+        torch.addmm(halves, part.to(device, dtype), centres_there.T, alpha=-1).argmin(1).int().cpu()
+        for part in parts
     ]
-    return torch.cat(found).numpy()
+    return torch.cat(labels).numpy()
 
 
 def _distinct_worst(step: _Step, count: int) -> Sequence[np.ndarray]:

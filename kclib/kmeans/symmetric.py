@@ -65,7 +65,7 @@ def fit(
     *,
     scaled: bool = False,
     turned: bool = False,
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     max_iter: int = 25,
     tol: float | None = None,
     seed: int = 0,
@@ -89,35 +89,35 @@ def fit(
         Whether a kernel is a signed multiple of its centre.
     turned : bool
         Whether a kernel is its centre flipped or rotated.
-    weights, max_iter, tol, seed, n_threads, progress
+    sample_weight, max_iter, tol, seed, n_threads, progress
         As in `_fitting.fit`.
 
     Raises
     ------
     InvalidValueError
-        K, points, weights, max_iter or tol out of range; kernels that are not square.
+        K, points, sample_weight, max_iter or tol out of range; kernels that are not square.
     """
     options = Options(max_iter, tol, None, seed, n_threads)
-    points, weights = _checked(points, weights, n_clusters, turned)
+    points, sample_weight = _checked(points, sample_weight, n_clusters, turned)
     n_clusters = int(n_clusters)
     frame = _rescaling.Frame.of([points], shifted=False)
-    orbits = _Orbits.of(frame.into(points), weights, scaled, turned)
+    orbits = _Orbits.of(frame.into(points), sample_weight, scaled, turned)
     report = Progress(progress)
     report.unit = frame.inertia_unit
     centres = _start(orbits, n_clusters, options)
     rounds = _lloyd.Rounds(options, n_clusters, report)
-    found = orbits.assigned(centres, None, options.threads)
+    assigned = orbits.assigned(centres, None, options.threads)
     while True:
         report(_lloyd.ROUND_SHARE * report.left)
-        centres, found = _filled(orbits, centres, found, options.threads)
-        if not rounds.another(found.inertia):
+        centres, assigned = _filled(orbits, centres, assigned, options.threads)
+        if not rounds.another(assigned.inertia):
             break
-        centres = orbits.moved(centres, found, options.threads)
-        found = orbits.assigned(centres, found.members, options.threads)
+        centres = orbits.moved(centres, assigned, options.threads)
+        assigned = orbits.assigned(centres, assigned.members, options.threads)
     report(report.left)
-    turns = found.members % orbits.size % len(orbits.turns)
+    turns = assigned.members % orbits.size % len(orbits.turns)
     result = SymmetricKMeans(
-        centres, found.labels, turns.astype(np.uint8), found.scales, found.inertia, rounds.made,
+        centres, assigned.labels, turns.astype(np.uint8), assigned.scales, assigned.inertia, rounds.made,
         rounds.converged,
     )  # fmt: skip
     if not scaled:
@@ -141,20 +141,20 @@ class _Orbits:
 
     points: np.ndarray
     shapes: np.ndarray  # unit kernels if scaled, the kernels themselves otherwise
-    weights: np.ndarray
+    sample_weight: np.ndarray
     turns: np.ndarray
     scaled: bool
 
     @classmethod
-    def of(cls, points, weights, scaled: bool, turned: bool) -> "_Orbits":
+    def of(cls, points, sample_weight, scaled: bool, turned: bool) -> "_Orbits":
         turns = transforms(math.isqrt(points.shape[1])) if turned else np.arange(points.shape[1])[None]
         shapes = points
         if scaled:
             # in float64: the squares of tiny kernels vanish in float32
             lengths = np.linalg.norm(points.astype(np.float64), axis=1, keepdims=True)
             shapes = (points / np.where(lengths > 0, lengths, 1)).astype(np.float32)
-        weights = np.ones(len(points), np.float32) if weights is None else weights
-        return cls(points, shapes, weights, turns, scaled)
+        sample_weight = np.ones(len(points), np.float32) if sample_weight is None else sample_weight
+        return cls(points, shapes, sample_weight, turns, scaled)
 
     @property
     def size(self) -> int:
@@ -171,34 +171,34 @@ class _Orbits:
     def assigned(self, centres: np.ndarray, guess: np.ndarray | None, n_threads: int) -> _Assigned:
         """Find the nearest member of all orbits, and the best scale."""
         members = self.members(centres)
-        found = _nearest.nearest(self.shapes, members, guess=guess, n_threads=n_threads)
+        nearest = _nearest.nearest(self.shapes, members, guess=guess, n_threads=n_threads)
         scales, errors = np.ones(len(self.points), np.float32), np.empty(len(self.points), np.float32)
         for block in threads.blocks(len(self.points)):
-            chosen = members[found.labels[block]]
+            chosen = members[nearest.labels[block]]
             if self.scaled:
                 scales[block] = (self.points[block] * chosen).sum(1)
             difference = self.points[block] - scales[block, None] * chosen
-            errors[block] = self.weights[block] * np.square(difference).sum(1)
+            errors[block] = self.sample_weight[block] * np.square(difference).sum(1)
         # The negative of a centre is only a way to find it: the sign is the scale's.
-        negative = found.labels % self.size >= len(self.turns)
+        negative = nearest.labels % self.size >= len(self.turns)
         return _Assigned(
-            found.labels,
-            found.labels // self.size,
+            nearest.labels,
+            nearest.labels // self.size,
             np.where(negative, -scales, scales),
             errors,
             float(errors.sum(dtype=np.float64)),
         )
 
-    def moved(self, centres: np.ndarray, found: _Assigned, n_threads: int) -> np.ndarray:
+    def moved(self, centres: np.ndarray, assigned: _Assigned, n_threads: int) -> np.ndarray:
         """Return the best centres for an assignment; one without weight stays."""
         backwards = np.argsort(self.turns, axis=1)
-        turn = found.members % self.size % len(self.turns)
+        turn = assigned.members % self.size % len(self.turns)
         aligned = np.take_along_axis(self.points, backwards[turn], axis=1)
         if not self.scaled:
-            return _lloyd.means(aligned, self.weights, found.labels, centres, n_threads)
-        order, starts = _nearest.by_label(found.labels, len(centres))
+            return _lloyd.means(aligned, self.sample_weight, assigned.labels, centres, n_threads)
+        order, starts = _nearest.by_label(assigned.labels, len(centres))
         result = centres.copy()
-        _directions(aligned, self.weights, order, starts, result)
+        _directions(aligned, self.sample_weight, order, starts, result)
         return result
 
 
@@ -209,38 +209,38 @@ def _start(orbits: _Orbits, n_clusters: int, options: Options) -> np.ndarray:
     leaning = np.stack([orbits.shapes[:, turn] @ lean for turn in orbits.turns], axis=1)
     turn = np.abs(leaning).argmax(1) if orbits.scaled else leaning.argmax(1)
     aligned = np.take_along_axis(orbits.shapes, orbits.turns[turn], axis=1)
-    weights = orbits.weights
+    sample_weight = orbits.sample_weight
     if orbits.scaled:
         aligned *= np.where(np.take_along_axis(leaning, turn[:, None], axis=1) < 0, -1, 1)
-        weights = weights * np.square(orbits.points).sum(1)
-        weights = weights / max(weights.max(), np.finfo(np.float32).tiny)
-    centres, _ = _lloyd.start(aligned, weights if weights.any() else None, n_clusters, options)
+        sample_weight = sample_weight * np.square(orbits.points).sum(1)
+        sample_weight = sample_weight / max(sample_weight.max(), np.finfo(np.float32).tiny)
+    centres, _ = _lloyd.start(aligned, sample_weight if sample_weight.any() else None, n_clusters, options)
     if orbits.scaled:
         lengths = np.linalg.norm(centres, axis=1, keepdims=True)
         centres = np.where(lengths > 0, centres / np.where(lengths > 0, lengths, 1), np.eye(1, d))
     return centres.astype(np.float32)
 
 
-def _filled(orbits, centres, found: _Assigned, n_threads: int) -> tuple[np.ndarray, _Assigned]:
+def _filled(orbits, centres, assigned: _Assigned, n_threads: int) -> tuple[np.ndarray, _Assigned]:
     """Move centres that serve nobody to the worst served kernels; give them up if every kernel is met."""
     for _ in range(len(centres)):
-        if not len(empty := _lloyd.unused(centres, found.labels)):
-            return centres, found
-        worst = np.argsort(-found.errors, kind="stable")[: len(empty)]
-        least = 1e-10 * orbits.weights[worst] * np.square(orbits.points[worst]).sum(1)
-        worst = worst[found.errors[worst] > least]  # not what rounding leaves of a multiple
+        if not len(empty := _lloyd.unused(centres, assigned.labels)):
+            return centres, assigned
+        worst = np.argsort(-assigned.errors, kind="stable")[: len(empty)]
+        least = 1e-10 * orbits.sample_weight[worst] * np.square(orbits.points[worst]).sum(1)
+        worst = worst[assigned.errors[worst] > least]  # not what rounding leaves of a multiple
         if not len(worst):
             break
         centres = centres.copy()
         centres[empty[: len(worst)]] = orbits.shapes[worst]
-        found = orbits.assigned(centres, found.members, n_threads)
-    centres, labels = _lloyd.used(centres, found.labels)
-    members = labels.astype(np.int64) * orbits.size + found.members % orbits.size
-    return centres, replace(found, members=members.astype(np.int32), labels=labels)
+        assigned = orbits.assigned(centres, assigned.members, n_threads)
+    centres, labels = _lloyd.used(centres, assigned.labels)
+    members = labels.astype(np.int64) * orbits.size + assigned.members % orbits.size
+    return centres, replace(assigned, members=members.astype(np.int32), labels=labels)
 
 
 @njit(nogil=True, cache=True)
-def _directions(points, weights, order, starts, centres):
+def _directions(points, sample_weight, order, starts, centres):
     """Write the leading eigenvector of each cluster's second moments."""
     d = points.shape[1]
     for j in range(len(centres)):
@@ -248,7 +248,7 @@ def _directions(points, weights, order, starts, centres):
         for row in order[starts[j] : starts[j + 1]]:
             for a in range(d):
                 for b in range(a + 1):
-                    moments[a, b] += np.float64(weights[row]) * points[row, a] * points[row, b]
+                    moments[a, b] += np.float64(sample_weight[row]) * points[row, a] * points[row, b]
         if np.trace(moments) > 0:
             for a in range(d):
                 for b in range(a):
@@ -256,9 +256,9 @@ def _directions(points, weights, order, starts, centres):
             centres[j] = np.linalg.eigh(moments)[1][:, d - 1].astype(np.float32)
 
 
-def _checked(points, weights, n_clusters: int, turned: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _checked(points, sample_weight, n_clusters: int, turned: bool) -> tuple[np.ndarray, np.ndarray | None]:
     points = _settings.checked_points(points)
     if turned and math.isqrt(points.shape[1]) ** 2 != points.shape[1]:
         raise InvalidValueError(f"the kernels have {points.shape[1]} weights; they must be square.")
     _settings.check_k(n_clusters, len(points))
-    return points, _settings.checked_weights(weights, len(points))
+    return points, _settings.checked_sample_weight(sample_weight, len(points))

@@ -33,9 +33,9 @@ _LOOKED_AT = 64  # bytes
 
 
 class Unread:
-    """What stands for any object of a class that is no part of torch's weights-only format: nothing.
+    """An empty stand-in for an object whose class torch's weights-only format does not allow.
 
-    The class itself is never imported. A subclass is made for each, so that it can be named.
+    That class is never imported. A subclass of this one is made for each, to keep its name.
     """
 
     def __init__(self, *args):
@@ -137,15 +137,15 @@ def _sharded(path: Path) -> dict[str, torch.Tensor]:
         raise DamagedFileError(f"{path} names files in other folders; they must lie beside it.")
     tensors = {}
     for shard in shards:
-        found = None if shard.suffix == ".json" else read(shard)  # an index may not name itself
-        if not isinstance(found, dict):
+        content = None if shard.suffix == ".json" else read(shard)  # an index may not name itself
+        if not isinstance(content, dict):
             raise DamagedFileError(f"{shard}, which {path.name} names, holds no state dict.")
-        tensors |= found
+        tensors |= content
     return tensors
 
 
 def _refuse_others(path: Path, head: bytes) -> None:
-    """Say of a file that is no checkpoint what it is."""
+    """Raise an error that says what a file is, if it is not a checkpoint."""
     said = next((said for start, said in _OTHERS.items() if head.lstrip().startswith(start)), "")
     if path.suffix == ".onnx" or (head[:1] == b"\x08" and head[2:3] == b"\x12"):
         said = _ONNX

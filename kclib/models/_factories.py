@@ -63,18 +63,18 @@ def _imported(name: str, module_name: str) -> ModuleType:
 
 
 def _found(name: str, module: ModuleType, factory_name: str) -> Callable:
-    """Return the factory out of its module."""
+    """Return a module's factory by its name."""
     factory = module
     for part in factory_name.split("."):
         factory = getattr(factory, part, None)
     if factory is not None:
         return factory
     path = Path(getattr(module, "__file__", None) or "")
-    here = Path.cwd().joinpath(*module.__name__.split(".")).with_suffix(".py")
-    if here.is_file() and not (path.is_file() and path.samefile(here)):
+    local = Path.cwd().joinpath(*module.__name__.split(".")).with_suffix(".py")
+    if local.is_file() and not (path.is_file() and path.samefile(local)):
         raise InvalidValueError(
-            f"model {name!r} could not be imported: Python has a module {module.__name__} of its own in use "
-            f"({path}); give {here} another name."
+            f"model {name!r} could not be imported: Python already uses another module {module.__name__} "
+            f"({path}); give {local} another name."
         )
     callables = [x for x, value in vars(module).items() if callable(value) and not x.startswith("_")]
     near = difflib.get_close_matches(factory_name, callables, 1)
@@ -113,10 +113,10 @@ def _said(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def own_modules() -> Iterator[None]:
-    """Let modules in this folder be imported, as `python -m` would, by notebooks and workers too."""
-    here, before = os.getcwd(), sys.path
-    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), here]
-    sys.path = [*before, here]
+    """Make modules in the current folder importable, also for the notebooks and workers that are started."""
+    folder, before = os.getcwd(), sys.path
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), folder]
+    sys.path = [*before, folder]
     try:
         with places.environment({"PYTHONPATH": os.pathsep.join(paths)}):
             yield
@@ -126,13 +126,16 @@ def own_modules() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _this_folder_first() -> Iterator[None]:
-    """Look for modules where one works first; afterwards last, for what is imported or unpickled later."""
-    here = os.getcwd()
+    """Search the current folder for modules first.
+
+    Afterwards it is searched last, for what is imported or unpickled later.
+    """
+    folder = os.getcwd()
     importlib.invalidate_caches()  # a file may just have been written
-    sys.path.insert(0, here)
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
-        sys.path.remove(here)
-        if here not in sys.path:
-            sys.path.append(here)
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)

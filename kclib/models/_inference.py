@@ -178,8 +178,8 @@ def on_device(network: nn.Module, device: str | torch.device) -> bool:
 def channels(network: nn.Module | None) -> int | None:
     """Return how many channels the first convolution of a network reads, in the order of its modules."""
     modules = network.modules() if isinstance(network, nn.Module) else ()
-    found = (x for x in modules if all(hasattr(x, name) for name in _CONVOLUTION))
-    return next((x.in_channels for x in found), None)
+    convolutions = (x for x in modules if all(hasattr(x, name) for name in _CONVOLUTION))
+    return next((x.in_channels for x in convolutions), None)
 
 
 def described(answer) -> str:

@@ -59,7 +59,8 @@ def told(
     Raises
     ------
     InvalidValueError
-        A shape that is none, or not that which its preprocessing makes; names that are no list of texts.
+        A shape that is invalid or differs from that which the preprocessing makes; names that are not a list
+        of texts.
     """
     if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
         raise InvalidValueError(

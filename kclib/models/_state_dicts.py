@@ -29,7 +29,7 @@ _DEEP = 3  # mappings within mappings that are looked through
 _SHOWN = 3
 
 
-def found(path: str | Path | Mapping) -> dict[str, State]:
+def read_all(path: str | Path | Mapping) -> dict[str, State]:
     """Return the state dicts of a checkpoint by where they lie in it, ``""`` if it is one itself.
 
     Parameters
@@ -65,7 +65,7 @@ def read(path: str | Path) -> State:
     MissingFileError, DamagedFileError, InvalidValueError
         As in `found`; or there are several.
     """
-    states = found(path)
+    states = read_all(path)
     if len(states) > 1:
         raise InvalidValueError(_several(str(path), states))
     return next(iter(states.values()))
@@ -163,8 +163,8 @@ def _states(content: object, place: str = "", depth: int = 0) -> Iterator[tuple[
 
 
 def _is_state(content: Mapping) -> bool:
-    own = {name: x for name, x in content.items() if not str(name).endswith(_EXTRA_STATE)}
-    return bool(own) and all(isinstance(name, str) and torch.is_tensor(x) for name, x in own.items())
+    tensors = {name: x for name, x in content.items() if not str(name).endswith(_EXTRA_STATE)}
+    return bool(tensors) and all(isinstance(name, str) and torch.is_tensor(x) for name, x in tensors.items())
 
 
 def _why_none(content: object) -> str:
@@ -250,9 +250,9 @@ def _differing(values: State, expected: Mapping) -> list[str]:
         name
         for name, value in values.items()
         if torch.is_tensor(value)
-        and torch.is_tensor(own := expected.get(name))
-        and not isinstance(own, UninitializedTensorMixin)
-        and (value.shape != own.shape or (_kind(own) != "whole" and _kind(value) != _kind(own)))
+        and torch.is_tensor(wanted := expected.get(name))
+        and not isinstance(wanted, UninitializedTensorMixin)
+        and (value.shape != wanted.shape or (_kind(wanted) != "whole" and _kind(value) != _kind(wanted)))
     ]
 
 

@@ -8,7 +8,7 @@ Examples
 >>> import kclib, torch
 >>> from matplotlib.figure import Figure
 >>> bank = kclib.extract(torch.nn.Conv2d(3, 8, 3))
->>> ax = kclib.plots.kernel_sheet(bank.weights, columns=8, ax=Figure().subplots())
+>>> ax = kclib.plots.kernel_sheet(bank.kernels, columns=8, ax=Figure().subplots())
 >>> ax.images[0].get_array().shape  # three rows of eight kernels of 3×3, gaps of a pixel between them
 (12, 31)
 """

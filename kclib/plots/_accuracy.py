@@ -69,27 +69,27 @@ def _as_the_reports(table: pd.DataFrame) -> bool:
 _MARKERS = "oDs^v<>PXpdh8H"
 
 
-def equal_bytes(table: pd.DataFrame, *, own: str = "clustering", ax: Axes | None = None) -> Axes:
+def equal_bytes(table: pd.DataFrame, *, ours: str = "clustering", ax: Axes | None = None) -> Axes:
     """Draw the drop of each method against the bytes it keeps, with 95 % intervals.
 
     Parameters
     ----------
     table : pandas.DataFrame
         As `peers.compare` returns; dense models are left out, the one compared with is the line at 0.
-    own : str
-        How the names of the methods begin that are drawn in colour and in front; the others are grey.
+    ours : str
+        Beginning of the names of the methods that are drawn in colour and in front; the others are grey.
     """
     ax = ax or plt.gca()
     table = table[~table.method.str.startswith("dense")]
     groups = dict(list(table.groupby("method", sort=False)))
-    ours = [name for name in groups if name.startswith(own)]
-    colours = dict(zip(ours, plt.get_cmap("viridis")(np.linspace(0.75, 0, len(ours))), strict=True))
-    for i, name in enumerate([*ours, *(name for name in groups if name not in colours)]):
-        rows, mine = groups[name].sort_values("bytes"), name in colours
+    coloured = [name for name in groups if name.startswith(ours)]
+    colours = dict(zip(coloured, plt.get_cmap("viridis")(np.linspace(0.75, 0, len(coloured))), strict=True))
+    for i, name in enumerate([*coloured, *(name for name in groups if name not in colours)]):
+        rows, is_ours = groups[name].sort_values("bytes"), name in colours
         bars = [rows["drop"] - rows.drop_low, rows.drop_high - rows["drop"]]
-        style = {"linewidth": 2, "markersize": 9 - i} if mine else {"linewidth": 0.8, "markersize": 5}
+        style = {"linewidth": 2, "markersize": 9 - i} if is_ours else {"linewidth": 0.8, "markersize": 5}
         ax.errorbar(
-            rows.ratio, rows["drop"], bars, color=colours.get(name, "0.55"), zorder=2 + mine, capsize=2,
+            rows.ratio, rows["drop"], bars, color=colours.get(name, "0.55"), zorder=2 + is_ours, capsize=2,
             marker=_MARKERS[i % len(_MARKERS)], label=name, **style,
         )  # fmt: skip
     ax.axhline(0, color="0.4", linestyle="--", linewidth=1)

@@ -118,10 +118,10 @@ def _shortened(name: str) -> str:
 
 def _pictures(data: ImageSet, rows: Iterable[int]) -> np.ndarray:
     """Return some images as uint8 ``(m, h, w, 3)``, those of several sizes in the midst of white squares."""
-    found = [_picture(data.images[i] if torch.is_tensor(data.images) else data.images[i][0]) for i in rows]
-    if len({picture.size for picture in found}) > 1 or max(max(x.size) for x in found) > _SIDE:
-        found = [ImageOps.pad(x, (_SIDE, _SIDE), color="white") for x in found]
-    return np.stack([np.asarray(x) for x in found])
+    pictures = [_picture(data.images[i] if torch.is_tensor(data.images) else data.images[i][0]) for i in rows]
+    if len({picture.size for picture in pictures}) > 1 or max(max(x.size) for x in pictures) > _SIDE:
+        pictures = [ImageOps.pad(x, (_SIDE, _SIDE), color="white") for x in pictures]
+    return np.stack([np.asarray(x) for x in pictures])
 
 
 def _picture(image: Image.Image | torch.Tensor) -> Image.Image:

@@ -11,7 +11,7 @@ from kclib.errors import InvalidValueError
 
 
 def kernel_sheet(
-    weights: np.ndarray,
+    kernels: np.ndarray,
     *,
     counts: np.ndarray | None = None,
     captions: Sequence[str] | None = None,
@@ -23,7 +23,7 @@ def kernel_sheet(
 
     Parameters
     ----------
-    weights : numpy.ndarray
+    kernels : numpy.ndarray
         ``(m, kh, kw)``. Blue is negative, white zero, red positive.
     counts : numpy.ndarray, optional
         int ``(m,)``, written under each kernel in short form.
@@ -35,12 +35,12 @@ def kernel_sheet(
         Whether colours compare between kernels; by default each is scaled to its own largest absolute weight.
     """
     ax = ax or plt.gca()
-    if np.ndim(weights) != 3 or not len(weights):
+    if np.ndim(kernels) != 3 or not len(kernels):
         raise InvalidValueError(
-            f"kernels have shape {np.shape(weights)}; it must be (m, kh, kw), m at least 1."
+            f"kernels have shape {np.shape(kernels)}; it must be (m, kh, kw), m at least 1."
         )
     columns = checks.check_whole("columns", columns, 1)
-    m, height, width = weights.shape
+    m, height, width = kernels.shape
     rows = -(-m // columns)
     if counts is not None:
         captions = [_short(count) for count in counts]
@@ -48,8 +48,8 @@ def kernel_sheet(
         raise InvalidValueError(f"there are {len(captions)} captions; {m} kernels need one each.")
     gap = 1 if captions is None else 2
     sheet = np.full((rows * (height + gap), columns * (width + 1) - 1), np.nan)
-    scale = np.abs(weights).max(axis=None if one_scale else (1, 2), keepdims=True)
-    scaled = weights / np.where(scale > 0, scale, 1)
+    scale = np.abs(kernels).max(axis=None if one_scale else (1, 2), keepdims=True)
+    scaled = kernels / np.where(scale > 0, scale, 1)
     for i, kernel in enumerate(scaled):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + 1)
         sheet[top : top + height, left : left + width] = kernel

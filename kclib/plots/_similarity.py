@@ -29,18 +29,18 @@ def distance_histograms(
     ax = ax or plt.gca()
     few = len(histograms) <= 4
     colours = sns.color_palette() if few else sns.color_palette("viridis", len(histograms))
-    for i, (name, found) in enumerate(histograms.items()):
-        shares, band = 100 * found.shares, 200 * found.error
-        ax.stairs(shares, found.edges, color=colours[i], label=name, linewidth=1.3)
+    for i, (name, histogram) in enumerate(histograms.items()):
+        shares, band = 100 * histogram.shares, 200 * histogram.error
+        ax.stairs(shares, histogram.edges, color=colours[i], label=name, linewidth=1.3)
         if few and i == 0:
-            ax.stairs(shares, found.edges, color=colours[i], fill=True, alpha=0.15)
+            ax.stairs(shares, histogram.edges, color=colours[i], fill=True, alpha=0.15)
         if band.any():
             low, high = (np.append(x, x[-1]) for x in (shares - band, shares + band))
             strength = 0.2 if few else 0.1
             ax.fill_between(
-                found.edges, low, high, step="post", color=colours[i], alpha=strength, linewidth=0
+                histogram.edges, low, high, step="post", color=colours[i], alpha=strength, linewidth=0
             )
-    edges = found.edges
+    edges = histogram.edges
     ax.set(xlabel=xlabel, ylabel="pairs in each bin (%)", xlim=(edges[0], edges[-1]), ylim=(0, None))
     if legend:
         ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -68,15 +68,15 @@ def calibrate(
     model, given, images = models.as_model(model), model, datasets.as_image_set(images)
     small = models.moved(_copying.copied(model.network).eval(), device)
     dense = models.moved(_copying.copied(models.network_of(dense)).eval(), device)
-    found = {name: x for name, x in _layers.clustered(small).items() if not x.transposed}
-    _check_fit(found, dense)
+    clustered = {name: x for name, x in _layers.clustered(small).items() if not x.transposed}
+    _check_fit(clustered, dense)
     users = [module.codebook for module in _layers.clustered(small).values()]
     batches = _moments.batches(images, model.preprocess, batch_size, device)
-    order = _moments.steps(dense, next(batches())[:1], set(found))
+    order = _moments.steps(dense, next(batches())[:1], set(clustered))
     for i, step in enumerate(
         tqdm(order, desc="calibration", unit="layer", leave=False, disable=not progress)
     ):
-        module, original = found[step.name], dense.get_submodule(step.name)
+        module, original = clustered[step.name], dense.get_submodule(step.name)
         norms = norms_behind(step, dense, small)
         read = _moments.measure(dense, small, step, batches, n_images=len(images), seed=seed + i)
         about = read if module.bias is not None or norms else read.about_zero()
@@ -117,8 +117,8 @@ def fitted(
     weight = decode(start)
 
     def back(gradient: Tensor) -> np.ndarray:
-        (found,) = torch.autograd.grad(weight, start, gradient, retain_graph=True)
-        return found.double().cpu().numpy().ravel()
+        (derivative,) = torch.autograd.grad(weight, start, gradient, retain_graph=True)
+        return derivative.double().cpu().numpy().ravel()
 
     ridge = damping * read.small.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
 
@@ -158,7 +158,7 @@ def absorb(
     read: Moments,
     weight: Tensor,
     original: nn.Module,
-    own: nn.Module,
+    changed: nn.Module,
     norms: tuple[nn.Module, nn.Module] | None,
 ) -> None:
     """Put right the mean of a layer's answers in its bias, or mean and variance in the norm that reads them.
@@ -168,7 +168,7 @@ def absorb(
     read : Moments
     weight : torch.Tensor
         ``(groups, out / groups, d)``: the layer's own.
-    original, own : torch.nn.Module
+    original, changed : torch.nn.Module
         The dense convolution and the layer, which is changed.
     norms : (torch.nn.Module, torch.nn.Module), optional
         The batch norms behind either; the second is changed in the layer's place. One that has no running
@@ -176,8 +176,8 @@ def absorb(
     """
     mean = (weight.double() @ read.small_mean.double()[..., None]).reshape(-1)
     wanted = read.answer_mean.double().reshape(-1)
-    if norms is None and own.bias is not None:
-        own.bias.copy_(_bias(original) + wanted - mean)
+    if norms is None and changed.bias is not None:
+        changed.bias.copy_(_bias(original) + wanted - mean)
     elif norms is not None and norms[0].running_mean is not None:
         before, after = (x.reshape(-1) for x in (read.answer_power, read.power(weight)))
         # a channel that is constant on one side has no scale to be put right; nor is rounding noise one
@@ -188,7 +188,7 @@ def absorb(
         variance = (ratio * spread - norm.eps).clamp_min(0)
         gain = ((variance + norm.eps) / spread).sqrt()
         centre = dense.running_mean.double() - wanted - _bias(original)
-        norm.running_mean.copy_(mean + _bias(own) + gain * centre)
+        norm.running_mean.copy_(mean + _bias(changed) + gain * centre)
         norm.running_var.copy_(variance)
 
 
@@ -226,14 +226,14 @@ def _fit(module: ClusteredConv2d, original: nn.Module, read: Moments, damping: f
         fit(module.scales, lambda x: decode(book.values.detach(), x), lambda x: x.to(kind).to(x.dtype))
 
 
-def _check_fit(found: dict[str, ClusteredConv2d], dense: nn.Module) -> None:
+def _check_fit(clustered: dict[str, ClusteredConv2d], dense: nn.Module) -> None:
     """Raise an error unless there are clustered convolutions and `dense` has them as ordinary ones."""
-    if not found:
+    if not clustered:
         raise InvalidValueError(
             "the model has no clustered convolution to calibrate; make it with compression.compress first."
         )
     modules = dict(dense.named_modules())
-    for name, module in found.items():
+    for name, module in clustered.items():
         weight = getattr(modules.get(name), "weight", None)
         if not torch.is_tensor(weight) or tuple(weight.shape) != module.shape:
             raise InvalidValueError(

@@ -33,7 +33,7 @@ def finetune(
     The gradient of a representative is the sum over the kernels it stands for (Han, Mao and Dally 2016, *Deep
     Compression*, section 3.2). Indices stay as they are; then, for `reassigned` further epochs, they move
     too: beside each index a latent kernel is trained, which starts at its representative and takes the
-    gradient that a kernel of its own would get (straight through: Bengio, Léonard and Courville 2013,
+    gradient that a dense kernel would get (straight through: Bengio, Léonard and Courville 2013,
     *Estimating or Propagating Gradients Through Stochastic Neurons*), and before each check the index becomes
     that of the representative nearest to it. K and the bits of a fixed-width index stay. Layers whose kernels
     are scaled or turned keep their indices.
@@ -105,7 +105,10 @@ def finetune(
 
 
 class _Reassignable(ClusteredConv2d):
-    """A clustered convolution with a `latent` kernel an index, ``(n, kh * kw)``, that hears its gradient."""
+    """A clustered convolution with a `latent` kernel for each index, ``(n, kh * kw)``.
+
+    Its weight is that of the representatives, and the latent kernels receive the weight's gradient.
+    """
 
     def _decoded(self, first: int, last: int) -> Tensor:
         weight = super()._decoded(first, last)
@@ -119,12 +122,15 @@ class _Reassignable(ClusteredConv2d):
     def reassign(self) -> None:
         """Make each index that of the representative nearest to its latent kernel."""
         latent, table = (x.detach().cpu().numpy() for x in (self.latent, self.codebook.table()))
-        found = _nearest.nearest(latent, table, guess=self.members())
-        self.indices.copy_(torch.from_numpy(_packing.pack(found.labels, self.codebook.bits)))
+        nearest = _nearest.nearest(latent, table, guess=self.members())
+        self.indices.copy_(torch.from_numpy(_packing.pack(nearest.labels, self.codebook.bits)))
 
 
 def _with_latents(network: nn.Module) -> nn.Module:
-    """Return a copy in which the indices of plain kernels can move; shared ones by shared latents."""
+    """Return a copy whose clustered convolutions have latent kernels, so that their indices can move.
+
+    Layers that share indices share latent kernels. Layers of scaled or turned kernels keep their indices.
+    """
 
     def moves(module: ClusteredConv2d) -> bool:
         return module.scales is None and not module.codebook.turned
@@ -149,7 +155,7 @@ def _without_latents(network: nn.Module) -> nn.Module:
 
 
 def _made_of(network: nn.Module, kind: Callable[[ClusteredConv2d], type[ClusteredConv2d]]) -> nn.Module:
-    """Return a copy with clustered convolutions of these kinds, which share what the former ones did."""
+    """Return a copy with clustered convolutions of other classes, which share what they shared before."""
     made, copies = {}, {}
     for module in _layers.clustered(network).values():
         parts = (module.codebook, module.indices, module.scales, module.bias)

@@ -84,8 +84,8 @@ class Moments:
         torch.Tensor
             float64 ``(groups, out / groups)``, at least 0.
         """
-        found = self.answer_power - 2 * ((dense @ self.cross).double() * weight).sum(-1) + self.power(weight)
-        return found.clamp_min(0)  # equal answers differ by what rounding leaves, on either side of 0
+        error = self.answer_power - 2 * ((dense @ self.cross).double() * weight).sum(-1) + self.power(weight)
+        return error.clamp_min(0)  # equal answers differ by what rounding leaves, on either side of 0
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,12 @@ def measure(
         read = []
         for network in (dense, small):
             generator = torch.Generator().manual_seed(seed * 100_003 + i)
-            found = _read(network, step, inputs, partial(_patches, convolution, each, generator))
-            if len(found) != step.calls:
+            reads = _read(network, step, inputs, partial(_patches, convolution, each, generator))
+            if len(reads) != step.calls:
                 raise InvalidValueError(
                     f"layer {step.name} does not run for every image alike; it cannot be measured."
                 )
-            read.append(torch.cat(found, dim=1))
+            read.append(torch.cat(reads, dim=1))
         sums.add(*read, step.name)
     return sums.result()
 
@@ -291,7 +291,7 @@ def batches(data: datasets.ImageSet, preprocess: Callable, batch_size: int, devi
 
 
 class _Reached(BaseException):
-    """The layer has read what it reads; the rest of the network need not run, whatever it catches."""
+    """Ends a network's run once the layer has read its inputs; networks that catch `Exception` pass it on."""
 
 
 def _read(
@@ -316,7 +316,7 @@ def _first(args: tuple, named: dict) -> Tensor:
 
 
 def _run(network: nn.Module, inputs: Tensor) -> None:
-    """Run a network, whatever it answers, on inputs in the type of its own values."""
+    """Run a network, whatever it answers, on inputs of the floating type of its parameters."""
     _inference.run(network, inputs.to(_inference.precision_of(network)))
 
 

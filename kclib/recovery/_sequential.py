@@ -53,7 +53,7 @@ def correct(
     scope: str | Mapping[str, str] = "layer",
     size: int | tuple[int, int] | None = None,
     dense: models.Model | nn.Module | None = None,
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     precision: str = "fp16",
     damping: float = 0.01,
     batch_size: int = 64,
@@ -90,9 +90,9 @@ def correct(
     dense : Model or torch.nn.Module, optional
         What the answers shall be near to, by default the model's own network: another, of the same module
         names, where that is itself a copy made small (pruned, or its kernels of another size clustered).
-    weights : numpy.ndarray, optional
+    sample_weight : numpy.ndarray, optional
         ``(n,)``: how much each kernel's squared error counts where a codebook is shared
-        (`sensitivity.weights`).
+        (`sensitivity.importance`).
     precision : {"fp32", "fp16", "bf16", "int8", "int4"}
         Codebooks are rounded to it before kernels are assigned.
     damping : float
@@ -120,23 +120,23 @@ def correct(
     small, dense = (models.moved(_copying.copied(x).eval(), device) for x in (model.network, dense))
     batches = _moments.batches(images, model.preprocess, batch_size, device)
     order = _moments.steps(dense, next(batches())[:1], {x.name for x in bank.layers if not x.transposed})
-    books = _Books.of(bank, n_clusters, scope, weights, precision, seed, {step.name for step in order})
-    found, rest = {}, [layer for layer in bank.layers if layer.name not in books.measured]
+    books = _Books.of(bank, n_clusters, scope, sample_weight, precision, seed, {step.name for step in order})
+    coded, rest = {}, [layer for layer in bank.layers if layer.name not in books.measured]
     for layer in rest:
-        found[layer.name] = books.nearest(layer)
-        _convolutions.set_weight(small.get_submodule(layer.name), found[layer.name].kernels, name=layer.name)
+        coded[layer.name] = books.nearest(layer)
+        _convolutions.set_weight(small.get_submodule(layer.name), coded[layer.name].kernels, name=layer.name)
     for i, step in enumerate(
         tqdm(order, desc="layer by layer", unit="layer", leave=False, disable=not progress)
     ):
         read = _moments.measure(dense, small, step, batches, n_images=len(images), seed=seed + i)
-        found[step.name] = _clustered(books, bank.layer(step.name), step, read, dense, small, damping)
+        coded[step.name] = _clustered(books, bank.layer(step.name), step, read, dense, small, damping)
     notes = (
         f"layer {x.name} does not run; its kernels have the nearest representatives."
         for x in rest
         if not x.transposed
     )
     small.to("cpu")
-    return Corrected(small, replace(books.clustering(found), notes=tuple(notes)), models.like(given, small))
+    return Corrected(small, replace(books.clustering(coded), notes=tuple(notes)), models.like(given, small))
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ class _Books:
     measured: frozenset[str]  # layers that run, and can be corrected
 
     @classmethod
-    def of(cls, bank, n_clusters, scope, weights, precision, seed, measured) -> "_Books":
-        weights = _settings.checked_weights(weights, len(bank))
+    def of(cls, bank, n_clusters, scope, sample_weight, precision, seed, measured) -> "_Books":
+        sample_weight = _settings.checked_sample_weight(sample_weight, len(bank))
         members = grouping(bank, scope)
         wanted = clusterings.wanted(members, n_clusters)
         _precisions.float_type(precision)  # an unknown one shows before the work, not after it
@@ -175,18 +175,18 @@ class _Books:
         for name, layers in members.items():
             if len(layers) > 1 or layers[0].name not in measured:
                 rows = rows_of(layers)
-                counted = _settings.counted(None if weights is None else weights[rows])
-                result.shared[name] = result.found(name, bank.points[rows], counted)
+                counted = _settings.counted(None if sample_weight is None else sample_weight[rows])
+                result.shared[name] = result.fitted(name, bank.points[rows], counted)
         return result
 
     def group(self, layer: Layer) -> str:
         """Return the name of a layer's group."""
         return next(name for name, layers in self.members.items() if layer in layers)
 
-    def found(self, group: str, points: np.ndarray, weights: np.ndarray | None) -> Tensor:
+    def fitted(self, group: str, points: np.ndarray, sample_weight: np.ndarray | None) -> Tensor:
         """Return a codebook for points ``(n, area)``, ``(K', area)`` of distinct rows, rounded as stored."""
         k = min(self.wanted[group], len(points))
-        centres = kmeans.fit(points, k, weights=weights, seed=self.seed).centres
+        centres = kmeans.fit(points, k, sample_weight=sample_weight, seed=self.seed).centres
         return _precisions.rounded(torch.from_numpy(centres), self.precision).unique(dim=0)
 
     def of_layer(self, layer: Layer, target: Tensor, energy: Tensor) -> Tensor:
@@ -194,8 +194,8 @@ class _Books:
         name = self.group(layer)
         if name in self.shared:
             return self.shared[name].to(target.device)
-        weights = energy / energy.max() if energy.max() > 0 else torch.ones_like(energy)
-        return self.found(name, target.cpu().numpy(), weights.cpu().numpy()).to(target.device)
+        sample_weight = energy / energy.max() if energy.max() > 0 else torch.ones_like(energy)
+        return self.fitted(name, target.cpu().numpy(), sample_weight.cpu().numpy()).to(target.device)
 
     def refined(self, coded: _Coded, dense: Tensor, read: Moments, damping: float) -> _Coded:
         """Return a layer's codes with a codebook that answers nearer to the dense weights, if one does."""
@@ -214,12 +214,12 @@ class _Books:
         codebook = self.shared[self.group(layer)]
         return _Coded(codebook, _nearest(torch.from_numpy(self.bank.points[layer.rows].copy()), codebook))
 
-    def clustering(self, found: Mapping[str, _Coded]) -> Clustering:
+    def clustering(self, coded: Mapping[str, _Coded]) -> Clustering:
         """Return all layers' codes as a clustering."""
         groups = []
         for name, layers in self.members.items():
-            indices = torch.cat([found[layer.name].indices.cpu() for layer in layers]).numpy()
-            codebook = found[layers[0].name].codebook.cpu().numpy()
+            indices = torch.cat([coded[layer.name].indices.cpu() for layer in layers]).numpy()
+            codebook = coded[layers[0].name].codebook.cpu().numpy()
             used, indices = np.unique(indices, return_inverse=True)
             # representatives that were fitted may have been rounded to the same values
             codebook, same = np.unique(codebook[used], axis=0, return_inverse=True)
@@ -232,11 +232,11 @@ def _clustered(
     books: _Books, layer: Layer, step: _moments.LayerMoments, read: Moments, dense, small, damping: float
 ) -> _Coded:
     """Cluster one layer of `small`, in place, and return its codes."""
-    original, own = dense.get_submodule(layer.name), small.get_submodule(layer.name)
+    original, changed = dense.get_submodule(layer.name), small.get_submodule(layer.name)
     norms = _calibration.norms_behind(step, dense, small)
-    about = read if own.bias is not None or norms else read.about_zero()
+    about = read if changed.bias is not None or norms else read.about_zero()
     wanted = _moments.grouped(original)
-    target = _moved(wanted, _moments.grouped(own), about, damping)
+    target = _moved(wanted, _moments.grouped(changed), about, damping)
     area = int(np.prod(layer.shape[2:]))
     energy = about.small.diagonal(dim1=1, dim2=2).unflatten(1, (-1, area)).mean(2)  # (groups, inputs)
     each = energy[:, None].expand(-1, target.shape[1], -1).reshape(-1)
@@ -245,18 +245,18 @@ def _clustered(
     coded = _Coded(codebook, torch.cat(indices).reshape(-1))
     if books.group(layer) not in books.shared:
         coded = books.refined(coded, wanted, about, damping)
-    _convolutions.set_weight(own, coded.kernels, name=layer.name)
-    _calibration.absorb(read, _moments.grouped(own), original, own, norms)
+    _convolutions.set_weight(changed, coded.kernels, name=layer.name)
+    _calibration.absorb(read, _moments.grouped(changed), original, changed, norms)
     return coded
 
 
-def _moved(dense: Tensor, own: Tensor, read: Moments, damping: float) -> Tensor:
+def _moved(dense: Tensor, present: Tensor, read: Moments, damping: float) -> Tensor:
     """Return the weights whose answers to the small network's inputs are nearest to the dense ones.
 
     Ridge regression towards the layer's own weights; all ``(groups, out / groups, d)``.
     """
-    missing = dense.double() @ read.cross.double() - own.double() @ read.small.double()
-    return (own + torch.cholesky_solve(missing.mT, _factor(read.small, damping)).mT).float()
+    missing = dense.double() @ read.cross.double() - present.double() @ read.small.double()
+    return (present + torch.cholesky_solve(missing.mT, _factor(read.small, damping)).mT).float()
 
 
 def _factor(h: Tensor, damping: float) -> Tensor:
@@ -297,13 +297,13 @@ def _assigned(target: Tensor, codebook: Tensor, h: Tensor, damping: float) -> Te
         block = slice(first * area, last * area)
         errors = torch.empty_like(target[:, block])
         for i in range(first, last):
-            here = slice(i * area, (i + 1) * area)
-            scale = torch.linalg.inv(factor[here, here])
-            found = _nearest(target[:, here] @ scale, codebook @ scale)
-            error = (target[:, here] - codebook[found]) @ scale
-            target[:, here.stop : block.stop] -= error @ factor[here, here.stop : block.stop]
-            errors[:, here.start - block.start : here.stop - block.start] = error
-            indices[:, order[i]] = found
+            place = slice(i * area, (i + 1) * area)
+            scale = torch.linalg.inv(factor[place, place])
+            nearest = _nearest(target[:, place] @ scale, codebook @ scale)
+            error = (target[:, place] - codebook[nearest]) @ scale
+            target[:, place.stop : block.stop] -= error @ factor[place, place.stop : block.stop]
+            errors[:, place.start - block.start : place.stop - block.start] = error
+            indices[:, order[i]] = nearest
         target[:, block.stop :] -= errors @ factor[block, block.stop :]
     return indices
 

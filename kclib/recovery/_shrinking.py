@@ -18,7 +18,7 @@ def shrink(
     held_back: datasets.ImageSet,
     n_bytes: float,
     *,
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     dense: models.Model | nn.Module | None = None,
     precision: str = "fp16",
     coding: str = "entropy",
@@ -28,10 +28,10 @@ def shrink(
 ) -> Allocation:
     """Return what loses least within so many bytes without training: shared out over layers, and corrected.
 
-    `sensitivity.weights` says what errors cost, `allocation.allocate` how many clusters each layer gets for
-    it, `_sequential.correct` makes them. `compression.compress(found.model, found.clustering,
+    `sensitivity.importance` says what errors cost. `allocation.allocate` finds how many clusters each layer
+    gets for it, and `_sequential.correct` makes them. `compression.compress(found.model, found.clustering,
     precision=precision)` packs what is found. Where no image leaves the network in doubt, errors cost what
-    they do to each layer's output (`sensitivity.weights` of kind ``input``).
+    they do to each layer's output (`sensitivity.importance` of kind ``input``).
 
     Parameters
     ----------
@@ -43,8 +43,8 @@ def shrink(
         To measure the drop on: other images, not the test set.
     n_bytes : float
         Most bytes of all convolutions.
-    weights : numpy.ndarray, optional
-        `sensitivity.weights` of the model's kernels, if they are there already.
+    sample_weight : numpy.ndarray, optional
+        `sensitivity.importance` of the model's kernels, if they are there already.
     dense : torch.nn.Module, optional
         As in `_sequential.correct`.
     precision, coding
@@ -68,25 +68,25 @@ def shrink(
     """
     given, model, images = model, models.as_model(model), datasets.as_image_set(images)
     bank, options = kernels.extract(model.network), {"seed": seed, "device": device, "progress": progress}
-    if weights is None:
-        kinds = (sensitivity.weights(model, images, bank, kind=x, **options) for x in _KINDS)
-        weights = next(filter(np.any, kinds))
+    if sample_weight is None:
+        kinds = (sensitivity.importance(model, images, bank, kind=x, **options) for x in _KINDS)
+        sample_weight = next(filter(np.any, kinds))
 
     def build(scope, n_clusters):
-        found = _sequential.correct(
+        corrected = _sequential.correct(
             model,
             images,
             n_clusters,
             scope=scope,
             dense=dense,
             precision=precision,
-            weights=weights,
+            sample_weight=sample_weight,
             **options,
         )
-        return found.network, found.clustering
+        return corrected.network, corrected.clustering
 
-    found = allocation.allocate(
-        model, held_back, bank, weights, n_bytes=n_bytes, scopes=("layer",), precision=precision,
+    best = allocation.allocate(
+        model, held_back, bank, sample_weight, n_bytes=n_bytes, scopes=("layer",), precision=precision,
         coding=coding, build=build, uniform=False, **options,
     )  # fmt: skip
-    return replace(found, model=models.like(given, found.network))
+    return replace(best, model=models.like(given, best.network))

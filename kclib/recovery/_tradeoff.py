@@ -1,4 +1,4 @@
-"""What each group of layers takes and costs at several K, and the K of each that do least damage in all."""
+"""Bytes and damage of each group of layers at several K, and the K of each that do the least damage."""
 
 import hashlib
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ KS = tuple(1 << bits for bits in range(17))
 
 @dataclass(frozen=True)
 class Curve:
-    """What a group of layers takes and what it costs the network, at several K.
+    """The bytes of a group of layers, and the damage that clustering it does, at several K.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Curve:
 
 def curves(
     bank: Kernels,
-    weights: np.ndarray,
+    sample_weight: np.ndarray,
     *,
     scope: clustering.Scope = "layer",
     ks: Iterable[int] = KS,
@@ -72,13 +72,13 @@ def curves(
     Parameters
     ----------
     bank : KernelBank, Model or torch.nn.Module
-    weights : numpy.ndarray
+    sample_weight : numpy.ndarray
         ``(n,)`` in the rows of the bank, finite, at least 0: what a unit of each kernel's squared error costs
         the network. A group in which all are 0 costs nothing with one cluster.
     scope : {"layer", "global", "mixed"} or mapping of str to str
         As in `clustering.cluster`, or `mixed`.
     ks : iterable of int
-        Numbers of clusters. A group with fewer kernels keeps all of its own. Powers of two up to 65,536 by
+        Numbers of clusters. A group with fewer kernels keeps all of them. Powers of two up to 65,536 by
         default.
     precision : {"fp32", "fp16", "bf16", "int8", "int4"}
         Of the stored codebooks.
@@ -99,10 +99,10 @@ def curves(
     checks.check_known("coding of indices", coding, _checkpoint.CODINGS)
     checks.check_seed(seed)
     _precisions.float_type(precision)
-    weights, ks = _settings.required_weights(weights, len(bank)), _fitting.checked_ks(ks)
+    sample_weight, ks = _settings.required_sample_weight(sample_weight, len(bank)), _fitting.checked_ks(ks)
     store = store or Store()
     groups = [
-        _Members.of(bank, weights, name, layers, ks)
+        _Members.of(bank, sample_weight, name, layers, ks)
         for name, layers in clustering.grouping(bank, clustering.resolved(bank, scope)).items()
     ]
     keys = [group.key | {"precision": precision, "coding": coding, "seed": seed} for group in groups]
@@ -152,8 +152,8 @@ def solve(curves: Iterable[Curve], n_bytes: float) -> dict[str, int]:
     # HiGHS stops at an absolute gap of 1e-6, so damage is put in units of the least that there can be
     unit = damage.max() or 1.0
     unit *= max(1e-9, optimize.milp(damage / unit, **program).fun)
-    found = optimize.milp(damage / unit, integrality=1, options={"mip_rel_gap": 0}, **program).x
-    return {curve.name: curve.ks[found[owner == i].argmax()] for i, curve in enumerate(curves)}
+    chosen = optimize.milp(damage / unit, integrality=1, options={"mip_rel_gap": 0}, **program).x
+    return {curve.name: curve.ks[chosen[owner == i].argmax()] for i, curve in enumerate(curves)}
 
 
 def rounded(codebook: np.ndarray, precision: str) -> np.ndarray:
@@ -174,30 +174,30 @@ class _Members:
     name: str
     layers: tuple[Layer, ...]
     points: np.ndarray
-    weights: np.ndarray
+    sample_weight: np.ndarray
     ks: tuple[int, ...]
 
     @classmethod
-    def of(cls, bank: KernelBank, weights: np.ndarray, name: str, layers, ks) -> "_Members":
+    def of(cls, bank: KernelBank, sample_weight: np.ndarray, name: str, layers, ks) -> "_Members":
         rows = rows_of(layers)
         ks = sorted({min(k, len(rows)) for k in ks})
         for k in ks:
             _settings.check_k(k, len(rows))
-        return cls(name, layers, bank.points[rows], weights[rows], tuple(map(int, ks)))
+        return cls(name, layers, bank.points[rows], sample_weight[rows], tuple(map(int, ks)))
 
     @property
     def key(self) -> dict:
         """What its curve depends on, beside how it is stored."""
-        content = hashlib.sha256(self.points.tobytes() + self.weights.tobytes()).hexdigest()
+        content = hashlib.sha256(self.points.tobytes() + self.sample_weight.tobytes()).hexdigest()
         counts = [layer.n_kernels for layer in self.layers]
         shape = list(self.points.shape)
         return {"kind": "curve", "content": content, "shape": shape, "kernels": counts, "ks": list(self.ks)}
 
     def measured(self, precision: str, coding: str, seed: int, n_threads: int, report) -> dict:
         """Return what `Curve.of` takes."""
-        weights = _settings.counted(self.weights)
+        sample_weight = _settings.counted(self.sample_weight)
         rungs = kmeans.ladder(
-            self.points, self.ks, weights=weights, seed=seed, n_threads=n_threads, progress=report
+            self.points, self.ks, sample_weight=sample_weight, seed=seed, n_threads=n_threads, progress=report
         ).rungs
         return {
             "ks": np.array([len(rung.centres) for rung in rungs]),
@@ -208,7 +208,7 @@ class _Members:
     def _damage(self, rung: kmeans.KMeans, precision: str, n_threads: int) -> float:
         centres = rounded(rung.centres, precision)
         errors = _nearest.errors(self.points, centres, rung.labels, n_threads=n_threads)
-        return _lloyd.total(errors, self.weights)
+        return _lloyd.total(errors, self.sample_weight)
 
     def _bytes(self, rung: kmeans.KMeans, precision: str, how: str) -> int:
         """Return the bytes of codebook and indices, as `compression.footprint` counts them."""

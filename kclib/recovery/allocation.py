@@ -72,7 +72,7 @@ def allocate(
     model: Model | nn.Module,
     data: ImageSet,
     bank: KernelBank,
-    weights: np.ndarray,
+    sample_weight: np.ndarray,
     *,
     n_bytes: float | None = None,
     max_drop: float | None = None,
@@ -101,7 +101,7 @@ def allocate(
         To choose on: images held back from training, never the test set.
     bank : KernelBank
         Of the model's network.
-    weights, ks, coding, seed, store
+    sample_weight, ks, coding, seed, store
         As in `curves`.
     n_bytes : float, optional
         Most bytes of all convolutions, those that are not clustered and biases included.
@@ -127,7 +127,7 @@ def allocate(
     """
     _check(n_bytes, max_drop, precision)
     given, model, data = model, models.as_model(model), datasets.as_image_set(data)
-    weights = _settings.required_weights(weights, len(bank))
+    sample_weight = _settings.required_sample_weight(sample_weight, len(bank))
     options = {
         "ks": _fitting.checked_ks(ks),
         "precision": precision,
@@ -138,18 +138,18 @@ def allocate(
     scopes = (scopes,) if isinstance(scopes, (str, Mapping)) else tuple(scopes)
     if not scopes:
         raise InvalidValueError("scopes is empty; name at least one, such as layer.")
-    plans = [_Plan.of(bank, weights, scope, options, progress) for scope in scopes]
+    plans = [_Plan.of(bank, sample_weight, scope, options, progress) for scope in scopes]
     plans += [replace(plan, uniform=True) for plan in plans if uniform]
 
     def clustered(scope: Scope, n_clusters: dict[str, int]) -> tuple[nn.Module, Clustering]:
-        how = {"scope": scope, "weights": weights, "seed": seed, "progress": progress}
+        how = {"scope": scope, "sample_weight": sample_weight, "seed": seed, "progress": progress}
         made = clusterings.cluster(bank, n_clusters, **how)
         return compression.inserted(model.network, _tradeoff.stored(made, precision)), made
 
     build = build or clustered
     dense = evaluation.evaluate(model, data, device=device, progress=progress)
     with tqdm(desc="sharing bytes out", unit="network", delay=2, leave=False, disable=not progress) as bar:
-        trials = _Trials(model, data, device, bank, weights, dense, coding, precision, build, bar)
+        trials = _Trials(model, data, device, bank, sample_weight, dense, coding, precision, build, bar)
         best = _best(trials, plans, n_bytes) if max_drop is None else _fewest(trials, plans, max_drop)
     table = pd.DataFrame(list(trials.rows.values()))
     return replace(best, table=table, model=models.like(given, best.network))
@@ -167,10 +167,10 @@ class _Plan:
     uniform: bool = False
 
     @classmethod
-    def of(cls, bank: KernelBank, weights, scope: Scope, options: dict, progress: bool) -> "_Plan":
+    def of(cls, bank: KernelBank, sample_weight, scope: Scope, options: dict, progress: bool) -> "_Plan":
         resolved = clusterings.resolved(bank, scope)
         count = Count(options["precision"]) if options["coding"] == "fixed" else None
-        measured = curves(bank, weights, scope=scope, progress=progress, **options)
+        measured = curves(bank, sample_weight, scope=scope, progress=progress, **options)
         return cls(scope, resolved, measured, clusterings.grouping(bank, resolved), count)
 
     @property
@@ -215,7 +215,7 @@ class _Trials:
     data: ImageSet
     device: str
     bank: KernelBank
-    weights: np.ndarray
+    sample_weight: np.ndarray
     dense: Evaluation
     coding: str
     precision: str
@@ -245,11 +245,11 @@ class _Trials:
             n_bytes = byte_counts.clustered_bytes(self.model.network, made, **how)
             if n_bytes <= limit:
                 lost = self._drop(network)
-                found = Allocation(
+                allocation = Allocation(
                     plan.scope, n_clusters, n_bytes, network, made, lost, pd.DataFrame(), network
                 )
-                self.rows[key] = self._row(plan, found)
-                return found
+                self.rows[key] = self._row(plan, allocation)
+                return allocation
             taken = (limit - self.unclustered) / (n_bytes - self.unclustered)
             spend = _MARGIN * taken * plan.bytes(n_clusters)
         return None
@@ -260,24 +260,24 @@ class _Trials:
         self.bar.update()
         return evaluation.drop(self.dense, answers)
 
-    def _row(self, plan: _Plan, found: Allocation) -> dict:
-        errors = clusterings.kernel_errors(self.bank, found.clustering, self.weights)
+    def _row(self, plan: _Plan, allocation: Allocation) -> dict:
+        errors = clusterings.kernel_errors(self.bank, allocation.clustering, self.sample_weight)
         return {
             "scope": plan.name,
             "choice": "uniform" if plan.uniform else "solved",
-            "n_clusters": found.n_clusters,
-            "clusters": found.clustering.n_clusters,
-            "bytes": found.n_bytes,
+            "n_clusters": allocation.n_clusters,
+            "clusters": allocation.clustering.n_clusters,
+            "bytes": allocation.n_bytes,
             "damage": float(errors.sum()),
-            "top1": self.dense.top1.estimate - found.drop.points.estimate,
-            "drop": found.drop.points.estimate,
+            "top1": self.dense.top1.estimate - allocation.drop.points.estimate,
+            "drop": allocation.drop.points.estimate,
         }
 
 
 def _best(trials: _Trials, plans: Iterable[_Plan], n_bytes: float) -> Allocation:
     """Return the most accurate within so many bytes, of equals the smallest."""
-    found = (trials.of(plan, n_bytes - trials.unclustered, n_bytes) for plan in plans)
-    best = min(filter(None, found), key=lambda x: (x.drop.lost - x.drop.won, x.n_bytes), default=None)
+    candidates = (trials.of(plan, n_bytes - trials.unclustered, n_bytes) for plan in plans)
+    best = min(filter(None, candidates), key=lambda x: (x.drop.lost - x.drop.won, x.n_bytes), default=None)
     if best is None:
         least = min(plan.least for plan in plans) + trials.unclustered
         raise InvalidValueError(f"n_bytes is {n_bytes}; the convolutions take at least {least} bytes.")
@@ -289,8 +289,8 @@ def _fewest(trials: _Trials, plans: Iterable[_Plan], max_drop: float) -> Allocat
     best = None
     for plan in plans:
         most = plan.most if best is None else min(plan.most, best.n_bytes - trials.unclustered - 1)
-        found = filter(None, (best, _bisected(trials, plan, max_drop, most)))
-        best = min(found, key=lambda x: x.n_bytes, default=None)
+        candidates = filter(None, (best, _bisected(trials, plan, max_drop, most)))
+        best = min(candidates, key=lambda x: x.n_bytes, default=None)
     if best is None:
         least = min(row["drop"] for row in trials.rows.values())
         raise InvalidValueError(
@@ -307,11 +307,11 @@ def _bisected(trials: _Trials, plan: _Plan, max_drop: float, most: int) -> Alloc
         return None
     for _ in range(_STEPS):
         middle = round(math.sqrt(low * high))
-        found = trials.of(plan, middle)
-        if found is None or found.drop.points.estimate > max_drop:
+        trial = trials.of(plan, middle)
+        if trial is None or trial.drop.points.estimate > max_drop:
             low = middle
         else:
-            best, high = found, middle
+            best, high = trial, middle
     return best
 
 

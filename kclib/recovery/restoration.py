@@ -55,7 +55,7 @@ def restore_worst(
     clustering: Clustering,
     budget: float,
     *,
-    weights: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
     precision: str = "fp16",
     progress: bool = True,
 ) -> Restored:
@@ -74,7 +74,7 @@ def restore_worst(
         Of kernels neither scaled nor turned.
     budget : float
         Most bytes to spend: `compression.footprint`'s ``convolutions``, with entropy-coded indices.
-    weights : numpy.ndarray, optional
+    sample_weight : numpy.ndarray, optional
         As in `damage.by_cluster`.
     precision : {"fp32", "fp16", "int8"}
         Of the stored codebooks.
@@ -84,16 +84,16 @@ def restore_worst(
     Raises
     ------
     InvalidValueError, UnknownNameError
-        A clustering of another architecture, or of scaled or turned kernels; a budget or weights out of
-        range; an unknown precision.
+        A clustering of another architecture, or of scaled or turned kernels; a budget or sample weights
+        out of range; an unknown precision.
     """
     _check(clustering, budget, precision)
     dense = models.network_of(model)
     bank = damage.bank_of(dense, clustering)
-    before = kernel_errors(bank, clustering, weights)
-    bought = _Market.of(bank, clustering, weights, precision).bought(budget, progress)
+    before = kernel_errors(bank, clustering, sample_weight)
+    bought = _Market.of(bank, clustering, sample_weight, precision).bought(budget, progress)
     made, n_bytes = _affordable(dense, bank, clustering, bought, budget, precision)
-    after = kernel_errors(bank, made, weights)
+    after = kernel_errors(bank, made, sample_weight)
     rows = [
         (new.name, new.n_clusters - old.n_clusters, before[new.rows].sum(), after[new.rows].sum())
         for old, new in zip(clustering.groups, made.groups, strict=True)
@@ -140,19 +140,21 @@ class _Split:
 
 @dataclass(frozen=True)
 class _Market:
-    """The kernels and weights of each group, and what is asked for a split."""
+    """The kernels and sample weights of each group, and what is asked for a split."""
 
     clustering: Clustering
     points: list[np.ndarray]
-    weights: list[np.ndarray]
+    sample_weight: list[np.ndarray]
     row_bytes: int
 
     @classmethod
-    def of(cls, bank: KernelBank, clustering: Clustering, weights, precision: str) -> "_Market":
-        weights = np.ones(len(bank), np.float32) if weights is None else np.asarray(weights, np.float32)
+    def of(cls, bank: KernelBank, clustering: Clustering, sample_weight, precision: str) -> "_Market":
+        sample_weight = (
+            np.ones(len(bank), np.float32) if sample_weight is None else np.asarray(sample_weight, np.float32)
+        )
         rows = [group.rows for group in clustering.groups]
         price = _precisions.codebook_bytes(1, bank.points.shape[1], precision)
-        return cls(clustering, [bank.points[x] for x in rows], [weights[x] for x in rows], price)
+        return cls(clustering, [bank.points[x] for x in rows], [sample_weight[x] for x in rows], price)
 
     def bought(self, budget: float, progress: bool) -> list[_Split]:
         """Return the splits in the order in which they are bought.
@@ -171,8 +173,8 @@ class _Market:
 
             for i, group in enumerate(self.clustering.groups):
                 rows, starts = _nearest.by_label(group.indices, group.n_clusters)
-                for k, mine in enumerate(np.split(rows, starts[1:-1])):
-                    offer(_Cluster(i, k, mine, group.codebook[k].ravel()))
+                for k, members in enumerate(np.split(rows, starts[1:-1])):
+                    offer(_Cluster(i, k, members, group.codebook[k].ravel()))
             while shelf:
                 _, place, best = heapq.heappop(shelf)
                 if isinstance(best, _Cluster):
@@ -195,21 +197,21 @@ class _Market:
         on a line, and between them is no more scatter than there is in all along it (Ding and He 2004,
         *K-means Clustering via Principal Component Analysis*, theorem 2.1).
         """
-        points, weights = self.members(whole)
-        if not (total := weights.sum()) > 0:
+        points, sample_weight = self.members(whole)
+        if not (total := sample_weight.sum()) > 0:
             return 0.0
-        mean, values, _ = _principal(points, weights)
+        mean, values, _ = _principal(points, sample_weight)
         most = values[-1] + total * np.square(mean - whole.centre).sum()
         return float(most) * (1 + 1e-9)  # what rounding may add
 
     def split(self, whole: _Cluster) -> _Split | None:
         """Return a good split of a cluster; None if none gains anything."""
-        points, weights = self.members(whole)
-        moves, centres = _halves(points, weights)
+        points, sample_weight = self.members(whole)
+        moves, centres = _halves(points, sample_weight)
         if moves.all() or not moves.any():
             return None
-        before = np.square(points - whole.centre).sum(1) @ weights
-        gain = before - np.square(points - centres[moves.astype(int)]).sum(1) @ weights
+        before = np.square(points - whole.centre).sum(1) @ sample_weight
+        gain = before - np.square(points - centres[moves.astype(int)]).sum(1) @ sample_weight
         if not gain > 0:
             return None
         # A group's entropy is that of its clusters' shares and, within each, of the parts' shares.
@@ -219,27 +221,29 @@ class _Market:
 
     def members(self, whole: _Cluster) -> tuple[np.ndarray, np.ndarray]:
         """Return a cluster's kernels and what their errors cost, float64."""
-        kept = self.points[whole.group][whole.rows], self.weights[whole.group][whole.rows]
+        kept = self.points[whole.group][whole.rows], self.sample_weight[whole.group][whole.rows]
         return kept[0].astype(np.float64), kept[1].astype(np.float64)
 
 
-def _principal(points: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _principal(points: np.ndarray, sample_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the weighted mean, and the eigenvalues and eigenvectors of the scatter, the largest last."""
-    mean = np.average(points, axis=0, weights=weights)
+    mean = np.average(points, axis=0, weights=sample_weight)
     apart = points - mean
-    return mean, *np.linalg.eigh(apart.T @ (weights[:, None] * apart))
+    return mean, *np.linalg.eigh(apart.T @ (sample_weight[:, None] * apart))
 
 
-def _halves(points: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _halves(points: np.ndarray, sample_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return which points move to the second half, and the halves' means; all or none if they are alike."""
-    mean, _, axes = _principal(points, weights)
+    mean, _, axes = _principal(points, sample_weight)
     moves = (points - mean) @ axes[:, -1] > 0
     centres = np.stack([mean, mean])
     for _ in range(_ROUNDS):
         if moves.all() or not moves.any():
             break
         for i, part in enumerate((~moves, moves)):
-            heavy = weights[part] if weights[part].any() else None  # what costs nothing has a plain mean
+            heavy = (
+                sample_weight[part] if sample_weight[part].any() else None
+            )  # what costs nothing has a plain mean
             centres[i] = np.average(points[part], axis=0, weights=heavy)
         nearer = (points - centres.mean(0)) @ (centres[1] - centres[0]) > 0
         if (nearer == moves).all():
@@ -276,10 +280,10 @@ def _after(bank: KernelBank, clustering: Clustering, bought: list[_Split]) -> Cl
     """Return the clustering after some splits."""
     groups = []
     for i, group in enumerate(clustering.groups):
-        mine = [split for split in bought if split.group == i]
+        splits = [split for split in bought if split.group == i]
         indices, size = group.indices.copy(), group.codebook.shape[1:]
-        codebook = np.concatenate([group.codebook, np.empty((len(mine), *size), np.float32)])
-        for new, split in enumerate(mine, group.n_clusters):
+        codebook = np.concatenate([group.codebook, np.empty((len(splits), *size), np.float32)])
+        for new, split in enumerate(splits, group.n_clusters):
             indices[split.moves] = new
             codebook[[split.cluster, new]] = split.centres.reshape(2, *size)
         groups.append(replace(group, codebook=codebook, indices=indices))

@@ -1,4 +1,4 @@
-"""How much a kernel's squared error costs the network: weights for clustering, from images without labels."""
+"""Measure what a kernel's squared error costs the network, from images without labels: sample weights."""
 
 import math
 from collections import Counter, defaultdict
@@ -22,7 +22,7 @@ from kclib.models import _inference
 _PROBES = 4  # random directions a batch, of which each costs a backward pass through the backward pass
 
 
-def weights(
+def importance(
     model: models.Model | nn.Module,
     images: datasets.ImageSet,
     bank: KernelBank,
@@ -33,10 +33,10 @@ def weights(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> np.ndarray:
-    """Return what a squared error of one in each kernel costs, for `kmeans.fit(..., weights=...)`.
+    """Return what a squared error of one in each kernel costs, for `kmeans.fit(..., sample_weight=...)`.
 
     The same seed gives the same result up to the rounding of torch's convolutions, which may differ with the
-    number of threads. The batches do not matter, but to ``hessian``, which draws directions for each.
+    number of threads. The batch size matters only to ``hessian``, which draws directions for each batch.
 
     Parameters
     ----------
@@ -85,10 +85,10 @@ def weights(
     checks.check_seed(seed)
     with torch.inference_mode(False):  # gradients are needed also where the caller has turned them off
         run = _Run.of(model, images, bank, batch_size, seed, device, progress)
-        found = KINDS[kind](run)
+        costs = KINDS[kind](run)
     result = np.empty(len(bank), np.float32)
     for layer in bank.layers:
-        result[layer.rows] = run.checked(layer.name, found[layer.name]).flatten().numpy()
+        result[layer.rows] = run.checked(layer.name, costs[layer.name]).flatten().numpy()
     return result
 
 
@@ -112,9 +112,9 @@ class _Run:
         network = _convolutions.plain(_copying.copied(model.network)).eval().float()
         network = models.moved(network, device).requires_grad_(False)
         layers = kernels.matched(network, bank.layers)
-        found = {name: x.weight.requires_grad_(True) for name, x in layers.items()}
-        run = cls(model, network, found, images, batch_size, seed, progress, device)
-        for layer in found:
+        parameters = {name: x.weight.requires_grad_(True) for name, x in layers.items()}
+        run = cls(model, network, parameters, images, batch_size, seed, progress, device)
+        for layer in parameters:
             for user in _replacement.users(network, layer).values():
                 user.register_forward_hook(partial(run._heard, layer))
         return run
@@ -147,8 +147,8 @@ class _Run:
         """Return the gradient of a scalar by the kernels of each layer that has one."""
         if not value.requires_grad:
             return {}
-        found = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True, **options)
-        result = {name: x for name, x in zip(self.parameters, found, strict=True) if x is not None}
+        gradients = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True, **options)
+        result = {name: x for name, x in zip(self.parameters, gradients, strict=True) if x is not None}
         self.reached.update(result)
         return result
 
@@ -156,13 +156,13 @@ class _Run:
         """Return 0 for every kernel: float64, in the first two axes of each layer's weight."""
         return {name: torch.zeros(x.shape[:2], dtype=torch.float64) for name, x in self.parameters.items()}
 
-    def checked(self, name: str, found: Tensor) -> Tensor:
+    def checked(self, name: str, costs: Tensor) -> Tensor:
         """Return what was found of a layer as float32; raise InvalidValueError if it cannot be used."""
         if name in self.ran and name not in self.reached:
             raise InvalidValueError(f"gradients do not reach layer {name}; leave it out of the bank.")
-        if not torch.isfinite(found.float()).all():
+        if not torch.isfinite(costs.float()).all():
             raise InvalidValueError(f"layer {name} has an infinite or NaN sensitivity; it must be finite.")
-        return found.float()
+        return costs.float()
 
 
 class _Calls:

@@ -118,9 +118,9 @@ def within_and_across(
         part = slice(*np.searchsorted(rows, (layer.rows.start, layer.rows.stop)))
         n = part.stop - part.start
         if n > 1:
-            mine = _met(named.prepared(bank.points[rows[part]]), edges, named, None, False)
-            within.rows[part] = mine.rows
-            within = _Met(within.rows, within.pairs + mine.pairs)
+            met = _met(named.prepared(bank.points[rows[part]]), edges, named, None, False)
+            within.rows[part] = met.rows
+            within = _Met(within.rows, within.pairs + met.pairs)
         pairs += n * (n - 1) // 2
         strata.append(part)
         unseen.append(1 - len(layer.of(drawn)) / layer.n_kernels)
@@ -148,9 +148,9 @@ def _histogram(edges, met: _Met, pairs: int, strata, unseen) -> PairHistogram:
     """
     variance = np.zeros(met.rows.shape[1])
     for part, share in zip(strata, unseen, strict=True):
-        mine = met.rows[part]
-        if len(mine) > 1:
-            variance += len(mine) * mine.var(axis=0, ddof=1) * share
+        shares_of_layer = met.rows[part]
+        if len(shares_of_layer) > 1:
+            variance += len(shares_of_layer) * shares_of_layer.var(axis=0, ddof=1) * share
     return PairHistogram(np.asarray(edges, float), met.pairs, pairs, np.sqrt(variance) / max(pairs, 1))
 
 

@@ -24,8 +24,8 @@ def near_zero(bank: Kernels, share: float = 0.01) -> np.ndarray:
     lengths = np.linalg.norm(bank.points.astype(np.float64), axis=1)
     result = np.zeros(len(bank), bool)
     for layer in bank.layers:
-        mine = lengths[layer.rows]
-        result[layer.rows] = mine < share * np.sqrt(np.square(mine).mean())
+        norms = lengths[layer.rows]
+        result[layer.rows] = norms < share * np.sqrt(np.square(norms).mean())
     return result
 
 
@@ -42,7 +42,7 @@ def comparable(bank: Kernels, *, distance: str = "cosine", share: float = 0.01) 
     Raises
     ------
     InvalidValueError, UnknownNameError
-        There is no such layer; an unknown distance; a share that is none.
+        There is no such layer; an unknown distance; a share out of range.
     """
     bank = bank_of(bank)
     usable = distances.named(distance).comparable(bank.points) & ~near_zero(bank, share)
@@ -67,8 +67,8 @@ def nearest_distances(
     prepared, unit = distances.framed(named.prepared(points))
     turns, signs = named.orbit(prepared.shape[1])
     with progress_bars.of_shares("nearest neighbours", progress) as bar:
-        found = _neighbours.nearest(prepared, turns=turns, signs=signs, progress=bar.update)
-    return named.of_squared(found.squared[:, 0].astype(np.float64) * unit**2)
+        neighbours = _neighbours.nearest(prepared, turns=turns, signs=signs, progress=bar.update)
+    return named.of_squared(neighbours.squared[:, 0].astype(np.float64) * unit**2)
 
 
 def closeness(
@@ -179,8 +179,8 @@ def closest(bank: Kernels, row: int, k: int, *, distance: str = "euclidean") -> 
     others = candidates[candidates != row]
     prepared, unit = distances.framed(named.prepare(bank.points[[row, *others]]))
     turns, signs = named.orbit(prepared.shape[1])
-    found = _neighbours.nearest(prepared[1:], k=k, queries=prepared[:1], turns=turns, signs=signs)
-    return others[found.indices[0]], named.of_squared(found.squared[0].astype(np.float64) * unit**2)
+    neighbours = _neighbours.nearest(prepared[1:], k=k, queries=prepared[:1], turns=turns, signs=signs)
+    return others[neighbours.indices[0]], named.of_squared(neighbours.squared[0].astype(np.float64) * unit**2)
 
 
 def _explained(points: np.ndarray, centres: np.ndarray) -> float:

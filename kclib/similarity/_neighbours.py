@@ -59,7 +59,7 @@ def nearest(
     k : int
         Neighbours of each query: 1 to n - 1, or to n with queries.
     queries : numpy.ndarray, optional
-        float32 ``(m, d)``, finite. None asks for every point's neighbours, of which it is none itself.
+        float32 ``(m, d)``, finite. By default the points are the queries, and none is its own neighbour.
     turns : numpy.ndarray, optional
         int64 ``(t, d)``: permutations of the coordinates, e.g. `symmetric.transforms`; default: none turns.
     signs : numpy.ndarray, optional
@@ -88,12 +88,12 @@ def nearest(
     parts = np.array_split(np.arange(len(order)), max(1, -(-len(order) // _PART)))
 
     def run(i: int) -> None:
-        mine = order[parts[i]]
-        images = signs[:, None] * np.ldexp(asked[mine], shift)[:, turns]
+        queries = order[parts[i]]
+        images = signs[:, None] * np.ldexp(asked[queries], shift)[:, turns]
         turned = tree.turned(images)
         slack = np.float32(3e-7) * np.linalg.norm(turned, axis=-1)
         _search(
-            images, turned, slack, slots[parts[i]], mine, tree.rows, tree.columns, tree.boxes, tree.least,
+            images, turned, slack, slots[parts[i]], queries, tree.rows, tree.columns, tree.boxes, tree.least,
             (0,) * points.shape[1], indices, squared,
         )  # fmt: skip
 
@@ -169,11 +169,11 @@ def _search(images, turned, slack, slots, order, rows, columns, boxes, least, di
     """Write the neighbours of the queries `order`, of which `images` are the orbits."""
     stack = np.empty(_FAN * _FAN, np.int32)
     x, q = np.empty(len(dims), np.float32), np.empty(len(dims), np.float32)
-    found, distance = np.empty(indices.shape[1], np.int32), np.empty(indices.shape[1], np.float32)
+    nearest, distance = np.empty(indices.shape[1], np.int32), np.empty(indices.shape[1], np.float32)
     scratch, several = np.empty(_LEAF, np.float32), images.shape[1] > 1
     leaves, root = len(columns), len(columns) + len(boxes) - 1
     for i in range(len(order)):
-        found[:], distance[:] = np.iinfo(np.int32).max, _FAR
+        nearest[:], distance[:] = np.iinfo(np.int32).max, _FAR
         for t in range(images.shape[1]):
             for k in range(len(dims)):
                 x[k], q[k] = images[i, t, k], turned[i, t, k]
@@ -185,18 +185,18 @@ def _search(images, turned, slack, slots, order, rows, columns, boxes, least, di
                     top -= 1
                     node = stack[top]
                     # A point at distance 0 displaces another one only if its row is smaller.
-                    if distance[-1] == 0 and least[node] > found[-1]:
+                    if distance[-1] == 0 and least[node] > nearest[-1]:
                         continue
                     if node >= leaves:
                         top = _open(q, node - leaves, _FAN, boxes, limit, dims, stack, top)
                     elif _reached(x, node, columns, distance[-1], dims):
-                        _keep(x, node, columns, rows, slots[i], several, dims, scratch, found, distance)
+                        _keep(x, node, columns, rows, slots[i], several, dims, scratch, nearest, distance)
                         limit = _limit(distance[-1], slack[i, t], dims)
                 if done == root:
                     break
                 top = _open(q, done // _FAN, done % _FAN, boxes, limit, dims, stack, 0)
                 done = leaves + done // _FAN
-        indices[order[i]], squared[order[i]] = found, distance
+        indices[order[i]], squared[order[i]] = nearest, distance
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
@@ -263,23 +263,23 @@ def _reached(x, leaf, columns, worst, dims):
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
-def _keep(x, leaf, columns, rows, own, several, dims, scratch, found, distance):
+def _keep(x, leaf, columns, rows, itself, several, dims, scratch, nearest, distance):
     """Sort the points of a leaf that are near enough into a query's neighbours, all but its own."""
     for c in range(_LEAF):
         scratch[c] = _to_point(x, columns, leaf, c, dims)
     for c in range(_LEAF):
         near, slot = scratch[c], leaf * _LEAF + c
-        if near > distance[-1] or slot == own:
+        if near > distance[-1] or slot == itself:
             continue
-        row, j = rows[slot], len(found) - 1
+        row, j = rows[slot], len(nearest) - 1
         if several:  # another image may have found it
             for other in range(j):
-                if found[other] == row:
+                if nearest[other] == row:
                     j = other
                     break
-        if near > distance[j] or (near == distance[j] and row >= found[j]):
+        if near > distance[j] or (near == distance[j] and row >= nearest[j]):
             continue
-        while j > 0 and (near < distance[j - 1] or (near == distance[j - 1] and row < found[j - 1])):
-            found[j], distance[j] = found[j - 1], distance[j - 1]
+        while j > 0 and (near < distance[j - 1] or (near == distance[j - 1] and row < nearest[j - 1])):
+            nearest[j], distance[j] = nearest[j - 1], distance[j - 1]
             j -= 1
-        found[j], distance[j] = row, near
+        nearest[j], distance[j] = row, near

@@ -1,7 +1,7 @@
 """The family of distances between kernels: one small function each, with its formula and its source.
 
-Every one is the Euclidean distance of prepared kernels, at its least over an orbit (the kernel itself, its
-negative, its flips and rotations), read on a scale of its own. So one search serves all.
+Each is the least Euclidean distance of prepared kernels over an orbit (the kernel itself, its negative, its
+flips and rotations), converted to the scale of the measure. So one search serves all.
 """
 
 import math

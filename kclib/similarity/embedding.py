@@ -33,11 +33,11 @@ class Graph:
     points : numpy.ndarray
         float32 ``(n, d)``: the kernels as they are compared.
     indices : numpy.ndarray
-        int32 ``(n, k)``: each kernel itself, and its nearest others; of equally near ones the first.
+        int32 ``(n, k)``: each kernel itself, then its nearest neighbours; ties go to the first.
     distances : numpy.ndarray
         float32 ``(n, k)``.
     unit : float
-        A power of two, in which points and distances are; 1 but for huge or tiny kernels.
+        The unit of points and distances, a power of two; 1 except for very large or very small kernels.
     """
 
     kind: str
@@ -81,10 +81,10 @@ def graph(
 
     def compute() -> Entry:
         turns, signs = named.orbit(prepared.shape[1])
-        found = _neighbours.nearest(prepared, k=n_neighbors - 1, turns=turns, signs=signs)
+        neighbours = _neighbours.nearest(prepared, k=n_neighbors - 1, turns=turns, signs=signs)
         arrays = {
-            "indices": np.hstack([itself, found.indices]),
-            "distances": np.hstack([np.zeros_like(itself, np.float32), np.sqrt(found.squared)]),
+            "indices": np.hstack([itself, neighbours.indices]),
+            "distances": np.hstack([np.zeros_like(itself, np.float32), np.sqrt(neighbours.squared)]),
         }
         return Entry(key, {"n": len(prepared)}, arrays)
 

@@ -135,20 +135,20 @@ ALL = [(-4.6, -0.6), (16.6, -0.6), (16.6, 16.4), (-4.6, 16.4)]
 def test_hovering_shows_the_kernel_and_what_is_known_of_it(report, kernels):
     bank, layout, _ = kernels
     report.hover(*layout[31])
-    norm = np.linalg.norm(bank.weights[31])
+    norm = np.linalg.norm(bank.kernels[31])
     texts = report.frame.get_by_text("channel 7")
     assert texts.inner_text().split("\n") == [
         "1", "filter 0, channel 7", f"norm {norm:.3g}", "even or odd: cluster 1", "all one: cluster 0",
     ]  # fmt: skip
     picture = report.frame.locator("img[width='72']")
-    np.testing.assert_array_equal(pixels(picture), drawn(bank.weights[31]))
+    np.testing.assert_array_equal(pixels(picture), drawn(bank.kernels[31]))
 
 
 def test_lasso_lists_the_kernels_and_shows_their_mean(report, kernels):
     bank, _, clusters = kernels
     report.lasso(*LEFT)
     expect(report.frame.get_by_text("24 kernels selected, 24 shown")).to_be_visible()
-    mean = bank.weights[:24].mean(0, dtype=float)
+    mean = bank.kernels[:24].mean(0, dtype=float)
     cosines = bank.points[:24] @ mean.ravel() / np.linalg.norm(bank.points[:24], axis=1)
     expect(report.frame.get_by_text(f"norm {np.linalg.norm(mean):.3g} (weight units)")).to_be_visible()
     alike = (cosines / np.linalg.norm(mean)).mean()
@@ -163,7 +163,7 @@ def test_lasso_lists_the_kernels_and_shows_their_mean(report, kernels):
         [float(row[3]) for row in rows], np.linalg.norm(bank.points[: len(rows)], axis=1), atol=6e-4
     )
     pictures = report.frame.locator(".slick-row img").all()
-    for picture, kernel in zip(pictures, bank.weights[: len(rows)], strict=True):
+    for picture, kernel in zip(pictures, bank.kernels[: len(rows)], strict=True):
         np.testing.assert_array_equal(pixels(picture), drawn(kernel))
 
 

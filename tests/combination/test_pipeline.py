@@ -57,7 +57,7 @@ def answers(network):
 
 def rows(found):
     """Return the kernels that a combination stands for."""
-    return kernels.extract(compression.expand(found.network)).weights
+    return kernels.extract(compression.expand(found.network)).kernels
 
 
 def dead(found):

@@ -67,9 +67,9 @@ def test_kernels_of_the_least_squares_go_and_one_stays_in_each_layer():
 def test_weights_count_and_the_first_of_equals_stay():
     network = nn.Sequential(convolution([[1, 1, 1, 1]]))
     assert taps(prune(network, 0.5).network[0]) == [[1, 1, 0, 0]]
-    weighted = prune(network, 0.5, weights=np.array([1, 3, 2, 0.5], np.float32))
+    weighted = prune(network, 0.5, sample_weight=np.array([1, 3, 2, 0.5], np.float32))
     assert taps(weighted.network[0]) == [[0, 1, 1, 0]]
-    single = prune(network, 3 / 8, kind="weights", weights=np.array([1, 3, 2, 0.5], np.float32))
+    single = prune(network, 3 / 8, kind="weights", sample_weight=np.array([1, 3, 2, 0.5], np.float32))
     assert single.network[0].weight.flatten().tolist() == [1, 0, 1, 1, 1, 1, 0, 0]
 
 
@@ -80,7 +80,7 @@ def test_filters_are_compared_by_the_mean_of_their_squares():
     assert taps(found.network[0]) == [[3], [2]]
     assert taps(found.network[2]) == [[2.5, 2.5], [0, 0], [0, 0]]
     weighted = np.array([1, 0.1, 1, 1, 0, 5, 1, 1], np.float32)  # means: 9, 0.4, 6.25, 5.6, 0.1
-    found = prune(network, 2 / 5, kind="filters", weights=weighted)
+    found = prune(network, 2 / 5, kind="filters", sample_weight=weighted)
     assert taps(found.network[0]) == [[3], [0]]
     assert taps(found.network[2]) == [[2.5, 2.5], [1.5, 1.5], [0, 0]]
 
@@ -201,7 +201,7 @@ def test_bytes_by_hand_of_each_kind_of_mask():
 def test_bytes_of_single_weights_are_those_of_the_sparse_form(seed, sparsity, precision):
     network = prune(random_network(seed), sparsity, kind="weights").network
     bank = kernels.extract(network)
-    form = _formats.Sparse((bank.weights == 0).astype(int), precision, 1)
+    form = _formats.Sparse((bank.kernels == 0).astype(int), precision, 1)
     others = 4 * (6 + 4 + 5 * 4 + 5)
     expected = others + sum(form.bytes(layer) for layer in bank.layers)
     assert _pruning.sparse_bytes(network, kind="weights", precision=precision) == expected
@@ -213,7 +213,7 @@ def test_bytes_of_single_weights_are_those_of_the_sparse_form(seed, sparsity, pr
         ({"sparsity": 1}, "sparsity is 1;"),
         ({"sparsity": math.nan}, "sparsity is nan"),
         ({"sparsity": 0.98}, "41 of 42 kernels are to go; at most 40 can, as each layer keeps one"),
-        ({"weights": np.ones(41)}, r"weights have shape \(41,\); it must be \(42,\)"),
+        ({"sample_weight": np.ones(41)}, r"sample_weight has shape \(41,\); it must be \(42,\)"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused(options, sentence):

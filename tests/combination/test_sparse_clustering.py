@@ -33,15 +33,15 @@ def sparse_bank(seed, *shares, n=30):
 @settings(deadline=None, max_examples=20)
 def test_zero_kernels_are_zero_and_the_others_are_clustered_as_without_them(scope, k, seed, price, weighted):
     bank = sparse_bank(seed, 0.7, 0.0, 1.0 if scope == "layer" else 0.9)
-    weights = np.random.default_rng(seed).lognormal(size=len(bank)).astype("f") if weighted else None
+    sample_weight = np.random.default_rng(seed).lognormal(size=len(bank)).astype("f") if weighted else None
     found = _sparse_clustering.cluster(
-        bank, k, scope=scope, price=price, weights=weights, seed=seed, progress=False
+        bank, k, scope=scope, price=price, sample_weight=sample_weight, seed=seed, progress=False
     )
-    rows, dead = clustering.quantized(found), ~bank.weights.any(axis=(1, 2))
+    rows, dead = clustering.quantized(found), ~bank.kernels.any(axis=(1, 2))
     assert not rows[dead].any()
     assert found.scope == (scope if isinstance(scope, str) else "mapping")
     assert (found.seed, found.layers) == (seed, bank.layers)
-    assert found.inertia == pytest.approx(np.square(bank.weights - rows).sum(dtype="d"), rel=1e-4)
+    assert found.inertia == pytest.approx(np.square(bank.kernels - rows).sum(dtype="d"), rel=1e-4)
     for group in found.groups:
         mine = np.concatenate([np.arange(x.rows.start, x.rows.stop) for x in group.layers])
         left = mine[~dead[mine]]
@@ -51,13 +51,13 @@ def test_zero_kernels_are_zero_and_the_others_are_clustered_as_without_them(scop
         assert min(1, most) <= others <= most
         assert price or others == most
         if len(left):
-            alone = bank_of(one=list(bank.weights[left]))
+            alone = bank_of(one=list(bank.kernels[left]))
             theirs = clustering.cluster(
                 alone,
                 min(k, len(left)),
                 price=price,
                 seed=seed,
-                weights=None if weights is None else weights[left],
+                sample_weight=None if sample_weight is None else sample_weight[left],
             )
             np.testing.assert_array_equal(rows[left], clustering.quantized(theirs))
 
@@ -102,7 +102,7 @@ def test_zero_kernels_are_zero_in_a_compressed_network(precision):
     [
         (4, {}, "n_clusters is 4;"),
         (0, {}, "n_clusters is 0"),
-        (1, {"weights": np.ones(3)}, r"weights have shape \(3,\); it must be \(5,\)"),
+        (1, {"sample_weight": np.ones(3)}, r"sample_weight has shape \(3,\); it must be \(5,\)"),
         (1, {"price": -1}, "price is -1"),
     ],
 )

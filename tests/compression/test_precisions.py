@@ -173,7 +173,7 @@ def test_scales_beside_a_codebook_have_its_type_and_fp16_beside_whole_numbers():
 
 def test_own_precision_is_that_of_the_weights():
     for precision in ("fp32", "fp16", "bf16"):
-        assert _precisions.own(_precisions.float_type(precision)) == precision
+        assert _precisions.of_dtype(_precisions.float_type(precision)) == precision
 
 
 # ---- int4

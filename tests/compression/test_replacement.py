@@ -203,7 +203,7 @@ def test_fewer_clusters_change_the_answers_but_only_through_the_clustered_weight
 
 def test_kernels_of_the_expanded_model_are_the_quantized_rows(network):
     result = cluster(extract(network), 3, scope={"0": "ends", "3": "middle", "5": "ends"})
-    np.testing.assert_array_equal(extract(expand(compress(network, result))).weights, quantized(result))
+    np.testing.assert_array_equal(extract(expand(compress(network, result))).kernels, quantized(result))
 
 
 def test_one_layer_may_be_compressed_alone(network):
@@ -409,7 +409,7 @@ def test_a_convolution_with_a_forward_of_its_own_is_refused_but_its_kernels_are_
     with pytest.raises(InvalidValueError, match="layer 0 is a Standardised"):
         compress(network, result)
     dense = replaced(network, result)
-    np.testing.assert_array_equal(extract(dense).weights, quantized(result))
+    np.testing.assert_array_equal(extract(dense).kernels, quantized(result))
     weight = dense[0].weight - dense[0].weight.mean(dim=(1, 2, 3), keepdim=True)
     assert torch.equal(dense(x), nn.functional.conv2d(x, weight, network[0].bias))
 

@@ -40,7 +40,7 @@ def additive():
     network = Branches().eval()
     bank = kernels.extract(network)
     groups = tuple(
-        Group(x.name, (x,), bank.weights[x.rows][::step].copy(), np.arange(2, dtype=np.int32), 0.0)
+        Group(x.name, (x,), bank.kernels[x.rows][::step].copy(), np.arange(2, dtype=np.int32), 0.0)
         for x, step in zip(bank.layers, (-1, -1, 1), strict=True)
     )
     images = torch.zeros(10, 3, 3, 3, dtype=torch.uint8)
@@ -118,7 +118,7 @@ def test_each_row_is_a_whole_evaluation(make, precision):
         chosen = np.zeros(len(bank), bool)
         for layer in bank.layers:
             chosen[layer.rows] = row.way == "all" or (layer.name == row.layer) == (row.way == "alone")
-        weights = np.where(chosen[:, None, None], small, bank.weights)
+        weights = np.where(chosen[:, None, None], small, bank.kernels)
         network = kernels.insert(model.network, KernelBank(weights, bank.layers, {}))
         after = evaluation.evaluate(replace(model, network=network), data, **options)
         points = evaluation.drop(dense, after).points

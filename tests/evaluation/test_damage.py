@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def by_hand():
     """Four kernels of two layers in two groups, each with an error that is seen at a glance."""
     layers = Layer("one", (3, 1, 1, 2), 0), Layer("two", (1, 1, 1, 2), 3)
-    weights = np.array([[[1, 0]], [[3, 0]], [[9, 1]], [[0, 5]]], np.float32)
-    bank = KernelBank(weights, layers, {})
+    values = np.array([[[1, 0]], [[3, 0]], [[9, 1]], [[0, 5]]], np.float32)
+    bank = KernelBank(values, layers, {})
     books = np.array([[[2, 0]], [[9, 0]]], np.float32), np.array([[[0, 2]]], np.float32)
     groups = (
         Group("first", layers[:1], books[0], np.array([0, 0, 1], np.int32), 3.0),
@@ -47,7 +47,7 @@ def test_another_bank_and_weights_out_of_range_are_refused():
     bank, made = by_hand()
     with pytest.raises(InvalidValueError, match="give the bank it was made of"):
         damage.by_cluster(bank.only("one"), made)
-    with pytest.raises(InvalidValueError, match="weights have shape"):
+    with pytest.raises(InvalidValueError, match="sample_weight has shape"):
         damage.by_cluster(bank, made, np.ones(3))
 
 
@@ -70,9 +70,9 @@ def test_restored_kernels_are_the_dense_ones_and_the_others_are_clustered(scaled
     table = damage.by_cluster(bank, made)
     chosen = {(row.group, row.cluster) for row in table.head(3).itertuples()}
     own = np.concatenate([[(g.name, k) in chosen for k in g.indices] for g in made.groups])
-    found = kernels.extract(damage.restored(model, made, table.head(3)).network).weights
+    found = kernels.extract(damage.restored(model, made, table.head(3)).network).kernels
     np.testing.assert_array_equal(
-        found, np.where(own[:, None, None], bank.weights, clustering.quantized(made))
+        found, np.where(own[:, None, None], bank.kernels, clustering.quantized(made))
     )
     assert 0 < own.sum() == table.head(3).kernels.sum() < len(bank)
 
@@ -103,8 +103,8 @@ def stored(model, made, precision="fp16"):
 def test_never_more_bytes_than_the_budget_nor_more_damage_than_before(seed, budget, scope, precision):
     model, made, _ = small(seed, scope)
     bank = kernels.extract(model.network)
-    weights = np.random.default_rng(seed).lognormal(size=len(bank)).astype(np.float32)
-    options = {"weights": weights, "precision": precision, "progress": False}
+    sample_weight = np.random.default_rng(seed).lognormal(size=len(bank)).astype(np.float32)
+    options = {"sample_weight": sample_weight, "precision": precision, "progress": False}
     found = restoration.restore_worst(model, made, budget, **options)
     spent = stored(model, found.clustering, precision) - stored(model, made, precision)
     assert found.n_bytes == spent <= budget
@@ -113,22 +113,22 @@ def test_never_more_bytes_than_the_budget_nor_more_damage_than_before(seed, budg
         assert len(np.unique(new.codebook.reshape(new.n_clusters, -1), axis=0)) == new.n_clusters
         assert (new.codebook.dtype, new.indices.dtype, new.layers) == (np.float32, np.int32, old.layers)
         assert new.n_clusters >= old.n_clusters
-    before, after = (damage.by_cluster(bank, x, weights) for x in (made, found.clustering))
+    before, after = (damage.by_cluster(bank, x, sample_weight) for x in (made, found.clustering))
     assert found.table.clusters.sum() == len(after) - len(before)
     for name, column in (("before", before), ("after", after)):
         sums = column.groupby("group", sort=False).damage.sum()
         np.testing.assert_allclose(found.table.set_index("group")[name][sums.index], sums, rtol=1e-6)
     assert (found.table.after <= found.table.before * (1 + 1e-6)).all()
-    errors = np.square(bank.weights - clustering.quantized(found.clustering)).sum(dtype="d")
+    errors = np.square(bank.kernels - clustering.quantized(found.clustering)).sum(dtype="d")
     assert found.clustering.inertia == pytest.approx(errors)
 
 
 def test_bytes_go_where_the_damage_is_and_what_is_bought_can_be_saved(tmp_path):
     model, made, _ = small()
     bank = kernels.extract(model.network)
-    weights = np.zeros(len(bank), np.float32)
-    weights[bank.layer("2").rows] = 1
-    found = restoration.restore_worst(model, made, 500, weights=weights, progress=False)
+    sample_weight = np.zeros(len(bank), np.float32)
+    sample_weight[bank.layer("2").rows] = 1
+    found = restoration.restore_worst(model, made, 500, sample_weight=sample_weight, progress=False)
     assert list(found.table.clusters > 0) == [False, True, False]
     assert found.n_bytes > 400
     # 192 kernels that all cost alike: no worse than clustering them anew with as many representatives

@@ -262,10 +262,10 @@ def test_product_quantization_of_a_whole_filter_of_one_tap_is_k_means_of_filters
 def test_pruning_keeps_exactly_the_largest_of_all_layers(network, keep, precision):
     network.append(nn.Conv2d(2, 3, 3))
     bank = extract(network)
-    flat, n = bank.weights.ravel(), max(1, round(keep * bank.weights.size))
+    flat, n = bank.kernels.ravel(), max(1, round(keep * bank.kernels.size))
     expected = np.where(np.abs(flat) >= np.sort(np.abs(flat))[-n], flat, 0)
     made = peers.pruned(network, keep, precision=precision)
-    decoded = extract(made.network).weights.ravel()
+    decoded = extract(made.network).kernels.ravel()
     if precision == "fp16":
         np.testing.assert_array_equal(decoded, halves(expected))
     assert (decoded[expected == 0] == 0).all()
@@ -288,7 +288,7 @@ def test_son_is_a_clustering_with_scales_in_fp16_as_a_ledger_counts_it(turned):
     made = peers.son(network, 20, turned=turned, seed=3)
     found = cluster(extract(network), 20, scope="global", scaled=True, turned=turned, seed=3)
     compressed = compression.expand(compression.compress(network, found, precision="fp16"))
-    np.testing.assert_array_equal(extract(made.network).weights, extract(compressed).weights)
+    np.testing.assert_array_equal(extract(made.network).kernels, extract(compressed).kernels)
     assert made.bytes == compression.footprint(network, found).loc["convolutions", "fixed_fp16"]
     assert made.clustering.inertia == found.inertia
     assert peers.palettized(network, 2).clustering is None
@@ -329,7 +329,7 @@ def test_the_best_width_and_precision_are_those_that_move_the_weights_least():
     bank = extract(network)
 
     def moved(peer):
-        return np.square(extract(peer.network).weights - bank.weights).sum()
+        return np.square(extract(peer.network).kernels - bank.kernels).sum()
 
     products = [peers.product_quantized(network, 2**b, w) for b in range(1, 13) for w in (2, 4, 8, 16)]
     shares = np.linspace(0.02, 1, 50)

@@ -25,18 +25,18 @@ def bank_of(*parts, transposed=()):
     for i, part in enumerate(parts):
         layers.append(Layer(str(i), part.shape, start, i in transposed))
         start += layers[-1].n_kernels
-    weights = np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts]).astype(np.float32)
-    return KernelBank(weights, tuple(layers), {})
+    kernels = np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts]).astype(np.float32)
+    return KernelBank(kernels, tuple(layers), {})
 
 
 def drawn(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def error(bank, result, weights=1):
+def error(bank, result, sample_weight=1):
     """Return the weighted sum of squared errors, in float64."""
-    difference = bank.weights.astype(np.float64) - clustering.quantized(result.clustering)
-    return float((weights * np.square(difference).sum(axis=(1, 2))).sum())
+    difference = bank.kernels.astype(np.float64) - clustering.quantized(result.clustering)
+    return float((sample_weight * np.square(difference).sum(axis=(1, 2))).sum())
 
 
 @pytest.mark.parametrize(
@@ -67,17 +67,17 @@ def test_bytes_are_those_counted_by_hand(kind, how, codebooks_and_indices, scale
 
 
 def test_mean_and_symmetric_are_the_clusterings_of_their_names():
-    bank, weights = bank_of(drawn(5, 6, 3, 3)), np.arange(30)
+    bank, sample_weight = bank_of(drawn(5, 6, 3, 3)), np.arange(30)
     for kind, turned in (("mean", False), ("symmetric", True)):
-        mine = cluster(bank, 4, kind, weights=weights, seed=2).clustering
-        theirs = clustering.cluster(bank, 4, turned=turned, weights=weights, seed=2)
+        mine = cluster(bank, 4, kind, sample_weight=sample_weight, seed=2).clustering
+        theirs = clustering.cluster(bank, 4, turned=turned, sample_weight=sample_weight, seed=2)
         np.testing.assert_array_equal(clustering.quantized(mine), clustering.quantized(theirs))
 
 
-@pytest.mark.parametrize(("weights", "medoid"), [(None, 1), ([1, 1, 10], 5), ([10, 1, 1], 0)])
-def test_a_medoid_is_the_kernel_nearest_to_the_weighted_mean(weights, medoid):
+@pytest.mark.parametrize(("sample_weight", "medoid"), [(None, 1), ([1, 1, 10], 5), ([10, 1, 1], 0)])
+def test_a_medoid_is_the_kernel_nearest_to_the_weighted_mean(sample_weight, medoid):
     bank = bank_of(np.array([0, 1, 5]).reshape(3, 1, 1, 1))
-    (group,) = cluster(bank, 1, "medoid", weights=weights).clustering.groups
+    (group,) = cluster(bank, 1, "medoid", sample_weight=sample_weight).clustering.groups
     assert (group.codebook.item(), group.inertia) == (medoid, sum((x - medoid) ** 2 for x in (0, 1, 5)))
 
 
@@ -102,7 +102,7 @@ def test_equal_medoids_of_two_clusters_become_one(monkeypatch):
     monkeypatch.setattr(clustering, "cluster", lambda *_, **__: split)
     # either of two equal medoids is the nearest
     monkeypatch.setattr(
-        kmeans_nearest, "nearest", lambda *_, **__: kmeans_nearest.Found(labels, np.zeros(4, np.float32))
+        kmeans_nearest, "nearest", lambda *_, **__: kmeans_nearest.Assignment(labels, np.zeros(4, np.float32))
     )
     (group,) = cluster(bank, 2, "medoid").clustering.groups
     assert (group.codebook.tolist(), group.indices.tolist(), group.inertia) == ([[[0]]], [0, 0, 0, 0], 2)
@@ -113,7 +113,7 @@ def test_multiples_of_one_shape_come_back_up_to_the_rounding_of_fp16(kind):
     lengths = np.random.default_rng(1).normal(size=(20, 2, 1, 1)).astype("f")
     bank = bank_of(lengths * drawn(3, 3), 7 * lengths * drawn(3, 3))
     result = cluster(bank, 1, kind, scope="global")
-    np.testing.assert_allclose(clustering.quantized(result.clustering), bank.weights, rtol=2**-10, atol=1e-6)
+    np.testing.assert_allclose(clustering.quantized(result.clustering), bank.kernels, rtol=2**-10, atol=1e-6)
     assert error(bank, result) > 0
     (group,) = result.clustering.groups
     np.testing.assert_array_equal(group.scales, group.scales.astype(np.float16))
@@ -139,8 +139,8 @@ def test_scales_of_more_bits_come_from_larger_tables_of_fp16_values_and_err_less
 def test_a_table_of_scales_serves_the_kernels_that_weigh_more():
     lengths = np.array([1, 2, 4, 8, 16, 17])
     bank = bank_of(lengths[:, None, None, None] * np.array([[0.6, 0.8]]))
-    for weights, table in ((None, [1.5, 4, 8, 16.5]), ([1e-6, 1e-6, 1, 1, 1, 1], [4, 8, 16, 17])):
-        result = cluster(bank, 1, "scaled", weights=weights, scale_bits=2)
+    for sample_weight, table in ((None, [1.5, 4, 8, 16.5]), ([1e-6, 1e-6, 1, 1, 1, 1], [4, 8, 16, 17])):
+        result = cluster(bank, 1, "scaled", sample_weight=sample_weight, scale_bits=2)
         assert np.unique(np.abs(result.clustering.groups[0].scales)).tolist() == table
 
 
@@ -149,7 +149,7 @@ def test_layers_that_differ_by_a_factor_share_normalised_representatives_exactly
     bank = bank_of(shapes, 4 * shapes[::-1], 0 * shapes)
     scale = np.sqrt(np.square(shapes, dtype=np.float64).mean()).astype(np.float16)
     result = cluster(bank, 8, "layer-normalised", scope="global")
-    np.testing.assert_allclose(clustering.quantized(result.clustering), bank.weights, rtol=3e-7)
+    np.testing.assert_allclose(clustering.quantized(result.clustering), bank.kernels, rtol=3e-7)
     (group,) = result.clustering.groups
     np.testing.assert_array_equal(group.scales, np.repeat([scale, 4 * scale, 0], 8))
     assert error(bank, cluster(bank, 8, scope="global")) > 1
@@ -158,20 +158,20 @@ def test_layers_that_differ_by_a_factor_share_normalised_representatives_exactly
 @pytest.mark.parametrize("transposed", [False, True])
 def test_filters_that_differ_by_a_factor_share_normalised_representatives_exactly(transposed):
     shapes, factors = drawn(1, 5, 3, 3), np.array([1, 0.25, 8, 0]).reshape(4, 1, 1, 1)
-    weights = factors * shapes  # (out, in, 3, 3)
-    stored = weights.swapaxes(0, 1) if transposed else weights
+    weight = factors * shapes  # (out, in, 3, 3)
+    stored = weight.swapaxes(0, 1) if transposed else weight
     bank = bank_of(stored, 2 * stored, transposed=[0, 1] if transposed else [])
     for scope in ("layer", "global"):
         result = cluster(bank, 5, "filter-normalised", scope=scope)
-        np.testing.assert_allclose(clustering.quantized(result.clustering), bank.weights, rtol=3e-7)
+        np.testing.assert_allclose(clustering.quantized(result.clustering), bank.kernels, rtol=3e-7)
         for other in ("mean", "layer-normalised"):
             assert error(bank, cluster(bank, 5, other, scope=scope)) > 0.1
 
 
 def test_divided_kernels_weigh_as_their_own_errors_do():
     bank = bank_of(np.full((1, 1, 2, 2), 8), np.array([2, 2, 2, -2]).reshape(1, 1, 2, 2))
-    for weights, last in ((None, (64 - 4) / 68), ([1, 16], 0), ([0, 16], -1)):
-        result = cluster(bank, 1, "layer-normalised", scope="global", weights=weights)
+    for sample_weight, last in ((None, (64 - 4) / 68), ([1, 16], 0), ([0, 16], -1)):
+        result = cluster(bank, 1, "layer-normalised", scope="global", sample_weight=sample_weight)
         (group,) = result.clustering.groups
         np.testing.assert_allclose(group.codebook[0].ravel(), [1, 1, 1, last], atol=1e-6)
         assert group.inertia == pytest.approx(64 * (1 - last) ** 2 + 4 * (1 + last) ** 2)
@@ -180,10 +180,10 @@ def test_divided_kernels_weigh_as_their_own_errors_do():
 @EACH
 def test_kernels_that_weigh_more_are_served_better(kind):
     bank = bank_of(drawn(10, 20, 3, 3), 2 * drawn(20, 10, 3, 3, seed=1))
-    weights = np.where(np.arange(400) % 4, 0.01, 1)
+    sample_weight = np.where(np.arange(400) % 4, 0.01, 1)
     weighted, plain = (
-        error(bank, cluster(bank, 12, kind, scope="global", weights=w, scale_bits=6), weights)
-        for w in (weights, None)
+        error(bank, cluster(bank, 12, kind, scope="global", sample_weight=w, scale_bits=6), sample_weight)
+        for w in (sample_weight, None)
     )
     assert weighted < 0.95 * plain
 
@@ -201,8 +201,10 @@ def test_what_holds_for_every_clustering(kind, scope, n_clusters, scale_bits, fa
     first = drawn(3, 4, 3, 3, seed=seed)
     first[1] = 0
     bank = bank_of(first, factor * drawn(6, 2, 3, 3), drawn(2, 9, 3, 3, seed=seed + 1), transposed=[2])
-    weights = drawn(len(bank), seed=seed) ** 2 if seed % 2 else None
-    result = cluster(bank, n_clusters, kind, scope=scope, scale_bits=scale_bits, weights=weights, seed=seed)
+    sample_weight = drawn(len(bank), seed=seed) ** 2 if seed % 2 else None
+    result = cluster(
+        bank, n_clusters, kind, scope=scope, scale_bits=scale_bits, sample_weight=sample_weight, seed=seed
+    )
     assert np.isfinite(clustering.quantized(result.clustering)).all()
     assert result.clustering.inertia == pytest.approx(error(bank, result), rel=1e-4, abs=1e-4)
     for group in result.clustering.groups:
@@ -222,7 +224,7 @@ def test_kernels_that_are_all_zero_stay_so(kind):
     for scope in ("layer", "global"):
         result = cluster(bank, 2, kind, scope=scope, scale_bits=4)
         assert result.clustering.inertia == 0
-        np.testing.assert_array_equal(clustering.quantized(result.clustering), bank.weights)
+        np.testing.assert_array_equal(clustering.quantized(result.clustering), bank.kernels)
 
 
 @EACH
@@ -292,7 +294,7 @@ def test_scales_that_fp16_cannot_hold_are_refused(kind):
 @EACH
 def test_in_a_group_without_weights_all_kernels_count_alike(kind):
     bank = bank_of(drawn(2, 2, 3, 3), drawn(2, 2, 3, 3))
-    ours, alike = (cluster(bank, 2, kind, weights=[1, 1, 1, 1, *[x] * 4]).clustering for x in (0, 1))
+    ours, alike = (cluster(bank, 2, kind, sample_weight=[1, 1, 1, 1, *[x] * 4]).clustering for x in (0, 1))
     (one, two), (_, same) = (clustering.error_share(bank, x) for x in (ours, alike))
     assert two == pytest.approx(same, rel=0.2)
     assert 0 < one < 1

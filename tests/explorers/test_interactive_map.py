@@ -81,14 +81,14 @@ def test_points_carry_their_kernels_to_the_bit_and_where_they_come_from(bank):
     document, layout, rows = made(bank, 50, clusters={"K = 5": labels})
     data, origin = points_of(document), bank.origin(rows)
     assert data["weights"].dtype == np.float32
-    np.testing.assert_array_equal(data["weights"], bank.weights[rows])
+    np.testing.assert_array_equal(data["weights"], bank.kernels[rows])
     np.testing.assert_array_equal(np.column_stack([data["x"], data["y"]]), layout)
     assert data["layer"] == origin["layer"].tolist()
     assert data["out"].tolist() == origin["out"].tolist()
     assert data["in"].tolist() == origin["in"].tolist()
     assert [bank.layers[i].name for i in data["depth"]] == data["layer"]
     assert data["cluster 0"].tolist() == labels.tolist()
-    np.testing.assert_allclose(data["norm"], np.sqrt((bank.weights[rows] ** 2).sum((1, 2))), rtol=1e-6)
+    np.testing.assert_allclose(data["norm"], np.sqrt((bank.kernels[rows] ** 2).sum((1, 2))), rtol=1e-6)
 
 
 def test_arguments_stay_as_they_are(bank):
@@ -109,7 +109,7 @@ def test_picture_is_one_pixel_a_weight_from_blue_over_white_to_red():
 
 
 def test_pictures_are_those_of_the_kernel_sheet(bank):
-    kernels = bank.weights[:7, :, :2]
+    kernels = bank.kernels[:7, :, :2]
     drawn = plt.figure().gca()
     for kernel, picture in zip(kernels, interactive_map.pictures(kernels), strict=True):
         (image,) = plots.kernel_sheet(kernel[None], columns=1, ax=drawn).images[-1:]

@@ -241,7 +241,7 @@ def test_a_map_of_some_layers_is_a_part_of_the_whole_at_the_same_extent(bank, ki
 
 def test_a_map_coloured_by_norm_shows_the_kernels_own_lengths_on_every_map(bank):
     explorer = map_explorer(bank)
-    lengths = np.log10(np.sqrt(np.square(bank.weights[explorer.rows].astype(float)).sum(axis=(1, 2))))
+    lengths = np.log10(np.sqrt(np.square(bank.kernels[explorer.rows].astype(float)).sum(axis=(1, 2))))
     for kind in ("raw", "unit"):
         answer = asked(explorer, kind=kind, colour="norm")
         np.testing.assert_allclose(on_map(answer)[1].get_array(), lengths, rtol=1e-5)

@@ -60,9 +60,9 @@ def test_extract_then_insert_is_the_identity_to_the_bit(network):
 @settings(deadline=None, max_examples=25)
 def test_inserted_kernels_are_extracted_again_and_nothing_else_changes(network, seed):
     bank, before = kernels.extract(network), bits(network)
-    other = np.random.default_rng(seed).integers(-8, 9, bank.weights.shape).astype(np.float32)
-    changed = kernels.insert(network, replace(bank, weights=other))
-    np.testing.assert_array_equal(kernels.extract(changed).weights, other)
+    other = np.random.default_rng(seed).integers(-8, 9, bank.kernels.shape).astype(np.float32)
+    changed = kernels.insert(network, replace(bank, kernels=other))
+    np.testing.assert_array_equal(kernels.extract(changed).kernels, other)
     assert bits(network) == before
     owners = dict(network.named_modules(remove_duplicate=False))
     mine = {id(owners[layer.name].weight) for layer in bank.layers}
@@ -74,15 +74,15 @@ def test_bank_keeps_its_values_when_the_network_trains_on():
     network = nn.Sequential(nn.Conv2d(1, 2, 3))
     bank = kernels.extract(network)
     nn.init.zeros_(network[0].weight)
-    assert bank.weights.all()
+    assert bank.kernels.all()
 
 
 def test_rows_are_the_slices_of_each_weight_in_module_order():
     network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.ConvTranspose2d(3, 2, 3))
     bank = kernels.extract(network)
     assert [(x.name, x.start, x.transposed) for x in bank.layers] == [("0", 0, False), ("2", 6, True)]
-    np.testing.assert_array_equal(bank.weights[3], network[0].weight[1, 1].detach())
-    np.testing.assert_array_equal(bank.weights[6 + 5], network[2].weight[2, 1].detach())
+    np.testing.assert_array_equal(bank.kernels[3], network[0].weight[1, 1].detach())
+    np.testing.assert_array_equal(bank.kernels[6 + 5], network[2].weight[2, 1].detach())
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_rows_of_layers_follow_one_another_in_the_order_given():
 def test_only_is_the_bank_of_one_layer_with_rows_from_zero():
     bank = kernels.extract(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3)))
     alone = bank.only("1")
-    np.testing.assert_array_equal(alone.weights, bank.weights[6:])
+    np.testing.assert_array_equal(alone.kernels, bank.kernels[6:])
     assert alone.origin([5])[["out", "in"]].values.tolist() == [[1, 2]]
     with pytest.raises(InvalidValueError, match=r"no layer 'x' .* it has 0, 1"):
         bank.only("x")
@@ -148,20 +148,20 @@ def test_only_is_the_bank_of_several_layers_in_its_own_order():
         ("0", 0, (2, 1, 3, 3)),
         ("3", 2, (2, 4, 3, 3)),
     ]
-    np.testing.assert_array_equal(some.weights, np.concatenate([bank.weights[:2], bank.weights[12:]]))
+    np.testing.assert_array_equal(some.kernels, np.concatenate([bank.kernels[:2], bank.kernels[12:]]))
     assert some.origin([2, 9])["layer"].tolist() == ["3", "3"]
     assert [layer.start for layer in bank.layers] == [0, 2, 6, 12]
     for part in (some, bank.only("1")):
         assert part.left_out == {}
         with pytest.raises(ValueError, match="read-only"):
-            part.weights[0] = 0
+            part.kernels[0] = 0
 
 
 def test_only_of_all_layers_is_the_bank_and_of_none_is_refused():
     bank = kernels.extract(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3), nn.Conv2d(1, 1, 1)))
     whole = bank.only("1", "0")
     assert (whole.layers, whole.left_out) == (bank.layers, bank.left_out)
-    np.testing.assert_array_equal(whole.weights, bank.weights)
+    np.testing.assert_array_equal(whole.kernels, bank.kernels)
     with pytest.raises(InvalidValueError, match="no layer is named; name at least one"):
         bank.only()
     with pytest.raises(InvalidValueError, match=r"no layer 'x' .* it has 0, 1"):
@@ -170,9 +170,9 @@ def test_only_of_all_layers_is_the_bank_and_of_none_is_refused():
 
 def test_only_leaves_weights_that_may_be_written_so():
     bank = kernels.extract(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3)))
-    bank = replace(bank, weights=bank.weights.copy())
+    bank = replace(bank, kernels=bank.kernels.copy())
     bank.only("0")
-    assert bank.weights.flags.writeable
+    assert bank.kernels.flags.writeable
 
 
 @given(st.integers(1, 20), st.integers(0, 99))
@@ -241,7 +241,7 @@ def test_network_with_a_pruned_layer_takes_the_kernels_of_its_other_layers():
     network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3))
     prune.l1_unstructured(network[1], "weight", 0.5)
     bank = kernels.extract(network)
-    changed = kernels.insert(network, replace(bank, weights=np.ones_like(bank.weights)))
+    changed = kernels.insert(network, replace(bank, kernels=np.ones_like(bank.kernels)))
     assert (changed[0].weight == 1).all()
     assert torch.equal(changed[1].weight, network[1].weight)
 
@@ -261,12 +261,12 @@ def test_weight_normed_convolution_is_taken_and_given_back(norm, kind, dim):
         dict(network[0].named_parameters())[GAINS[norm.__module__]].mul_(3)
         dense = network[0](torch.zeros(1, 3, 5, 5)) is not None and network[0].weight.clone()
     bank, before = kernels.extract(network), bits(network)
-    np.testing.assert_array_equal(bank.weights, dense.reshape(-1, 3, 3))
+    np.testing.assert_array_equal(bank.kernels, dense.reshape(-1, 3, 3))
     assert bits(kernels.insert(network, bank)) == before
-    other = np.random.default_rng(0).normal(size=bank.weights.shape).astype(np.float32)
+    other = np.random.default_rng(0).normal(size=bank.kernels.shape).astype(np.float32)
     other[:8] = 0  # filters, or all but a part of some, are zero
-    changed = kernels.insert(network, replace(bank, weights=other))
-    np.testing.assert_allclose(kernels.extract(changed).weights, other, rtol=1e-6)
+    changed = kernels.insert(network, replace(bank, kernels=other))
+    np.testing.assert_allclose(kernels.extract(changed).kernels, other, rtol=1e-6)
     assert set(bits(changed)) == set(before)
     assert bits(network) == before
     inputs = torch.rand(1, 3, 7, 7)
@@ -284,9 +284,9 @@ GAINS = {
 def test_weights_behind_a_weight_norm_hook_are_those_of_now():
     with pytest.warns(FutureWarning):
         network = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(1, 2, 3)))
-    before = kernels.extract(network).weights
+    before = kernels.extract(network).kernels
     network[0].weight_g.data *= 2  # as load_state_dict does; torch computes the weight when it runs next
-    np.testing.assert_allclose(kernels.extract(network).weights, 2 * before, rtol=1e-6)
+    np.testing.assert_allclose(kernels.extract(network).kernels, 2 * before, rtol=1e-6)
 
 
 def test_extract_leaves_spectral_norm_and_its_estimate_alone():
@@ -301,10 +301,10 @@ def test_extract_leaves_spectral_norm_and_its_estimate_alone():
 def test_float64_kernels_are_clustered_in_float32_and_the_others_kept():
     network = nn.Sequential(nn.Conv2d(2, 3, 3)).double()
     bank = kernels.extract(network)
-    assert (bank.weights.dtype, bank.layers[0].itemsize) == (np.float32, 8)
-    other = bank.weights.copy()
+    assert (bank.kernels.dtype, bank.layers[0].itemsize) == (np.float32, 8)
+    other = bank.kernels.copy()
     other[4] = 0.5
-    changed = kernels.insert(network, replace(bank, weights=other))[0].weight.reshape(-1, 3, 3)
+    changed = kernels.insert(network, replace(bank, kernels=other))[0].weight.reshape(-1, 3, 3)
     own = network[0].weight.reshape(-1, 3, 3)
     assert (changed[4] == 0.5).all()
     assert [torch.equal(a, b) for a, b in zip(changed, own, strict=True)] == [i != 4 for i in range(6)]
@@ -322,13 +322,13 @@ def test_kernels_that_half_precision_cannot_hold_are_not_inserted(value):
     network = nn.Sequential(nn.Conv2d(1, 1, 3)).half()
     bank = kernels.extract(network)
     with pytest.raises(InvalidValueError, match=r"layer 0 .* finite in torch\.float16, up to 65504"):
-        kernels.insert(network, replace(bank, weights=np.full_like(bank.weights, value)))
+        kernels.insert(network, replace(bank, kernels=np.full_like(bank.kernels, value)))
 
 
 def test_a_model_is_taken_and_comes_back_as_a_model():
     model = models.plain("mine", nn.Sequential(nn.Conv2d(3, 2, 3)))
     bank = kernels.extract(model)
-    changed = kernels.insert(model, replace(bank, weights=np.ones_like(bank.weights)))
+    changed = kernels.insert(model, replace(bank, kernels=np.ones_like(bank.kernels)))
     assert (type(changed), changed.name) == (models.Model, "mine")
     assert (changed.network[0].weight == 1).all()
     assert list(kernels.matched(model, bank.layers).values()) == [model.network[0]]
@@ -401,7 +401,7 @@ def test_size_of_another_kind_is_refused(size):
 def test_bank_with_kernels_of_another_kind_is_inserted(make):
     network = nn.Sequential(nn.Conv2d(2, 3, 3))
     bank = kernels.extract(network)
-    changed = kernels.insert(network, replace(bank, weights=make(bank.weights + 1)))
-    np.testing.assert_array_equal(kernels.extract(changed).weights, bank.weights + 1)
+    changed = kernels.insert(network, replace(bank, kernels=make(bank.kernels + 1)))
+    np.testing.assert_array_equal(kernels.extract(changed).kernels, bank.kernels + 1)
     with pytest.raises(InvalidValueError, match=r"kernels have shape \(9,\); layer 0 has \(3, 3\)"):
-        kernels.insert(network, replace(bank, weights=bank.points))
+        kernels.insert(network, replace(bank, kernels=bank.points))

@@ -43,7 +43,7 @@ def test_two_pairs_on_a_line_are_found_with_their_means_and_inertia():
 
 
 def test_weights_move_the_mean_and_count_in_the_inertia():
-    result = fit(np.array([[0.0], [4.0], [50.0]]), 2, weights=[3, 1, 7])
+    result = fit(np.array([[0.0], [4.0], [50.0]]), 2, sample_weight=[3, 1, 7])
     assert sorted(result.centres.ravel()) == [1, 50]
     assert result.inertia == 3 * 1 + 1 * 9
 
@@ -84,11 +84,13 @@ def test_any_k_on_weighted_points_that_occur_again_and_again_is_a_partition(
     n, d, distinct, without, share, seed
 ):
     points = heavy_tailed(distinct, d, seed)[np.random.default_rng(seed).integers(0, distinct, n)]
-    weights = None if without is None else uneven(n, seed)
+    sample_weight = None if without is None else uneven(n, seed)
     if without:
-        weights[1:][np.random.default_rng(seed).random(n - 1) < without] = 0
+        sample_weight[1:][np.random.default_rng(seed).random(n - 1) < without] = 0
     n_clusters = 1 + round(share * (n - 1))
-    assert_is_a_partition(points, n_clusters, fit(points, n_clusters, weights=weights, seed=seed), weights)
+    assert_is_a_partition(
+        points, n_clusters, fit(points, n_clusters, sample_weight=sample_weight, seed=seed), sample_weight
+    )
 
 
 @given(st.integers(257, 700), st.booleans(), st.booleans(), st.sampled_from([1.6, None]), st.integers(0, 9))
@@ -96,11 +98,11 @@ def test_any_k_on_weighted_points_that_occur_again_and_again_is_a_partition(
 def test_hundreds_of_clusters_started_in_cells_are_a_partition(n_clusters, weighted, doubled, reach, seed):
     points = heavy_tailed(1500, seed=seed)
     points = np.concatenate([points, points[::-1]]) if doubled else points
-    weights = uneven(len(points), seed) if weighted else None
+    sample_weight = uneven(len(points), seed) if weighted else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_lloyd, "_FLAT_WORK", 0)
-        result = fit(points, n_clusters, weights=weights, reach=reach, seed=seed)
-    assert_is_a_partition(points, n_clusters, result, weights)
+        result = fit(points, n_clusters, sample_weight=sample_weight, reach=reach, seed=seed)
+    assert_is_a_partition(points, n_clusters, result, sample_weight)
 
 
 @pytest.mark.parametrize("d", [1, 25, 49])
@@ -138,13 +140,15 @@ def test_all_zero_points_are_one_cluster(n_clusters):
     assert (result.centres.tolist(), set(result.labels), result.inertia) == ([[0] * 9], {0}, 0)
 
 
-@pytest.mark.parametrize("weights", [None, uneven(5000)], ids=["alike", "weighted"])
+@pytest.mark.parametrize("sample_weight", [None, uneven(5000)], ids=["alike", "weighted"])
 @pytest.mark.parametrize("n_clusters", [4, 64, 600, 2900])
-def test_same_seed_gives_the_same_bits_on_any_number_of_threads(n_clusters, weights, in_cells):
+def test_same_seed_gives_the_same_bits_on_any_number_of_threads(n_clusters, sample_weight, in_cells):
     points, before = heavy_tailed(5000), faiss.omp_get_max_threads()
-    one, *others = (fit(points, n_clusters, weights=weights, seed=7, n_threads=n) for n in (1, 2, 3))
+    one, *others = (
+        fit(points, n_clusters, sample_weight=sample_weight, seed=7, n_threads=n) for n in (1, 2, 3)
+    )
     assert faiss.omp_get_max_threads() == before
-    assert fit(points, n_clusters, weights=weights, seed=8).inertia != one.inertia
+    assert fit(points, n_clusters, sample_weight=sample_weight, seed=8).inertia != one.inertia
     for other in others:
         assert_same_bits(other, one)
 
@@ -202,7 +206,7 @@ def test_reach_has_no_part_in_up_to_256_clusters():
 def test_an_integer_weight_is_that_many_copies(n_clusters):
     points, copies = heavy_tailed(900), np.random.default_rng(0).integers(1, 4, 900)
     exact = {"init": points[:n_clusters], "reach": None, "tol": 0, "max_iter": 5}
-    weighted = fit(points, n_clusters, weights=copies, **exact)
+    weighted = fit(points, n_clusters, sample_weight=copies, **exact)
     copied = fit(points.repeat(copies, axis=0), n_clusters, **exact)
     np.testing.assert_array_equal(weighted.labels.repeat(copies), copied.labels)
     np.testing.assert_allclose(weighted.centres, copied.centres, rtol=1e-5, atol=1e-6)
@@ -215,19 +219,19 @@ def test_points_without_weight_change_no_centre_and_get_their_nearest(n_clusters
     exact = {"init": points[:n_clusters], "reach": None}
     alone = fit(points, n_clusters, **exact)
     everyone = np.concatenate([points, others])
-    weights = np.repeat([1, 0], [900, 200])
-    result = fit(everyone, n_clusters, weights=weights, **exact)
+    sample_weight = np.repeat([1, 0], [900, 200])
+    result = fit(everyone, n_clusters, sample_weight=sample_weight, **exact)
     np.testing.assert_array_equal(result.centres, alone.centres)
     np.testing.assert_array_equal(result.labels[:900], alone.labels)
     assert result.inertia == alone.inertia
-    assert_is_a_partition(everyone, n_clusters, result, weights)
+    assert_is_a_partition(everyone, n_clusters, result, sample_weight)
 
 
 @pytest.mark.parametrize("n_clusters", [12, 300])
 @pytest.mark.parametrize("weight", [2.0**-40, 8.0])
 def test_weights_that_are_all_alike_only_scale_the_inertia(n_clusters, weight, in_cells):
     points = heavy_tailed(900)
-    plain, weighted = fit(points, n_clusters), fit(points, n_clusters, weights=np.full(900, weight))
+    plain, weighted = fit(points, n_clusters), fit(points, n_clusters, sample_weight=np.full(900, weight))
     np.testing.assert_array_equal(weighted.centres, plain.centres)
     np.testing.assert_array_equal(weighted.labels, plain.labels)
     assert weighted.inertia == weight * plain.inertia
@@ -237,8 +241,8 @@ def test_weights_that_are_all_alike_only_scale_the_inertia(n_clusters, weight, i
 def test_points_that_weigh_more_are_served_better(n_clusters):
     points, heavy = heavy_tailed(2000), np.arange(2000) % 2 == 0
 
-    def loss(weights):
-        result = fit(points, n_clusters, weights=weights)
+    def loss(sample_weight):
+        result = fit(points, n_clusters, sample_weight=sample_weight)
         return np.square(points - result.centres[result.labels])[heavy].sum()
 
     assert loss(np.where(heavy, 100, 1)) < 0.9 * loss(None)
@@ -334,15 +338,15 @@ def test_points_that_are_no_rows_are_refused(shape):
 
 
 @pytest.mark.parametrize(
-    "weights",
+    "sample_weight",
     [[1, 1, 1], np.ones((4, 1)), [1, 1, 1, -1], [1, 1, 1, np.nan], [1, 1, 1, np.inf], [0, 0, 0, 0]],
     ids=["few", "a column", "negative", "NaN", "infinite", "all 0"],
 )
-def test_weights_out_of_range_are_refused(weights):
-    with pytest.raises(InvalidValueError, match="weights"):
-        fit(np.eye(4), 2, weights=weights)
-    with pytest.raises(InvalidValueError, match="weights"):
-        ladder(np.eye(4), [2], weights=weights)
+def test_weights_out_of_range_are_refused(sample_weight):
+    with pytest.raises(InvalidValueError, match="sample_weight"):
+        fit(np.eye(4), 2, sample_weight=sample_weight)
+    with pytest.raises(InvalidValueError, match="sample_weight"):
+        ladder(np.eye(4), [2], sample_weight=sample_weight)
 
 
 @pytest.mark.parametrize("init", [np.eye(4)[:3], np.eye(3)[:2], np.zeros(4), np.full((2, 4), np.nan)])
@@ -410,14 +414,14 @@ def test_points_in_a_mapped_file_are_clustered_like_those_in_memory(tmp_path):
 @pytest.mark.parametrize("n_clusters", [20, 300])
 @pytest.mark.parametrize("shift", [0, 100])
 def test_what_the_caller_gives_stays_as_it_is(n_clusters, shift):
-    points, weights = shift + heavy_tailed(900), uneven(900)
-    given_ones = points, weights, points[:n_clusters].copy()
+    points, sample_weight = shift + heavy_tailed(900), uneven(900)
+    given_ones = points, sample_weight, points[:n_clusters].copy()
     kept = [x.copy() for x in given_ones]
-    one = fit(points, n_clusters, weights=weights, init=given_ones[2])
+    one = fit(points, n_clusters, sample_weight=sample_weight, init=given_ones[2])
     for x, before in zip(given_ones, kept, strict=True):
         np.testing.assert_array_equal(x, before)
         x.flags.writeable = False
-    assert_same_bits(fit(points, n_clusters, weights=weights, init=given_ones[2]), one)
+    assert_same_bits(fit(points, n_clusters, sample_weight=sample_weight, init=given_ones[2]), one)
 
 
 @pytest.mark.parametrize(
@@ -476,14 +480,14 @@ def test_rungs_of_a_ladder_are_about_as_good_as_fits_alone(in_cells):
         assert rung.inertia <= 1.05 * fit(points, k).inertia
 
 
-@pytest.mark.parametrize("weights", [None, uneven(3000)], ids=["alike", "weighted"])
+@pytest.mark.parametrize("sample_weight", [None, uneven(3000)], ids=["alike", "weighted"])
 @pytest.mark.parametrize("shift", [0, 100])
-def test_any_k_between_and_around_the_rungs_is_a_partition(weights, shift, in_cells):
+def test_any_k_between_and_around_the_rungs_is_a_partition(sample_weight, shift, in_cells):
     points = shift + heavy_tailed(3000)
-    found = ladder(points, [10, 100, 600], weights=weights)
+    found = ladder(points, [10, 100, 600], sample_weight=sample_weight)
     assert all(found.at(k) is rung for k, rung in zip(found.ks, found.rungs, strict=True))
     for k in (1, 4, 57, 300, 700, 3000):
-        assert_is_a_partition(points, k, found.at(k), weights)
+        assert_is_a_partition(points, k, found.at(k), sample_weight)
     assert found.at(57).inertia < found.at(10).inertia
     for k in (0, 3001):
         with pytest.raises(InvalidValueError, match=f"n_clusters is {k}; .* 1 to 3000"):
@@ -505,15 +509,17 @@ def test_ladders_of_points_with_many_duplicates_are_partitions(points, data):
 def test_a_rung_on_a_grid_half_of_which_has_no_weight_is_a_partition():
     draw = np.random.default_rng(18)
     points = draw.integers(-3, 4, (1000, 4)).astype(np.float32)
-    weights = (draw.random(1000) > 0.5).astype(np.float32)
-    for k, rung in zip((50, 450), ladder(points, [50, 450], weights=weights).rungs, strict=True):
-        assert_is_a_partition(points, k, rung, weights)
+    sample_weight = (draw.random(1000) > 0.5).astype(np.float32)
+    for k, rung in zip((50, 450), ladder(points, [50, 450], sample_weight=sample_weight).rungs, strict=True):
+        assert_is_a_partition(points, k, rung, sample_weight)
 
 
-@pytest.mark.parametrize("weights", [None, uneven(3000)], ids=["alike", "weighted"])
-def test_a_ladder_has_the_same_bits_on_any_number_of_threads(weights, in_cells):
+@pytest.mark.parametrize("sample_weight", [None, uneven(3000)], ids=["alike", "weighted"])
+def test_a_ladder_has_the_same_bits_on_any_number_of_threads(sample_weight, in_cells):
     points = heavy_tailed(3000)
-    one, *others = (ladder(points, [30, 300, 900], weights=weights, n_threads=n) for n in (1, 2, 3))
+    one, *others = (
+        ladder(points, [30, 300, 900], sample_weight=sample_weight, n_threads=n) for n in (1, 2, 3)
+    )
     for other in others:
         for mine, theirs in zip((*other.rungs, other.at(500)), (*one.rungs, one.at(500)), strict=True):
             assert_same_bits(mine, theirs)

@@ -21,13 +21,13 @@ def options(**changed):
     return Options(**{"max_iter": 10, "tol": 0.0, "reach": None, "seed": 0, "n_threads": 2, **changed})
 
 
-def fit(points, centres, weights=None, guess=None, progress=None, **changed):
-    return _lloyd.fit(points, weights, centres, guess, options(**changed), Progress(progress))
+def fit(points, centres, sample_weight=None, guess=None, progress=None, **changed):
+    return _lloyd.fit(points, sample_weight, centres, guess, options(**changed), Progress(progress))
 
 
-def filled(points, centres, weights=None):
+def filled(points, centres, sample_weight=None):
     before = _nearest.nearest(points, centres, n_threads=2)
-    return before, *_lloyd.filled(points, weights, centres, before, 2)
+    return before, *_lloyd.filled(points, sample_weight, centres, before, 2)
 
 
 def assert_labels_are_the_nearest(points, centres, labels):
@@ -40,8 +40,8 @@ def assert_labels_are_the_nearest(points, centres, labels):
 def test_means_are_weighted_and_a_cluster_without_weight_stays():
     points = np.array([[0, 0], [4, 8], [1, 1], [5, 5]], np.float32)
     centres = np.array([[9, 9], [7, 6], [5, 4], [3, 2]], np.float32)
-    labels, weights = np.array([0, 0, 2, 3], np.int32), np.array([1, 3, 2, 0], np.float32)
-    weighted = _lloyd.means(points, weights, labels, centres, 2)
+    labels, sample_weight = np.array([0, 0, 2, 3], np.int32), np.array([1, 3, 2, 0], np.float32)
+    weighted = _lloyd.means(points, sample_weight, labels, centres, 2)
     assert weighted.dtype == np.float32
     assert weighted.tolist() == [[3, 6], [7, 6], [1, 1], [3, 2]]
     assert _lloyd.means(points, None, labels, centres, 2).tolist() == [[2, 4], [7, 6], [1, 1], [5, 5]]
@@ -52,9 +52,9 @@ def test_means_are_weighted_and_a_cluster_without_weight_stays():
 def test_means_of_many_points_are_those_of_float64(weighted, d):
     draw = np.random.default_rng(0)
     points, labels = 1000 + heavy_tailed(50_000, d), draw.integers(0, 3, 50_000).astype(np.int32)
-    weights = draw.lognormal(size=50_000).astype(np.float32) if weighted else None
-    result = _lloyd.means(points, weights, labels, np.zeros((3, d), np.float32), 2)
-    mass = np.ones(50_000) if weights is None else weights.astype(np.float64)
+    sample_weight = draw.lognormal(size=50_000).astype(np.float32) if weighted else None
+    result = _lloyd.means(points, sample_weight, labels, np.zeros((3, d), np.float32), 2)
+    mass = np.ones(50_000) if sample_weight is None else sample_weight.astype(np.float64)
     expected = [
         np.average(points[labels == j].astype(np.float64), axis=0, weights=mass[labels == j])
         for j in range(3)
@@ -88,18 +88,18 @@ def test_an_empty_centre_moves_to_the_worst_served_point():
 
 
 def test_a_weight_says_which_point_is_worst_served():
-    points, weights = np.array([[0], [1], [10], [12]], np.float32), np.array([1, 5, 1, 1], np.float32)
-    _, centres, found = filled(points, np.array([[0], [10], [99]], np.float32), weights)
+    points, sample_weight = np.array([[0], [1], [10], [12]], np.float32), np.array([1, 5, 1, 1], np.float32)
+    _, centres, found = filled(points, np.array([[0], [10], [99]], np.float32), sample_weight)
     assert centres.ravel().tolist() == [0, 10, 1]
     assert (found.labels.tolist(), found.errors.tolist()) == ([0, 2, 1, 1], [0, 0, 0, 4])
 
 
 def test_a_point_without_weight_takes_a_centre_only_if_no_other_can():
-    points, weights = np.array([[0], [1], [90]], np.float32), np.array([1, 1, 0], np.float32)
+    points, sample_weight = np.array([[0], [1], [90]], np.float32), np.array([1, 1, 0], np.float32)
     empty = np.array([[500], [600]], np.float32)
-    _, centres, _ = filled(points, np.array([[0], *empty[:1]], np.float32), weights)
+    _, centres, _ = filled(points, np.array([[0], *empty[:1]], np.float32), sample_weight)
     assert centres.ravel().tolist() == [0, 1]
-    _, centres, found = filled(points, np.array([[0], *empty], np.float32), weights)
+    _, centres, found = filled(points, np.array([[0], *empty], np.float32), sample_weight)
     assert sorted(centres.ravel()) == [0, 1, 90]
     assert not found.errors.any()
 
@@ -130,12 +130,12 @@ def test_no_empty_cluster_survives_unless_every_point_lies_on_a_centre(n, d, k, 
 @pytest.mark.parametrize(("n", "d", "k"), [(500, 1, 5), (1500, 9, 20), (4000, 9, 300)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_exact_rounds_are_scikit_learns(max_iter, n, d, k, weighted):
-    points, weights = normal(n, d), None
+    points, sample_weight = normal(n, d), None
     if weighted:
-        weights = np.random.default_rng(1).uniform(0.1, 5, n).astype(np.float32)
-    ours = fit(points, points[:k], weights, max_iter=max_iter)
+        sample_weight = np.random.default_rng(1).uniform(0.1, 5, n).astype(np.float32)
+    ours = fit(points, points[:k], sample_weight, max_iter=max_iter)
     theirs = KMeans(k, init=points[:k], n_init=1, max_iter=max_iter, tol=0, algorithm="lloyd")
-    theirs.fit(points.astype(np.float64), sample_weight=weights)
+    theirs.fit(points.astype(np.float64), sample_weight=sample_weight)
     np.testing.assert_array_equal(ours.labels, theirs.labels_)
     np.testing.assert_allclose(ours.centres, theirs.cluster_centers_, rtol=1e-5, atol=1e-6)
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
@@ -146,13 +146,16 @@ def test_exact_rounds_are_scikit_learns(max_iter, n, d, k, weighted):
 @pytest.mark.parametrize("reach", [None, 1.6])
 @pytest.mark.parametrize("max_iter", [0, 1, 10])
 def test_a_fit_has_no_empty_cluster_and_exact_labels(k, reach, max_iter):
-    points, weights = heavy_tailed(3000), np.random.default_rng(1).integers(0, 4, 3000).astype(np.float32)
-    result = fit(points, heavy_tailed(k, seed=5), weights, reach=reach, max_iter=max_iter)
+    points, sample_weight = (
+        heavy_tailed(3000),
+        np.random.default_rng(1).integers(0, 4, 3000).astype(np.float32),
+    )
+    result = fit(points, heavy_tailed(k, seed=5), sample_weight, reach=reach, max_iter=max_iter)
     assert (np.bincount(result.labels, minlength=k) > 0).all()
     assert len(np.unique(result.centres, axis=0)) == len(result.centres) == k
     assert_labels_are_the_nearest(points, result.centres, result.labels)
     own = np.square(points.astype(np.float64) - result.centres[result.labels]).sum(1)
-    assert result.inertia == pytest.approx((own * weights).sum(), rel=1e-5)
+    assert result.inertia == pytest.approx((own * sample_weight).sum(), rel=1e-5)
     assert result.iterations <= max_iter
 
 
@@ -258,19 +261,19 @@ def test_a_guess_changes_only_how_fast_a_fit_is():
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_start_has_k_centres_and_near_ones_if_any(k, weighted):
     points = heavy_tailed(3000)
-    weights = np.random.default_rng(1).integers(0, 4, 3000).astype(np.float32) if weighted else None
-    centres, guess = _lloyd.start(points, weights, k, options(seed=3))
+    sample_weight = np.random.default_rng(1).integers(0, 4, 3000).astype(np.float32) if weighted else None
+    centres, guess = _lloyd.start(points, sample_weight, k, options(seed=3))
     assert (centres.shape, centres.dtype) == ((k, 9), np.float32)
     if guess is not None:
         own = np.square(points.astype(np.float64) - centres[guess]).sum()
         assert own <= 2 * np.square(cdist(points, centres).min(1)).sum()
-    assert np.array_equal(_lloyd.start(points, weights, k, options(seed=3, n_threads=1))[0], centres)
+    assert np.array_equal(_lloyd.start(points, sample_weight, k, options(seed=3, n_threads=1))[0], centres)
     if k > 1:
-        assert not np.array_equal(_lloyd.start(points, weights, k, options(seed=4))[0], centres)
+        assert not np.array_equal(_lloyd.start(points, sample_weight, k, options(seed=4))[0], centres)
 
 
 def test_centres_are_started_on_points_with_weight_however_few_they_are():
-    points, weights = heavy_tailed(20_000), np.zeros(20_000, np.float32)
-    weights[[5, 70, 900]] = 1
-    centres, _ = _lloyd.start(points, weights, 3, options())
+    points, sample_weight = heavy_tailed(20_000), np.zeros(20_000, np.float32)
+    sample_weight[[5, 70, 900]] = 1
+    centres, _ = _lloyd.start(points, sample_weight, 3, options())
     np.testing.assert_allclose(cdist(points[[5, 70, 900]], centres).min(1), 0, atol=1e-6)

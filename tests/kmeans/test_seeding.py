@@ -9,11 +9,11 @@ from sklearn.datasets import make_blobs
 from kclib.kmeans._seeding import shares, split
 
 
-def run(points, cells, counts, weights=None, *, rounds=5, trials=3, seed=0, n_threads=2, done=None):
+def run(points, cells, counts, sample_weight=None, *, rounds=5, trials=3, seed=0, n_threads=2, done=None):
     points = np.asarray(points, np.float32)
-    weights = None if weights is None else np.asarray(weights, np.float32)
+    sample_weight = None if sample_weight is None else np.asarray(sample_weight, np.float32)
     return split(
-        points, weights, np.asarray(cells, np.int32), np.asarray(counts),
+        points, sample_weight, np.asarray(cells, np.int32), np.asarray(counts),
         rounds=rounds, trials=trials, seed=seed, n_threads=n_threads, done=done,
     )  # fmt: skip
 
@@ -55,10 +55,10 @@ def test_what_a_full_cell_cannot_take_goes_to_the_others():
 @pytest.mark.parametrize("weighted", [False, True])
 def test_one_cluster_in_a_cell_is_its_weighted_mean(d, weighted):
     points, cells = heavy_tailed(300, d), np.arange(300) % 7
-    weights = np.random.default_rng(1).uniform(0, 3, 300).astype(np.float32) if weighted else None
-    centres, labels = run(points, cells, [1] * 7, weights)
+    sample_weight = np.random.default_rng(1).uniform(0, 3, 300).astype(np.float32) if weighted else None
+    centres, labels = run(points, cells, [1] * 7, sample_weight)
     expected = [
-        np.average(points[cells == cell], axis=0, weights=weights[cells == cell] if weighted else None)
+        np.average(points[cells == cell], axis=0, weights=sample_weight[cells == cell] if weighted else None)
         for cell in range(7)
     ]
     np.testing.assert_allclose(centres, expected, rtol=1e-5, atol=1e-7)
@@ -87,8 +87,13 @@ def test_labels_of_points_stay_in_their_cells(n, d, n_cells, mass, duplicates, s
     cells = draw.integers(0, n_cells, n)
     sizes = np.bincount(cells, minlength=n_cells)
     counts = draw.integers(np.minimum(sizes, 1), sizes, endpoint=True)
-    weights = {"none": None, "ones": np.ones(n), "some zero": draw.integers(0, 3, n), "all zero": np.zeros(n)}
-    centres, labels = run(points, cells, counts, weights[mass], seed=seed)
+    sample_weight = {
+        "none": None,
+        "ones": np.ones(n),
+        "some zero": draw.integers(0, 3, n),
+        "all zero": np.zeros(n),
+    }
+    centres, labels = run(points, cells, counts, sample_weight[mass], seed=seed)
     assert_labels_stay_in_their_cells(cells, counts, centres, labels)
 
 
@@ -124,16 +129,16 @@ def test_more_clusters_than_distinct_points_still_lose_nothing():
 @pytest.mark.parametrize("k", [1, 3])
 def test_points_without_weight_draw_no_centre(k):
     crowd = np.random.default_rng(0).normal(size=(60, 9))
-    points, weights = np.concatenate([crowd, np.full((3, 9), 1e3)]), np.repeat([1, 0], [60, 3])
-    centres, _ = run(points, np.zeros(63), [k], weights)
+    points, sample_weight = np.concatenate([crowd, np.full((3, 9), 1e3)]), np.repeat([1, 0], [60, 3])
+    centres, _ = run(points, np.zeros(63), [k], sample_weight)
     assert (np.linalg.norm(centres, axis=1) < 9).all()
 
 
 def test_a_heavy_point_counts_as_often_as_its_weight():
     points = np.array([[0.0], [1.0], [2.0], [50.0], [51.0]])
-    weights = np.array([3, 1, 2, 1, 4])
-    expected = run(np.repeat(points, weights, axis=0), np.zeros(11), [2])[0]
-    centres, _ = run(points, np.zeros(5), [2], weights)
+    sample_weight = np.array([3, 1, 2, 1, 4])
+    expected = run(np.repeat(points, sample_weight, axis=0), np.zeros(11), [2])[0]
+    centres, _ = run(points, np.zeros(5), [2], sample_weight)
     np.testing.assert_allclose(sorted(centres.ravel()), sorted(expected.ravel()), rtol=1e-6)
 
 

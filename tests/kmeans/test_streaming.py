@@ -25,9 +25,9 @@ def _small_blocks():
 
 
 def bank_of(points):
-    weights = points.reshape(-1, 3, 3).copy()
-    weights.flags.writeable = False
-    return KernelBank(weights, (Layer("conv", (len(points), 1, 3, 3), 0),), {})
+    kernels = points.reshape(-1, 3, 3).copy()
+    kernels.flags.writeable = False
+    return KernelBank(kernels, (Layer("conv", (len(points), 1, 3, 3), 0),), {})
 
 
 @pytest.mark.parametrize("n_clusters", [20, 300])
@@ -60,10 +60,16 @@ def test_streamed_points_are_clustered_about_as_well_as_in_memory():
 
 
 @pytest.mark.parametrize("n_clusters", [20, 300])
-@pytest.mark.parametrize("weights", [None, uneven(3200)], ids=["alike", "weighted"])
-def test_exact_rounds_over_blocks_are_those_in_memory(n_clusters, weights):
+@pytest.mark.parametrize("sample_weight", [None, uneven(3200)], ids=["alike", "weighted"])
+def test_exact_rounds_over_blocks_are_those_in_memory(n_clusters, sample_weight):
     points = heavy_tailed(3200)
-    exact = {"init": points[:n_clusters], "weights": weights, "reach": None, "tol": 0, "max_iter": 5}
+    exact = {
+        "init": points[:n_clusters],
+        "sample_weight": sample_weight,
+        "reach": None,
+        "tol": 0,
+        "max_iter": 5,
+    }
     streamed, whole = fit([points], n_clusters, **exact), fit(points, n_clusters, **exact)
     np.testing.assert_array_equal(streamed.labels, whole.labels)
     np.testing.assert_allclose(streamed.centres, whole.centres, rtol=1e-5, atol=1e-6)
@@ -88,10 +94,10 @@ def test_reach_has_no_part_in_up_to_256_clusters():
 @settings(deadline=None, max_examples=30)
 def test_labels_are_exact_and_no_cluster_is_empty(n, d, distinct, weighted, share, seed):
     points = heavy_tailed(distinct, d, seed)[np.random.default_rng(seed).integers(0, distinct, n)]
-    weights = uneven(n, seed) if weighted else None
+    sample_weight = uneven(n, seed) if weighted else None
     n_clusters = 1 + round(share**3 * (n - 1))
-    result = fit([points], n_clusters, weights=weights, seed=seed)
-    assert_is_a_partition(points, n_clusters, result, weights)
+    result = fit([points], n_clusters, sample_weight=sample_weight, seed=seed)
+    assert_is_a_partition(points, n_clusters, result, sample_weight)
 
 
 @pytest.mark.parametrize("n_clusters", [29, 30, 31, 300])
@@ -113,16 +119,16 @@ def test_rare_points_that_the_start_has_not_seen_have_centres():
 
 def test_points_without_weight_have_centres_if_no_others_are_left():
     points = heavy_tailed(30)[np.arange(3000) % 30]
-    weights = np.arange(3000) % 30 < 10
-    result = fit([points], 15, weights=weights)
-    assert_is_a_partition(points, 15, result, weights)
+    sample_weight = np.arange(3000) % 30 < 10
+    result = fit([points], 15, sample_weight=sample_weight)
+    assert_is_a_partition(points, 15, result, sample_weight)
     assert result.inertia == 0
 
 
 @pytest.mark.parametrize("n_clusters", [12, 300])
 def test_weights_that_are_all_alike_only_scale_the_inertia(n_clusters):
     points = heavy_tailed(1700)
-    plain, weighted = fit([points], n_clusters), fit([points], n_clusters, weights=np.full(1700, 8.0))
+    plain, weighted = fit([points], n_clusters), fit([points], n_clusters, sample_weight=np.full(1700, 8.0))
     np.testing.assert_array_equal(weighted.centres, plain.centres)
     np.testing.assert_array_equal(weighted.labels, plain.labels)
     assert weighted.inertia == 8 * plain.inertia
@@ -131,14 +137,14 @@ def test_weights_that_are_all_alike_only_scale_the_inertia(n_clusters):
 @pytest.mark.parametrize("n_clusters", [12, 300])
 def test_points_without_weight_change_no_centre_and_get_their_nearest(n_clusters):
     points, others = heavy_tailed(1000), heavy_tailed(700, seed=1)
-    weights = np.repeat([1, 0], [1000, 700])
+    sample_weight = np.repeat([1, 0], [1000, 700])
     exact = {"init": points[:n_clusters], "reach": None}
     alone = fit([points], n_clusters, **exact)
-    result = fit([points, others], n_clusters, weights=weights, **exact)
+    result = fit([points, others], n_clusters, sample_weight=sample_weight, **exact)
     np.testing.assert_array_equal(result.centres, alone.centres)
     np.testing.assert_array_equal(result.labels[:1000], alone.labels)
     assert result.inertia == alone.inertia
-    assert_is_a_partition(np.concatenate([points, others]), n_clusters, result, weights)
+    assert_is_a_partition(np.concatenate([points, others]), n_clusters, result, sample_weight)
 
 
 @pytest.mark.parametrize("factor", [1e-25, 1e20])
@@ -154,25 +160,27 @@ def test_points_close_together_and_far_from_zero_are_a_partition():
     assert_is_a_partition(points, 64, result)
 
 
-@pytest.mark.parametrize("weights", [None, uneven(3200)], ids=["alike", "weighted"])
+@pytest.mark.parametrize("sample_weight", [None, uneven(3200)], ids=["alike", "weighted"])
 @pytest.mark.parametrize("n_clusters", [20, 300])
-def test_same_seed_gives_the_same_bits_on_any_number_of_threads(n_clusters, weights):
+def test_same_seed_gives_the_same_bits_on_any_number_of_threads(n_clusters, sample_weight):
     points = heavy_tailed(3200)
-    one, *others = (fit([points], n_clusters, weights=weights, seed=7, n_threads=n) for n in (1, 2, 3))
-    assert fit([points], n_clusters, weights=weights, seed=8).inertia != one.inertia
+    one, *others = (
+        fit([points], n_clusters, sample_weight=sample_weight, seed=7, n_threads=n) for n in (1, 2, 3)
+    )
+    assert fit([points], n_clusters, sample_weight=sample_weight, seed=8).inertia != one.inertia
     for other in others:
         assert_same_bits(other, one)
 
 
 def test_a_dask_cluster_gives_the_same_bits():
-    points, weights = heavy_tailed(3200), uneven(3200)
-    local = [fit([points], k, weights=weights) for k in (20, 300)]
+    points, sample_weight = heavy_tailed(3200), uneven(3200)
+    local = [fit([points], k, sample_weight=sample_weight) for k in (20, 300)]
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster),
         joblib.parallel_config("dask"),
     ):
-        spread = [fit([points], k, weights=weights) for k in (20, 300)]
+        spread = [fit([points], k, sample_weight=sample_weight) for k in (20, 300)]
     for mine, theirs in zip(spread, local, strict=True):
         assert_same_bits(mine, theirs)
 
@@ -241,8 +249,8 @@ def test_what_does_not_fit_the_parts_is_refused():
     for k in (0, 9):
         with pytest.raises(InvalidValueError, match=f"n_clusters is {k}; .* 1 to 8,"):
             fit(parts, k)
-    with pytest.raises(InvalidValueError, match=r"weights have shape \(4,\); it must be \(8,\)"):
-        fit(parts, 2, weights=np.ones(4))
+    with pytest.raises(InvalidValueError, match=r"sample_weight has shape \(4,\); it must be \(8,\)"):
+        fit(parts, 2, sample_weight=np.ones(4))
     with pytest.raises(InvalidValueError, match=r"init has shape \(3, 4\); it must be \(2, 4\)"):
         fit(parts, 2, init=np.eye(4)[:3])
     with pytest.raises(InvalidValueError, match="1 to 0, the number of kernels"):
@@ -264,11 +272,11 @@ def test_nearest_centres_found_by_torch_are_exact_however_many_fit(d, at_once, m
 @pytest.mark.parametrize("n_clusters", [20, 300])
 def test_a_torch_device_finds_a_partition(n_clusters, monkeypatch):
     monkeypatch.setattr(_streaming, "_ON_DEVICE", 10_000)
-    points, weights = heavy_tailed(3200), uneven(3200)
-    result = fit(points, n_clusters, weights=weights, device="cpu:0")
+    points, sample_weight = heavy_tailed(3200), uneven(3200)
+    result = fit(points, n_clusters, sample_weight=sample_weight, device="cpu:0")
     assert result.search == "cpu:0"
-    assert_is_a_partition(points, n_clusters, result, weights)
-    assert result.inertia <= 1.02 * fit([points], n_clusters, weights=weights).inertia
+    assert_is_a_partition(points, n_clusters, result, sample_weight)
+    assert result.inertia <= 1.02 * fit([points], n_clusters, sample_weight=sample_weight).inertia
 
 
 def test_a_torch_device_takes_points_that_cannot_be_written():

@@ -53,7 +53,7 @@ def squared_distances(points, centres, scaled, turned):
     return result
 
 
-def assert_is_a_partition(points, n_clusters, result, scaled, turned, weights=None):
+def assert_is_a_partition(points, n_clusters, result, scaled, turned, sample_weight=None):
     n, d = points.shape
     assert result.centres.shape == (len(result.centres), d)
     assert 1 <= len(result.centres) <= n_clusters
@@ -71,10 +71,12 @@ def assert_is_a_partition(points, n_clusters, result, scaled, turned, weights=No
     least = squared_distances(points, result.centres, scaled, turned).min(1)
     squares = np.square(points.astype(np.float64)).sum(1)
     assert (own <= least + 4e-6 * (squares + least)).all()
-    weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
-    assert result.inertia == pytest.approx(weights @ own, rel=1e-4, abs=1e-6 * (weights @ squares))
+    sample_weight = np.ones(n) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    assert result.inertia == pytest.approx(
+        sample_weight @ own, rel=1e-4, abs=1e-6 * (sample_weight @ squares)
+    )
     if len(result.centres) < n_clusters:
-        assert weights @ own <= 1e-6 * (weights @ squares)
+        assert sample_weight @ own <= 1e-6 * (sample_weight @ squares)
 
 
 def assert_same_bits(one, other):
@@ -123,9 +125,9 @@ def test_any_k_on_kernels_that_are_often_alike_is_a_partition(how, points, data)
 @settings(deadline=None, max_examples=25)
 def test_labels_turns_and_scales_are_exact(how, n, d, share, weighted, seed):
     points, n_clusters = heavy_tailed(n, d, seed), 1 + round(share * (n - 1))
-    weights = uneven(n, seed) * (np.arange(n) % 3 > 0) if weighted and n > 1 else None
-    result = fit(points, n_clusters, weights=weights, seed=seed, **how)
-    assert_is_a_partition(points, n_clusters, result, **how, weights=weights)
+    sample_weight = uneven(n, seed) * (np.arange(n) % 3 > 0) if weighted and n > 1 else None
+    result = fit(points, n_clusters, sample_weight=sample_weight, seed=seed, **how)
+    assert_is_a_partition(points, n_clusters, result, **how, sample_weight=sample_weight)
 
 
 @EACH
@@ -168,8 +170,10 @@ def test_symmetries_that_a_few_shapes_have_serve_their_kernels_better(how):
 @pytest.mark.parametrize("seed", [25, 30, 36])
 def test_more_clusters_than_kernels_with_weight_leave_none_empty(how, seed):
     points = 100 + heavy_tailed(400, 4, seed)
-    weights = np.arange(400) < 28
-    assert_is_a_partition(points, 200, fit(points, 200, weights=weights, **how), **how, weights=weights)
+    sample_weight = np.arange(400) < 28
+    assert_is_a_partition(
+        points, 200, fit(points, 200, sample_weight=sample_weight, **how), **how, sample_weight=sample_weight
+    )
 
 
 @pytest.mark.parametrize("n_clusters", [1, 20, 300])
@@ -180,12 +184,12 @@ def test_without_symmetries_it_is_ordinary_k_means(n_clusters):
     assert mine.inertia == pytest.approx(theirs.inertia, rel=0.05)
 
 
-@pytest.mark.parametrize("weights", [None, uneven(300)], ids=["alike", "weighted"])
-def test_one_centre_of_scaled_kernels_is_their_leading_eigenvector(weights):
+@pytest.mark.parametrize("sample_weight", [None, uneven(300)], ids=["alike", "weighted"])
+def test_one_centre_of_scaled_kernels_is_their_leading_eigenvector(sample_weight):
     points = heavy_tailed(300)
-    moments = (points.astype(np.float64).T * (1 if weights is None else weights)) @ points
+    moments = (points.astype(np.float64).T * (1 if sample_weight is None else sample_weight)) @ points
     values, vectors = np.linalg.eigh(moments)
-    result = fit(points, 1, scaled=True, weights=weights)
+    result = fit(points, 1, scaled=True, sample_weight=sample_weight)
     assert abs(result.centres[0] @ vectors[:, -1]) == pytest.approx(1, abs=1e-5)
     assert result.inertia == pytest.approx(values[:-1].sum(), rel=1e-4)
     np.testing.assert_allclose(
@@ -241,7 +245,7 @@ def test_kernels_of_one_weight_are_clustered(how):
 @pytest.mark.parametrize("scaled", [False, True])
 def test_an_integer_weight_is_that_many_copies(scaled):
     points, counts = heavy_tailed(400), np.random.default_rng(0).integers(1, 4, 400)
-    weighted = fit(points, 1, scaled=scaled, weights=counts)
+    weighted = fit(points, 1, scaled=scaled, sample_weight=counts)
     copied = fit(points.repeat(counts, axis=0), 1, scaled=scaled)
     assert weighted.inertia == pytest.approx(copied.inertia, rel=1e-5)
     sign = np.sign((weighted.centres * copied.centres).sum())
@@ -251,7 +255,7 @@ def test_an_integer_weight_is_that_many_copies(scaled):
 @EACH
 def test_weights_that_are_all_alike_only_scale_the_inertia(how):
     points = heavy_tailed(400)
-    plain, weighted = fit(points, 12, **how), fit(points, 12, weights=np.full(400, 8.0), **how)
+    plain, weighted = fit(points, 12, **how), fit(points, 12, sample_weight=np.full(400, 8.0), **how)
     np.testing.assert_array_equal(weighted.labels, plain.labels)
     np.testing.assert_allclose(weighted.centres, plain.centres, rtol=1e-5, atol=1e-6)
     assert weighted.inertia == pytest.approx(8 * plain.inertia, rel=1e-6)
@@ -261,8 +265,8 @@ def test_weights_that_are_all_alike_only_scale_the_inertia(how):
 def test_kernels_that_weigh_more_are_served_better(how):
     points, heavy = heavy_tailed(1000), np.arange(1000) % 2 == 0
 
-    def loss(weights):
-        return np.square(points - restored(fit(points, 12, weights=weights, **how)))[heavy].sum()
+    def loss(sample_weight):
+        return np.square(points - restored(fit(points, 12, sample_weight=sample_weight, **how)))[heavy].sum()
 
     assert loss(np.where(heavy, 100, 1)) < 0.95 * loss(None)
 
@@ -270,9 +274,11 @@ def test_kernels_that_weigh_more_are_served_better(how):
 @EACH
 @pytest.mark.parametrize("n_clusters", [12, 300])
 def test_same_seed_gives_the_same_bits_on_any_number_of_threads(how, n_clusters):
-    points, weights = heavy_tailed(2000), uneven(2000)
-    one, *others = (fit(points, n_clusters, weights=weights, seed=7, n_threads=n, **how) for n in (1, 2, 3))
-    assert fit(points, n_clusters, weights=weights, seed=8, **how).inertia != one.inertia
+    points, sample_weight = heavy_tailed(2000), uneven(2000)
+    one, *others = (
+        fit(points, n_clusters, sample_weight=sample_weight, seed=7, n_threads=n, **how) for n in (1, 2, 3)
+    )
+    assert fit(points, n_clusters, sample_weight=sample_weight, seed=8, **how).inertia != one.inertia
     for other in others:
         assert_same_bits(other, one)
 
@@ -299,13 +305,13 @@ def test_rounds_end_as_told_and_never_make_it_worse(how):
 
 @EACH
 def test_what_the_caller_gives_stays_as_it_is(how):
-    points, weights = heavy_tailed(300), uneven(300)
-    kept = points.copy(), weights.copy()
-    one = fit(points, 12, weights=weights, **how)
+    points, sample_weight = heavy_tailed(300), uneven(300)
+    kept = points.copy(), sample_weight.copy()
+    one = fit(points, 12, sample_weight=sample_weight, **how)
     np.testing.assert_array_equal(points, kept[0])
-    np.testing.assert_array_equal(weights, kept[1])
-    points.flags.writeable = weights.flags.writeable = False
-    assert_same_bits(fit(points, 12, weights=weights, **how), one)
+    np.testing.assert_array_equal(sample_weight, kept[1])
+    points.flags.writeable = sample_weight.flags.writeable = False
+    assert_same_bits(fit(points, 12, sample_weight=sample_weight, **how), one)
 
 
 @pytest.mark.parametrize("d", [2, 6, 8])
@@ -338,9 +344,9 @@ def test_kernels_that_are_not_square_are_clustered_without_turns(d, scaled):
         ({"n_clusters": 5}, "n_clusters is 5; .* 1 to 4,"),
         ({"points": np.full((4, 4), np.nan)}, "NaN or infinite"),
         ({"points": np.ones(4)}, "the points have shape"),
-        ({"weights": np.ones(3)}, "weights have shape"),
-        ({"weights": [1, 1, 1, -1]}, "weights must be finite"),
-        ({"weights": np.zeros(4)}, "weights must be finite"),
+        ({"sample_weight": np.ones(3)}, "sample_weight has shape"),
+        ({"sample_weight": [1, 1, 1, -1]}, "sample_weight must be finite"),
+        ({"sample_weight": np.zeros(4)}, "sample_weight must be finite"),
         ({"max_iter": -1}, "max_iter is -1"),
         ({"tol": np.nan}, "tol is nan"),
         ({"seed": -1}, "seed is -1"),

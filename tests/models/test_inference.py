@@ -295,7 +295,7 @@ def test_a_network_that_was_given_up_on_is_tried_in_no_other_layout_again():
 def test_power_of_what_kernels_read_needs_no_logits():
     segmenting = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
     bank = kernels.extract(segmenting)
-    found = sensitivity.weights(segmenting, images(), bank, kind="input", progress=False)
+    found = sensitivity.importance(segmenting, images(), bank, kind="input", progress=False)
     assert len(found) == len(bank)
     assert found[:3] == pytest.approx(float((images().images / 255).square().mean()), rel=0.1)
 
@@ -319,7 +319,7 @@ def test_every_verb_takes_a_network_and_images_however_they_come():
         lambda x: attribution.by_layer(x, made, data, progress=False),
         lambda x: damage.won_back(x, made, table, data, [1], progress=False),
         lambda x: compression.footprint(x, made),
-        lambda x: pd.Series(sensitivity.weights(x, data, bank, progress=False)),
+        lambda x: pd.Series(sensitivity.importance(x, data, bank, progress=False)),
         lambda x: peers.quantized(x, 4).bytes,
         lambda x: models.fingerprint(x),
     ]

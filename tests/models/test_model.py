@@ -322,7 +322,7 @@ def test_a_plain_network_is_given_images_of_the_shape_asked_for():
 
 def test_channels_that_images_do_not_have_are_asked_for_when_an_image_comes():
     model = models.plain("satellite", nn.Conv2d(12, 4, 3))
-    assert kernels.extract(model).weights.shape == (48, 3, 3)
+    assert kernels.extract(model).kernels.shape == (48, 3, 3)
     with pytest.raises(InvalidValueError, match="reads 12 channels"):
         evaluation.evaluate(model, datasets.load_data(limit=2), progress=False)
 

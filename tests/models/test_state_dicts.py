@@ -120,7 +120,7 @@ WRITTEN = {
 def test_every_way_to_write_a_checkpoint_gives_the_values_that_were_trained(tmp_path, name):
     torch.save(WRITTEN[name], tmp_path / "w.pt")
     network = Net()
-    _state_dicts.fill(network, _state_dicts.found(tmp_path / "w.pt"), "w.pt")
+    _state_dicts.fill(network, _state_dicts.read_all(tmp_path / "w.pt"), "w.pt")
     assert_same(network, TRAINED, atol=1e-3 if name == "half" else 0)
 
 
@@ -189,7 +189,7 @@ def test_shared_weights_that_were_written_once_are_taken(tmp_path):
     trained, network = drawn(tied()), tied()
     save_model(trained, tmp_path / "w.safetensors")
     assert len(_state_dicts.read(tmp_path / "w.safetensors")) == 3
-    _state_dicts.fill(network, _state_dicts.found(tmp_path / "w.safetensors"), "w")
+    _state_dicts.fill(network, _state_dicts.read_all(tmp_path / "w.safetensors"), "w")
     assert_same(network, trained)
 
 
@@ -244,14 +244,14 @@ def test_of_two_that_differ_none_is_taken_in_silence(tmp_path, content, choices)
     path = tmp_path / "w.pt"
     torch.save(content, path)
     with pytest.raises(InvalidValueError, match=" and |, ".join(map(repr, choices))) as error:
-        _state_dicts.fill(Net(), _state_dicts.found(path), str(path))
+        _state_dicts.fill(Net(), _state_dicts.read_all(path), str(path))
     assert f"{path}::" in str(error.value)
     for chosen, seed in choices.items():
         network = Net()
-        _state_dicts.fill(network, _state_dicts.found(f"{path}::{chosen}"), "w")
+        _state_dicts.fill(network, _state_dicts.read_all(f"{path}::{chosen}"), "w")
         assert_same(network, drawn(Net(), seed))
     with pytest.raises(InvalidValueError, match="no state dict 'mean'"):
-        _state_dicts.found(f"{path}::mean")
+        _state_dicts.read_all(f"{path}::mean")
 
 
 def test_a_network_beside_a_prefixed_other_is_not_taken_for_it(tmp_path):
@@ -381,7 +381,7 @@ def test_a_whole_network_in_a_file_is_named_and_not_unpickled(tmp_path, monkeypa
 def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path, content, said):
     (tmp_path / "w.pt").write_bytes(content)
     with pytest.raises(InvalidValueError, match=rf"w\.pt .*{said}"):
-        _state_dicts.found(tmp_path / "w.pt")
+        _state_dicts.read_all(tmp_path / "w.pt")
 
 
 def test_an_archive_of_another_kind_is_named_for_what_it_is(tmp_path):
@@ -389,22 +389,22 @@ def test_an_archive_of_another_kind_is_named_for_what_it_is(tmp_path):
     with open(path, "wb") as file:
         np.savez(file, a=np.ones(3))
     with pytest.raises(InvalidValueError, match="NumPy"):
-        _state_dicts.found(path)
+        _state_dicts.read_all(path)
     traced = "w/code/__torch__.py"
     for name, said in ((traced, "TorchScript"), ("model.weights.h5", "Keras"), ("w.pt", "unpack")):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(name, b"")
         with pytest.raises(InvalidValueError, match=said):
-            _state_dicts.found(path)
+            _state_dicts.read_all(path)
     torch.export.save(torch.export.export(Net().eval(), (torch.zeros(1, 3, 5, 5),)), tmp_path / "w.pt2")
     with pytest.raises((InvalidValueError, DamagedFileError), match=r"w\.pt2"):
-        _state_dicts.found(tmp_path / "w.pt2")
+        _state_dicts.read_all(tmp_path / "w.pt2")
 
 
 def test_a_folder_is_named_with_the_file_in_it(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(MissingFileError, match=r"is a folder.*model\.safetensors"):
-        _state_dicts.found(tmp_path)
+        _state_dicts.read_all(tmp_path)
 
 
 def test_a_home_folder_and_a_relative_path_are_understood(tmp_path, monkeypatch):
@@ -420,7 +420,7 @@ def test_a_home_folder_and_a_relative_path_are_understood(tmp_path, monkeypatch)
 @pytest.mark.parametrize("wrong", [3, nn.Conv2d(1, 1, 1), [1], None])
 def test_what_is_no_path_is_refused(wrong):
     with pytest.raises(InvalidValueError, match=type(wrong).__name__):
-        _state_dicts.found(wrong)
+        _state_dicts.read_all(wrong)
 
 
 FACTORY = "from tests.models.test_state_dicts import Net\ndef make():\n    return Net()\n"
@@ -444,7 +444,7 @@ def test_a_compressed_file_is_taken_as_weights_that_are_dense(factory, tmp_path,
     compression.save(small, tmp_path / name)
     network = loading.load_model(factory, weights=tmp_path / name).network
     assert_same(network, compression.expand(small).eval())
-    assert len(np.unique(kernels.extract(network).weights, axis=0)) == 3
+    assert len(np.unique(kernels.extract(network).kernels, axis=0)) == 3
 
 
 def test_values_that_the_networks_type_cannot_hold_are_no_infinities():

@@ -51,9 +51,9 @@ def given(tmp_path_factory):
     """Return what `allocate` is given first, and its options."""
     model = tiny_model()
     data, bank = images_for(model), kernels.extract(model.network)
-    weights = np.random.default_rng(0).uniform(0.1, 2, len(bank)).astype("f")
+    sample_weight = np.random.default_rng(0).uniform(0.1, 2, len(bank)).astype("f")
     store = Store(tmp_path_factory.mktemp("store"))
-    return (model, data, bank, weights), {"ks": KS, "store": store, "progress": False}
+    return (model, data, bank, sample_weight), {"ks": KS, "store": store, "progress": False}
 
 
 def allocated(given, **options):
@@ -91,13 +91,13 @@ def test_the_most_accurate_within_the_bytes_is_the_network_that_would_be_stored(
 
 
 def test_clusters_are_shared_out_for_the_least_damage(given):
-    (_, _, bank, weights), options = given
+    (_, _, bank, sample_weight), options = given
     got = allocated(given, n_bytes=900, scopes="layer")
-    curves = _tradeoff.curves(bank, weights, ks=KS, store=options["store"])
+    curves = _tradeoff.curves(bank, sample_weight, ks=KS, store=options["store"])
     solved = _tradeoff.solve(curves, 900 - OTHER)
     assert len(set(solved.values())) > 1
-    made = cluster(bank, solved, weights=weights)
-    damage = np.square(bank.weights - clustering.quantized(made)).sum((1, 2)) @ weights
+    made = cluster(bank, solved, sample_weight=sample_weight)
+    damage = np.square(bank.kernels - clustering.quantized(made)).sum((1, 2)) @ sample_weight
     assert got.table.choice.tolist() == ["solved", "uniform"]
     assert got.table.damage[0] == pytest.approx(damage)
     assert got.table.clusters[0] == sum(solved.values())
@@ -160,7 +160,7 @@ def test_the_fewest_bytes_that_lose_no_more(given, max_drop):
 @pytest.mark.parametrize("scopes", [("layer", "global"), ("global", "layer")])
 def test_bisection_comes_close_to_the_bytes_that_suffice_in_the_best_scope(given, layer, scopes):
     (model, _, bank, _), _ = given
-    useless = kernels.insert(model.network, replace(bank, weights=np.zeros_like(bank.weights)))
+    useless = kernels.insert(model.network, replace(bank, kernels=np.zeros_like(bank.kernels)))
     suffices = {"layer": layer, "global": 650}
 
     def stepwise(scope, n_clusters):
@@ -197,22 +197,22 @@ def test_one_finite_goal_is_given_and_a_precision_that_the_ledger_counts(given):
 
 
 def test_the_same_seed_gives_the_same_and_nothing_of_the_callers_changes(given):
-    (model, _, bank, weights), _ = given
-    before = [x.clone() for x in model.network.parameters()], bank.weights.copy(), weights.copy()
+    (model, _, bank, sample_weight), _ = given
+    before = [x.clone() for x in model.network.parameters()], bank.kernels.copy(), sample_weight.copy()
     first, again = (allocated(given, n_bytes=900, seed=2) for _ in range(2))
     assert first.n_clusters == again.n_clusters
     assert first.table.equals(again.table)
     assert all(map(torch.equal, model.network.parameters(), before[0]))
-    np.testing.assert_array_equal(bank.weights, before[1])
-    np.testing.assert_array_equal(weights, before[2])
+    np.testing.assert_array_equal(bank.kernels, before[1])
+    np.testing.assert_array_equal(sample_weight, before[2])
 
 
 def test_a_network_alone_and_pairs_of_images_and_labels_are_taken(given):
-    (model, data, bank, weights), options = given
+    (model, data, bank, sample_weight), options = given
     plain = models.plain("plain", model.network)
-    ours = allocation.allocate(plain, data, bank, weights, n_bytes=900, **options)
+    ours = allocation.allocate(plain, data, bank, sample_weight, n_bytes=900, **options)
     pairs = torch.utils.data.TensorDataset(data.images, data.labels)
-    alone = allocation.allocate(model.network, pairs, bank, weights, n_bytes=900, **options)
+    alone = allocation.allocate(model.network, pairs, bank, sample_weight, n_bytes=900, **options)
     assert alone.n_clusters == ours.n_clusters
     assert alone.model is alone.network
     assert ours.model == replace(plain, network=ours.network)

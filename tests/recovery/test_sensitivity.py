@@ -13,7 +13,7 @@ from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import extract
 from kclib.models import Model
-from kclib.recovery.sensitivity import KINDS, weights
+from kclib.recovery.sensitivity import KINDS, importance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EACH = pytest.mark.parametrize("kind", KINDS)
@@ -36,7 +36,7 @@ def measured(network, images=None, *, names=(), preprocess=scaled, **options):
     bank = extract(network, size=3)
     bank = bank.only(*names) if names else bank
     model = Model("tiny", network, preprocess)
-    result = weights(model, pictures() if images is None else images, bank, progress=False, **options)
+    result = importance(model, pictures() if images is None else images, bank, progress=False, **options)
     assert (result.dtype, result.shape) == (np.float32, (len(bank),))
     assert (np.isfinite(result) & (result >= 0)).all()
     return {layer.name: result[layer.rows].reshape(layer.shape[:2]) for layer in bank.layers}
@@ -251,7 +251,7 @@ def test_clusters_weighted_by_input_err_less_in_the_layers_output():
 
     def error(chosen):
         points = extract(network).points
-        found = kmeans.fit(points, 16, weights=chosen, n_threads=1)
+        found = kmeans.fit(points, 16, sample_weight=chosen, n_threads=1)
         changed = torch.from_numpy(found.centres[found.labels] - points).reshape(layer.weight.shape)
         return F.conv2d(x, changed, padding=1).square().mean().item()
 

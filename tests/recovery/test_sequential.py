@@ -77,7 +77,7 @@ def test_the_network_holds_what_its_clustering_packs(scope, precision):
         assert len(np.unique(group.codebook, axis=0)) == group.n_clusters
         assert (np.bincount(group.indices, minlength=group.n_clusters) > 0).all()
     bank = kernels.extract(network(groups=2))
-    error = np.square(bank.weights - clustering.quantized(found.clustering)).sum(dtype="d")
+    error = np.square(bank.kernels - clustering.quantized(found.clustering)).sum(dtype="d")
     assert found.clustering.inertia == pytest.approx(error, rel=1e-4)
 
 
@@ -153,8 +153,8 @@ def test_transposed_convolutions_get_the_nearest():
     net = nn.Sequential(nn.ConvTranspose2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
     found = cluster(net, 4)
     rows = found.clustering.groups[0]
-    weights = net[0].weight.detach().numpy().reshape(18, 9)
-    apart = np.square(weights[:, None] - rows.codebook.reshape(1, -1, 9)).sum(2)
+    sample_weight = net[0].weight.detach().numpy().reshape(18, 9)
+    apart = np.square(sample_weight[:, None] - rows.codebook.reshape(1, -1, 9)).sum(2)
     np.testing.assert_array_equal(rows.indices, apart.argmin(1))
     packed = compression.compress(found.network, found.clustering, precision="fp16")
     assert torch.equal(answers(packed), answers(found.network))
@@ -322,9 +322,9 @@ def test_codebooks_weigh_kernels_by_the_energy_of_what_they_read(monkeypatch):
     seen = []
     kmeans = _sequential.kmeans.fit
 
-    def listening(points, k, *, weights, seed):
-        seen.append(weights)
-        return kmeans(points, k, weights=weights, seed=seed)
+    def listening(points, k, *, sample_weight, seed):
+        seen.append(sample_weight)
+        return kmeans(points, k, sample_weight=sample_weight, seed=seed)
 
     monkeypatch.setattr(_sequential.kmeans, "fit", listening)
     net, data = network(), images()

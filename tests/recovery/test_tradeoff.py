@@ -26,7 +26,7 @@ def bank_and_weights(seed):
     """Return the heavy-tailed kernels of a network of three layers, and a weight for each."""
     draw = np.random.default_rng(seed)
     bank = kernels.extract(network_of(3, 6, 5, 4))
-    values = draw.standard_t(2, bank.weights.shape) * draw.choice([0.1, 1], (len(bank), 1, 1))
+    values = draw.standard_t(2, bank.kernels.shape) * draw.choice([0.1, 1], (len(bank), 1, 1))
     return KernelBank(values.astype("f"), bank.layers, {}), draw.uniform(0.01, 3, len(bank)).astype("f")
 
 
@@ -58,13 +58,13 @@ def test_bytes_and_damage_of_two_kernels_repeated_are_those_counted_by_hand(stor
 )
 @settings(deadline=None, max_examples=12)
 def test_bytes_are_the_ledgers_and_damage_is_that_of_the_stored_kernels(scope, precision, coding, seed):
-    bank, weights = bank_and_weights(seed)
+    bank, sample_weight = bank_and_weights(seed)
     members = {
         name: np.concatenate([np.arange(len(bank))[x.rows] for x in layers])
         for name, layers in clustering.grouping(bank, scope).items()
     }
     ladders = {
-        name: kmeans.ladder(bank.points[rows], KS, weights=weights[rows], seed=seed).rungs
+        name: kmeans.ladder(bank.points[rows], KS, sample_weight=sample_weight[rows], seed=seed).rungs
         for name, rows in members.items()
     }
     points = []
@@ -74,12 +74,14 @@ def test_bytes_are_the_ledgers_and_damage_is_that_of_the_stored_kernels(scope, p
         table = compression.footprint(network_of(3, 6, 5, 4), made, codings=[coding])[f"{coding}_{precision}"]
         stored = [_tradeoff.rounded(group.codebook, precision) for group in made.groups]
         groups = zip(made.groups, stored, members.values(), strict=True)
-        errors = [np.square(bank.weights[r] - s[g.indices]).sum((1, 2)) @ weights[r] for g, s, r in groups]
+        errors = [
+            np.square(bank.kernels[r] - s[g.indices]).sum((1, 2)) @ sample_weight[r] for g, s, r in groups
+        ]
         points.append((table[["indices", "frequency tables", "codebooks"]].sum(), sum(errors)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Store, "get", lambda *_: None)
         patch.setattr(Store, "put", lambda *_: None)
-        found = curves(bank, weights, scope=scope, ks=KS, precision=precision, coding=coding, seed=seed)
+        found = curves(bank, sample_weight, scope=scope, ks=KS, precision=precision, coding=coding, seed=seed)
     assert [curve.name for curve in found] == list(members)
     assert [curve.ks for curve in found] == [KS] * len(found)
     np.testing.assert_array_equal(sum(curve.bytes for curve in found), [n_bytes for n_bytes, _ in points])
@@ -90,7 +92,7 @@ def test_entropy_coded_bytes_are_those_of_representatives_ordered_by_use(store):
     values = np.random.default_rng(0).standard_t(2, (3000, 3, 3)).astype("f")
     bank = KernelBank(values, (Layer("0", (1000, 3, 3, 3), 0),), {})
     (curve,) = curves(bank, np.ones(3000), ks=[200], coding="entropy", store=store)
-    rung = kmeans.ladder(bank.points, [200], weights=np.ones(3000)).rungs[0]
+    rung = kmeans.ladder(bank.points, [200], sample_weight=np.ones(3000)).rungs[0]
     made = clustering.of_fits(bank, {"0": rung}, {"0": 200}, scope="layer")
     table = compression.footprint(network_of(3, 1000), made, codings=["entropy"])["entropy_fp16"]
     assert curve.bytes.tolist() == [table[["indices", "frequency tables", "codebooks"]].sum()]
@@ -98,9 +100,9 @@ def test_entropy_coded_bytes_are_those_of_representatives_ordered_by_use(store):
 
 
 def test_int8_damage_exceeds_that_of_finer_codebooks_by_their_rounding(store):
-    bank, weights = bank_and_weights(0)
+    bank, sample_weight = bank_and_weights(0)
     fine, coarse = (
-        curves(bank, weights, scope="global", precision=x, store=store)[0] for x in ("fp32", "int8")
+        curves(bank, sample_weight, scope="global", precision=x, store=store)[0] for x in ("fp32", "int8")
     )
     assert (fine.ks[-1], coarse.ks[-1]) == (len(bank), len(bank))  # all its kernels, where it has fewer
     assert fine.damage[-1] == 0 < coarse.damage[-1]
@@ -162,42 +164,42 @@ def test_mixed_joins_consecutive_layers_of_equal_width():
 
 
 def test_curves_are_measured_once_for_the_same_kernels_weights_and_options(store, monkeypatch):
-    bank, weights = bank_and_weights(0)
-    first = curves(bank, weights, ks=KS, store=store)
+    bank, sample_weight = bank_and_weights(0)
+    first = curves(bank, sample_weight, ks=KS, store=store)
     genuine, measured = kmeans.ladder, []
     monkeypatch.setattr(kmeans, "ladder", lambda *a, **k: measured.append(1) or genuine(*a, **k))
-    again = curves(bank, weights.astype("d"), ks=reversed(KS), store=store)
+    again = curves(bank, sample_weight.astype("d"), ks=reversed(KS), store=store)
     assert not measured
     for one, two in zip(first, again, strict=True):
         assert (one.name, one.ks) == (two.name, two.ks)
         np.testing.assert_array_equal(one.bytes, two.bytes)
         np.testing.assert_array_equal(one.damage, two.damage)
-    changed = KernelBank(np.concatenate([bank.weights[:1] + 1, bank.weights[1:]]), bank.layers, {})
-    curves(changed, weights, ks=KS, store=store)
+    changed = KernelBank(np.concatenate([bank.kernels[:1] + 1, bank.kernels[1:]]), bank.layers, {})
+    curves(changed, sample_weight, ks=KS, store=store)
     assert len(measured) == 1  # the other layers are as they were
     for other in ({"ks": (1, 3)}, {"precision": "int8"}, {"coding": "entropy"}, {"seed": 1}):
-        curves(bank, weights, store=store, **{"ks": KS} | other)
-    curves(bank, weights * np.float32(2), ks=KS, store=store)
+        curves(bank, sample_weight, store=store, **{"ks": KS} | other)
+    curves(bank, sample_weight * np.float32(2), ks=KS, store=store)
     assert len(measured) == 1 + 5 * 3
 
 
 def test_a_group_whose_errors_cost_nothing_takes_the_fewest_bytes(store):
-    bank, weights = bank_and_weights(0)
-    weights[bank.layer("1").rows] = 0
-    curve = next(x for x in curves(bank, weights, ks=KS, store=store) if x.name == "1")
+    bank, sample_weight = bank_and_weights(0)
+    sample_weight[bank.layer("1").rows] = 0
+    curve = next(x for x in curves(bank, sample_weight, ks=KS, store=store) if x.name == "1")
     assert curve.ks == (min(KS),)
     assert curve.damage.tolist() == [0]
 
 
 def test_values_that_cannot_be_are_named(store):
-    bank, weights = bank_and_weights(0)
-    with pytest.raises(InvalidValueError, match=r"weights have shape \(2,\)"):
-        curves(bank, weights[:2], store=store)
+    bank, sample_weight = bank_and_weights(0)
+    with pytest.raises(InvalidValueError, match=r"sample_weight has shape \(2,\)"):
+        curves(bank, sample_weight[:2], store=store)
     with pytest.raises(InvalidValueError, match="a number of clusters is 0"):
-        curves(bank, weights, ks=(0, 2), store=store)
+        curves(bank, sample_weight, ks=(0, 2), store=store)
     with pytest.raises(UnknownNameError, match="unknown coding of indices 'huffman'"):
-        curves(bank, weights, coding="huffman", store=store)
+        curves(bank, sample_weight, coding="huffman", store=store)
     with pytest.raises(UnknownNameError, match=r"'mixd'.*'mixed'"):
-        curves(bank, weights, scope="mixd", store=store)
+        curves(bank, sample_weight, scope="mixd", store=store)
     with pytest.raises(UnknownNameError, match="unknown precision 'fp8'"):
-        curves(bank, weights, precision="fp8", store=store)
+        curves(bank, sample_weight, precision="fp8", store=store)
