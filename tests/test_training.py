@@ -317,7 +317,7 @@ def test_the_loss_falls_on_an_easy_problem(tmp_path):
 
 
 def augmented(images, seed: int = 0, **changes):
-    return training.augment(images, replace(RECIPE, **changes), torch.Generator().manual_seed(seed))
+    return training._augment(images, replace(RECIPE, **changes), torch.Generator().manual_seed(seed))
 
 
 def noise(n: int, channels: int = 1) -> torch.Tensor:

@@ -12,13 +12,15 @@ from torch import nn
 from kclib import compression, datasets, models, recovery
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import Clustering, cluster, with_inertia
+from kclib.clustering import Clustering, cluster
+from kclib.clustering._clustering import with_inertia
 from kclib.combination import _pruning, _sparse_clustering, _stages
 from kclib.combination._stages import Stage
 from kclib.compression import _precisions
 from kclib.compression._container import Contents
 from kclib.errors import InvalidValueError
-from kclib.models import Model, as_model, fingerprint
+from kclib.models import Model, fingerprint
+from kclib.models._model import as_model
 from kclib.recovery import _sequential, sensitivity
 from kclib.training import Recipe
 

@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 
 from kclib import compression, datasets, evaluation, kernels, kmeans, plots
 from kclib._util import checks
-from kclib.clustering import Clustering, by_use, grouping, of_fits
+from kclib.clustering import Clustering, by_use
+from kclib.clustering._clustering import grouping, of_fits
 from kclib.compression import byte_counts
+from kclib.compression._counting import Count
 from kclib.compression._layers import N_TURNS
-from kclib.compression.byte_counts import Count
 from kclib.datasets import ImageSet, as_image_set
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation, _accuracy
@@ -33,7 +34,8 @@ from kclib.explorers._background import (
 )
 from kclib.kernels import KernelBank
 from kclib.kmeans import symmetric
-from kclib.models import Model, as_model
+from kclib.models import Model
+from kclib.models._model import as_model
 
 RUNGS = (16, 64, 256, 1024, 4096)
 SCOPES = {"global": "one codebook for all chosen", "layer": "a codebook a layer"}

@@ -11,7 +11,8 @@ from torch import nn
 
 from kclib import clustering, compression, kernels
 from kclib import training as train_module
-from kclib.combination import Cluster, Pipeline, Prune, Quantize, Step, Train, _pruning
+from kclib.combination import Cluster, Pipeline, Prune, Quantize, Train, _pruning
+from kclib.combination._pipeline import Step
 from kclib.compression import _precisions, byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
