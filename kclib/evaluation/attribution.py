@@ -186,12 +186,12 @@ def _swapped(network: nn.Module, other: nn.Module, names: Iterable[str]) -> Iter
     changed = [network.get_submodule(name) for name in names]
     own = [module.weight for module in changed]
     for name, module in zip(names, changed, strict=True):
-        module.weight = other.get_submodule(name).weight
+        _convolutions.put(module, other.get_submodule(name).weight)
     try:
         yield
     finally:
         for module, weight in zip(changed, own, strict=True):
-            module.weight = weight
+            _convolutions.put(module, weight)
 
 
 def _compared(dense: Evaluation, top: Tensor) -> tuple[float, ...]:
