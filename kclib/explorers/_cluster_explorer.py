@@ -252,7 +252,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
 
     def answered(self, question: ClusterQuestion, stale: Stale) -> Answer[ClusterQuestion]:
         """Return the codebook by use, the cluster sizes, and what is removed."""
-        progress = Progress(stale, lambda sentence: self.say(sentence, stale))
+        progress = Progress(stale, lambda sentence: self.change(stale, status=sentence))
         found = self.clusterer.clustering(question, progress)
         removed = byte_counts.removed(self.model.network, found)
         facts = {
@@ -337,13 +337,8 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
 
     def _measure(self, question: ClusterQuestion, n_images: int, stale: Stale) -> None:
         rows, status = attempted(lambda: self._evaluated_rows(question, n_images, stale))
-        with self._lock:
-            if stale():
-                return
-            self.running, self.evaluation_status = None, status
-            if rows:
-                self.rows, self.evaluated = (*self.rows, *rows), question
-        self.tell()
+        found = {"rows": (*self.rows, *rows), "evaluated": question} if rows else {}
+        self.change(stale, running=None, evaluation_status=status, **found)
 
     def _evaluated_rows(self, question: ClusterQuestion, n_images: int, stale: Stale) -> list[dict]:
         """Return the row of a clustering, after that of the dense model the first time on so many images."""
@@ -354,10 +349,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
 
         def answers(network, part: float, before: float) -> Evaluation:
             def hear(share: float) -> bool:
-                with self._lock:
-                    if not stale():
-                        self.running = Running(question, n_images, before + part * share, started)
-                self.tell()
+                self.change(stale, running=Running(question, n_images, before + part * share, started))
                 return stale()
 
             return evaluation.evaluate(replace(self.model, network=network), images, progress=hear)
