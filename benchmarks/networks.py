@@ -54,7 +54,7 @@ def resnet18(cache: Path) -> kclib.Model:
     data = kclib.load_data("fashion-mnist", "train")
     preprocess = models.fashion_preprocess()
     trained = training.train(network, data, preprocess, RESNET_RECIPE, cache / "resnet18.pt")
-    return kclib.Model("resnet18-fashion", trained.network, preprocess, data.classes)
+    return kclib.Model("resnet18-fashion", trained.model, preprocess, data.classes)
 
 
 def probed_vgg16(features: Path, cache: Path) -> kclib.Model:

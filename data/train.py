@@ -29,7 +29,7 @@ def train_fashion(out: Path, start: Path | None, recipe: training.Recipe, device
     checkpoint = files.cache_dir() / f"{out.stem}.training.pt"
     trained = training.train(network, data, models.fashion_preprocess(), recipe, checkpoint, device=device)
     metadata = {"recipe": json.dumps(asdict(recipe)), "held_back": f"{trained.held_back:.2f}"}
-    save_half(trained.network, out, metadata)
+    save_half(trained.model, out, metadata)
     return trained
 
 

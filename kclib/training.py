@@ -78,11 +78,6 @@ class Trained:
     history: tuple[dict, ...]
 
     @property
-    def network(self) -> nn.Module:
-        """The bare network of `model`."""
-        return models.network_of(self.model)
-
-    @property
     def held_back(self) -> float:
         """Accuracy (with a teacher, agreement) in percent on the held-back images, at the best check."""
         return max(map(_score, self.history))

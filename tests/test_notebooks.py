@@ -106,9 +106,7 @@ def small(tmp_path_factory):
     fit = training.train(
         names["network"](), data, models.fashion_preprocess(), recipe, folder / "training.pt"
     )
-    save_file(
-        {k: v.contiguous() for k, v in fit.network.state_dict().items()}, folder / "weights.safetensors"
-    )
+    save_file({k: v.contiguous() for k, v in fit.model.state_dict().items()}, folder / "weights.safetensors")
     return folder
 
 

@@ -71,11 +71,6 @@ class Combined:
     n_bytes: int
     table: pd.DataFrame = field(compare=False)
 
-    @property
-    def network(self) -> nn.Module:
-        """The bare network of `model`."""
-        return self.model.network
-
     @classmethod
     def of(cls, stage: Stage, network: nn.Module, given: Given, table: pd.DataFrame) -> "Combined":
         """Return the last stage, of a final network."""
@@ -254,7 +249,7 @@ class Train(Step):
             replace(stage.model, network=start), given.train, path, teacher=given.model.network,
             recipe=self.recipe, device=given.device,
         )  # fmt: skip
-        return stage.trained(found.network.state_dict())
+        return stage.trained(found.model.network.state_dict())
 
 
 @dataclass(frozen=True)

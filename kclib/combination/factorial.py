@@ -215,7 +215,7 @@ def trained(
     for _, row in bar:
         given = {"train": train, "folder": folder, "device": device, "progress": False}
         steps, seed = pipeline(row) >> Train(recipe), 0 if pd.isna(row.seed) else int(row.seed)
-        network = steps.run(model, seed=seed, **given).network
+        network = steps.run(model, seed=seed, **given).model.network
         answers = evaluation.evaluate(replace(model, network=network), data, **options)
         before = {name: row[name] for name in _GIVEN} | {"untrained": row["drop"]}
         rows.append(before | _accuracy.accuracy(answers, dense))

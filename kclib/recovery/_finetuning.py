@@ -96,14 +96,14 @@ def finetune(
         model.network, data, model.preprocess, recipe, checkpoint, after_epoch=_rounded, **options
     )
     if not reassigned:
-        return replace(first, model=models.like(given, first.network))
+        return replace(first, model=models.like(given, first.model))
     second = training.train(
-        _with_latents(first.network), data, model.preprocess, replace(recipe, epochs=reassigned),
+        _with_latents(first.model), data, model.preprocess, replace(recipe, epochs=reassigned),
         checkpoint.with_stem(f"{checkpoint.stem}.reassigned"), after_epoch=_reassigned, **options,
     )  # fmt: skip
     done = len(first.history) - 1
     further = ({**row, "epoch": done + row["epoch"]} for row in second.history[1:])
-    return Trained(models.like(given, _without_latents(second.network)), (*first.history, *further))
+    return Trained(models.like(given, _without_latents(second.model)), (*first.history, *further))
 
 
 class _Reassignable(ClusteredConv2d):
