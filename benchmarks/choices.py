@@ -19,11 +19,12 @@ from torch.nn.functional import kl_div
 import kclib
 from benchmarks import networks, representatives
 from benchmarks.recovery import PRECISION, Rows
-from kclib import clustering, datasets, models
-from kclib.clustering import grouping
+from kclib import datasets, models
+from kclib.clustering import _clustering
+from kclib.clustering._clustering import grouping
 from kclib.compression import byte_counts
+from kclib.compression._counting import Count
 from kclib.compression._layers import N_TURNS
-from kclib.compression.byte_counts import Count
 from kclib.kernels import Layer, _copying
 from kclib.recovery import _tradeoff, sensitivity
 
@@ -113,7 +114,7 @@ def log_shares(model: kclib.Model, data: kclib.ImageSet) -> Tensor:
 
 def stored(found: kclib.Clustering) -> np.ndarray:
     """Return what stands for each kernel once codebooks are fp16, in the rows of the bank."""
-    return clustering.quantized(_tradeoff.stored(found, "fp16"))
+    return _clustering.quantized(_tradeoff.stored(found, "fp16"))
 
 
 def weighting(bench: Bench, kind: str) -> None:
@@ -215,7 +216,7 @@ def priced(bench: Bench, sample_weight: np.ndarray, scope: str, k: int) -> None:
     plain = Trial(0.0, *build(0.0, k), 0.0)
     if not bench.rows.get(**key, method="plain"):
         keep("plain", plain)
-    errors = clustering.kernel_errors(bench.bank, plain.found)
+    errors = _clustering.kernel_errors(bench.bank, plain.found)
     price = first_price(errors * sample_weight)
     keep("priced", matched(lambda price: build(price, SPARE * k), plain.n_bytes, price))
 

@@ -18,6 +18,7 @@ import kclib
 from data.train import start_from_features
 from kclib import datasets, models, training
 from kclib._util import files
+from kclib.datasets import _loader
 
 CALIBRATION = 1024
 PROBE_IMAGES = 10_000
@@ -37,7 +38,7 @@ def images() -> Images:
     """Return Fashion-MNIST's training images, cut as training cuts them."""
     train = kclib.load_data("fashion-mnist", "train")
     kept, held = training.split(train, training.Recipe())
-    return Images(train, held, datasets.select(kept, torch.arange(CALIBRATION)))
+    return Images(train, held, _loader.select(kept, torch.arange(CALIBRATION)))
 
 
 def fewer(images: Images) -> Images:
@@ -53,7 +54,7 @@ def resnet18(cache: Path) -> kclib.Model:
     data = kclib.load_data("fashion-mnist", "train")
     preprocess = models.fashion_preprocess()
     trained = training.train(network, data, preprocess, RESNET_RECIPE, cache / "resnet18.pt")
-    return kclib.Model("resnet18-fashion", trained.network, preprocess, data.classes)
+    return kclib.Model("resnet18-fashion", trained.model, preprocess, data.classes)
 
 
 def probed_vgg16(features: Path, cache: Path) -> kclib.Model:

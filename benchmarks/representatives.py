@@ -9,11 +9,13 @@ import numpy as np
 import kclib
 from kclib import kmeans
 from kclib._util import checks, progress_bars, threads
-from kclib.clustering import Group, grouping, origin_of
+from kclib.clustering import Group
+from kclib.clustering._clustering import grouping, origin_of
 from kclib.compression import _formats
+from kclib.compression._counting import Count, orbit
 from kclib.compression._packing import index_bytes
-from kclib.compression.byte_counts import Count, orbit
-from kclib.kernels import Kernels, Layer, bank_of, rows_of
+from kclib.kernels import Layer
+from kclib.kernels._bank import Kernels, bank_of, rows_of
 from kclib.kmeans import _lloyd, _nearest, _settings
 from kclib.kmeans._rescaling import Frame
 

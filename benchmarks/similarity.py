@@ -17,7 +17,7 @@ import kclib
 from benchmarks.kmeans import timed
 from kclib import kernels
 from kclib._util import files, threads
-from kclib.explorers import ClusterExplorer, widgets
+from kclib.explorers import ClusterExplorer, _background
 from kclib.similarity import _neighbours, distances, embedding, pair_histogram
 from kclib.store import Store
 
@@ -101,7 +101,7 @@ def slider(model: kclib.Model) -> list[dict]:
             def move(k=k) -> None:
                 explorer.choose(n_clusters=k)
                 explorer.wait()
-                widgets.png(explorer.answer.figure)
+                _background.png(explorer.answer.figure)
 
             took.append(timed(move)[0])
         median, late = np.percentile(took, [50, 95])

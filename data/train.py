@@ -14,6 +14,7 @@ import kclib
 from kclib import models, training
 from kclib._util import files
 from kclib.errors import InvalidValueError, KclibError
+from kclib.models import _model
 
 
 def train_fashion(out: Path, start: Path | None, recipe: training.Recipe, device="cpu") -> training.Trained:
@@ -28,7 +29,7 @@ def train_fashion(out: Path, start: Path | None, recipe: training.Recipe, device
     checkpoint = files.cache_dir() / f"{out.stem}.training.pt"
     trained = training.train(network, data, models.fashion_preprocess(), recipe, checkpoint, device=device)
     metadata = {"recipe": json.dumps(asdict(recipe)), "held_back": f"{trained.held_back:.2f}"}
-    save_half(trained.network, out, metadata)
+    save_half(trained.model, out, metadata)
     return trained
 
 
@@ -52,7 +53,7 @@ def start_from_features(network: nn.Module, path: Path | None) -> None:
 
         state = VGG16_Weights.IMAGENET1K_FEATURES.get_state_dict(weights_only=True)
     else:
-        state = models.read_weights(path)
+        state = _model.read_weights(path)
     features = {k: v.float() for k, v in state.items() if k.startswith("features.")}
     wanted = {k: v.shape for k, v in network.state_dict().items() if k.startswith("features.")}
     if {k: v.shape for k, v in features.items()} != wanted:

@@ -36,7 +36,7 @@ _SHAPE = Annotated[
 
 
 @app.callback()
-def options(
+def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Cluster the 2D kernels of a CNN and see what it saves and costs."""
@@ -44,7 +44,7 @@ def options(
     _debug = debug
 
 
-def aside(command: Callable) -> Callable:
+def _aside(command: Callable) -> Callable:
     """Make a command that writes to standard output say all else on standard error."""
 
     @functools.wraps(command)
@@ -97,7 +97,7 @@ def sweep(
 @app.command()
 def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
     """Write a profile's report anew, from the store and the executed notebooks; compute nothing."""
-    from kclib.experiments import _grid, _profiles, reports
+    from kclib.experiments import _grid, _profiles, _reports
     from kclib.store import Store
 
     loaded, store = _profiles.load(profile), Store()
@@ -105,14 +105,14 @@ def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
         tasks = _grid.plan(loaded.sweep, store, estimated=False)
         if any(task.stored for task in tasks):
             missing = {str(task) for task in tasks if not task.stored}
-            failures = reports.read(out / loaded.name, loaded.name).failures
+            failures = _reports.read(out / loaded.name, loaded.name).failures
             _grid.report(loaded, tasks, store, [x for x in failures if x.what in missing], out)
-    index = reports.rebuild(out / loaded.name, loaded.name)
+    index = _reports.rebuild(out / loaded.name, loaded.name)
     typer.echo(f"report: {index.resolve()}")
 
 
 @app.command()
-@aside
+@_aside
 def results(
     kind: Annotated[
         str, typer.Argument(help="What is stored: evaluation, clustering, curve ...")
@@ -171,7 +171,7 @@ def gc(
 
 
 @app.command()
-@aside
+@_aside
 def compare(
     before: Annotated[Path, typer.Argument(help="results.parquet of a sweep, or its report's folder.")],
     after: Annotated[Path, typer.Argument(help="Of another run.")],
@@ -264,7 +264,7 @@ def batch(
 
 
 @app.command()
-@aside
+@_aside
 def compress(
     model: Annotated[str, typer.Argument(help="A name kclib.load_model knows, or package.module:factory.")],
     clusters: Annotated[int, typer.Option(min=1, help="K, clusters a group.")],
@@ -366,14 +366,15 @@ def evaluate(
     shape: _SHAPE = None,
 ) -> None:
     """Evaluate a compressed file's accuracy; its weights stay packed."""
-    from kclib import models
 
-    loaded = models.told(kclib.load(file, architecture=model, device=device), input_shape=shape)
+    from kclib.models import _model
+
+    loaded = _model.told(kclib.load(file, architecture=model, device=device), input_shape=shape)
     _accuracy(loaded, kclib.load_data(data, limit=limit), device, classes)
 
 
 @app.command()
-@aside
+@_aside
 def export(
     file: Annotated[Path, typer.Argument(help="A file that compress wrote.")],
     out: Annotated[

@@ -2,14 +2,10 @@
 
 import difflib
 import re
-import sys
 import textwrap
-import traceback
 from collections.abc import Iterable
-from pathlib import Path
 
 _LISTED = 240  # characters of known names; readers of more look them up
-_NOT_THEIRS = {"torch", "kclib", "numpy", "PIL", *sys.stdlib_module_names} - {"__main__"}
 
 
 class KclibError(Exception):
@@ -86,14 +82,3 @@ def reason(error: BaseException | str) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     sentence = re.split(r"\. (?=[A-Z])", lines[0])[0].rstrip(".: ")
     return textwrap.shorten(sentence, 160, placeholder=" ...")
-
-
-def where(error: BaseException) -> str:
-    """Return where other people's code raised an error, as `` in file.py, line 7``; nothing if none ran."""
-    place = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THEIRS:
-            path = Path(frame.f_code.co_filename)
-            file = "a notebook cell" if "ipykernel" in str(path) else path.name
-            place = f" in {file}, line {line}"
-    return place

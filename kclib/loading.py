@@ -7,7 +7,7 @@ import torch
 
 from kclib import compression, models
 from kclib._util import files
-from kclib.models import _loading, _state_dicts
+from kclib.models import _loading, _model, _state_dicts
 
 
 def load_model(
@@ -44,16 +44,16 @@ def load_model(
     >>> model.input_shape, model.classes[:3]
     ((3, 32, 32), ('T-shirt/top', 'Trouser', 'Pullover'))
     """
-    model = models.told(models.architecture(name), input_shape=input_shape, classes=classes)
+    model = _model.told(_loading.architecture(name), input_shape=input_shape, classes=classes)
     if weights is not None and _state_dicts.is_compressed(weights):
         return compression.load(files.expanded(weights), architecture=model, resident="dense", device=device)
     if weights is not None:
         source = "the mapping of weights" if isinstance(weights, Mapping) else str(weights)
         _state_dicts.fill(model.network, _state_dicts.read_all(weights), source)
     elif name == "vgg16-fashion":
-        shipped = files.shipped(files.data_dir() / models.FASHION_FILE, models.FASHION_SHA256)
+        shipped = files.shipped(files.data_dir() / _loading.FASHION_FILE, _loading.FASHION_SHA256)
         _state_dicts.fill(model.network, _state_dicts.read_all(shipped), name)
-    elif name in models.torchvision_names():
+    elif name in _loading.torchvision_names():
         _state_dicts.fill(model.network, {"": _loading.published(name)}, name)
-    models.moved(model.network, device).eval()
+    _model.moved(model.network, device).eval()
     return model

@@ -15,6 +15,7 @@ from kclib._util.progress_bars import tqdm
 from kclib.datasets import _loader
 from kclib.errors import DamagedFileError, InvalidValueError, reason
 from kclib.kernels import _copying
+from kclib.models import _model
 
 _LEAST = {"epochs": 1, "batch_size": 1, "shift": 0, "square": 0, "held_back": 1, "images": 0, "patience": 0}
 
@@ -75,11 +76,6 @@ class Trained:
 
     model: models.Model | nn.Module
     history: tuple[dict, ...]
-
-    @property
-    def network(self) -> nn.Module:
-        """The bare network of `model`."""
-        return models.network_of(self.model)
 
     @property
     def held_back(self) -> float:
@@ -173,7 +169,7 @@ def _copied(network: nn.Module, device: str) -> nn.Module:
     for name, value in network.named_parameters():
         if value.dtype != torch.float32:
             raise InvalidValueError(f"parameter {name} is {value.dtype}; call .float() on the network first.")
-    return models.moved(_copying.copied(network), device).to(memory_format=torch.channels_last)
+    return _model.moved(_copying.copied(network), device).to(memory_format=torch.channels_last)
 
 
 def _steps(recipe: Recipe, n_images: int) -> int:
@@ -237,16 +233,16 @@ def _epoch(parts, data, preprocess, recipe, epoch, teacher, device) -> float:
 def _changed(data, order, preprocess, recipe, generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield batches of inputs and labels in an order, each image changed at random."""
     if not torch.is_tensor(data.images):
-        for inputs, labels in _read(datasets.select(data, order), preprocess, recipe.batch_size):
-            yield augment(inputs, recipe, generator), labels
+        for inputs, labels in _read(_loader.select(data, order), preprocess, recipe.batch_size):
+            yield _augment(inputs, recipe, generator), labels
         return
     for chosen in order.split(recipe.batch_size):
-        images = augment(data.images[chosen], recipe, generator)
+        images = _augment(data.images[chosen], recipe, generator)
         part = replace(data, images=images, labels=data.labels[chosen])
         yield from datasets.batches(part, preprocess, recipe.batch_size)
 
 
-def augment(images: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
+def _augment(images: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
     """Return images ``(b, c, h, w)`` each mirrored, shifted and with a square made 0, at random."""
     n, _, height, width = images.shape
 
@@ -270,7 +266,7 @@ def augment(images: torch.Tensor, recipe: Recipe, generator: torch.Generator) ->
 
 def _read(data, preprocess, batch_size) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield batches of inputs and labels in order."""
-    return datasets.batches(data, preprocess, batch_size, workers=datasets.readers(data))
+    return datasets.batches(data, preprocess, batch_size, workers=_loader.readers(data))
 
 
 def _placed(inputs: torch.Tensor, device: str) -> torch.Tensor:
@@ -328,7 +324,7 @@ def split(data: datasets.ImageSet, recipe: Recipe) -> tuple[datasets.ImageSet, d
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))
     held, kept = order[: recipe.held_back], order[recipe.held_back :]
-    return datasets.select(data, kept), datasets.select(data, held)
+    return _loader.select(data, kept), _loader.select(data, held)
 
 
 def _write(checkpoint: Path, parts: dict, rest: dict) -> None:

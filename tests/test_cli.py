@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from sentences import is_one_sentence
 
-from kclib import cli, compression, datasets, evaluation, loading, models
+from kclib import cli, compression, datasets, evaluation, loading
 from kclib.compression import _container, expand
 from kclib.errors import InvalidValueError, NotebookError
 from kclib.experiments import _batch
+from kclib.models import _loading
 
 FACTORIES = """
 import torch
@@ -318,7 +319,7 @@ def test_inspecting_says_which_layers_share_their_indices(kclib, made):
 
 def test_a_file_is_inspected_without_its_network(kclib, made, monkeypatch):
     _, path = made()
-    monkeypatch.setattr(models, "architecture", lambda name: pytest.fail("built"))
+    monkeypatch.setattr(_loading, "architecture", lambda name: pytest.fail("built"))
     sys.modules.pop("kclib_test_factories")
     assert kclib("inspect", path)[0] == 0
     assert "kclib_test_factories" not in sys.modules
@@ -343,7 +344,7 @@ def test_evaluating_a_factorys_file_needs_the_model(kclib, made, factories):
 
 def test_outputs_without_names_are_named_on_the_command_line(kclib, made, factories, tmp_path):
     path, model = made()[1], ("--model", f"{factories}:make")
-    order = list(models.FASHION_CLASSES)
+    order = list(_loading.FASHION_CLASSES)
     for name in order[:3]:
         (place := tmp_path / "photos" / name.replace("/", "-")).mkdir(parents=True)
         Image.new("RGB", (28, 28), "grey").save(place / "a.png")

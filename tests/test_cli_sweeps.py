@@ -166,7 +166,7 @@ def test_a_cell_that_fails_is_exit_code_1_and_its_traceback_is_in_the_report(kcl
 def test_a_report_made_anew_forgets_failures_that_are_mended(kclib, swept, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("kclib.evaluation.evaluate", lambda *_, **__: 1 / 0)
-        patch.setattr("kclib.experiments._grid.check_memory", lambda _: None)
+        patch.setattr("kclib.experiments._grid.check_runs", lambda _: None)
         patch.setattr("kclib.experiments._grid.Rates.seconds", lambda *_: 1.0)
         assert kclib("sweep", swept)[0] == 1
     index = tmp_path / "reports" / "small" / "index.html"

@@ -100,9 +100,9 @@ def test_training_there_learns(made, tmp_path):
     model, data, _, _ = made
     recipe = training.Recipe(epochs=3, held_back=8, batch_size=8)
     found = training.train(model.network, data, model.preprocess, recipe, tmp_path / "x.pt", device="cuda")
-    assert next(found.network.parameters()).is_cuda
+    assert next(found.model.parameters()).is_cuda
     again = training.train(model.network, data, model.preprocess, recipe, tmp_path / "x.pt", device="cuda")
-    assert_same_network((found.network.cpu(), again.network.cpu()))
+    assert_same_network((found.model.cpu(), again.model.cpu()))
 
 
 def test_a_sweep_there_is_that_of_the_processor(made, tmp_path):

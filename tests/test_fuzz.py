@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from kclib import clustering, compression, kernels, models
+from kclib import clustering, compression, kernels
 from kclib.compression import _container
 from kclib.errors import KclibError
 from kclib.experiments import _profiles
+from kclib.models import _model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONG = settings(max_examples=max(500, settings().max_examples), deadline=None)
@@ -122,7 +123,7 @@ def test_a_checkpoint_described_otherwise_under_a_right_hash_is_told_or_read(dat
 @LONG
 @given(st.binary(max_size=200) | damaged(compressed()), st.sampled_from([".pt", ".safetensors"]))
 def test_weights_of_strangers_are_told_or_read(content, suffix):
-    read(content, suffix, models.read_weights)
+    read(content, suffix, _model.read_weights)
 
 
 @LONG

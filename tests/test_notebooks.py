@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from kclib import compression, datasets, models, training
 from kclib.compression import byte_counts
-from kclib.experiments import _batch, _profiles, reports
+from kclib.experiments import _batch, _profiles, _reports
 
 NOTEBOOKS = sorted(_profiles.NOTEBOOKS.glob("*.ipynb"))
 
@@ -106,9 +106,7 @@ def small(tmp_path_factory):
     fit = training.train(
         names["network"](), data, models.fashion_preprocess(), recipe, folder / "training.pt"
     )
-    save_file(
-        {k: v.contiguous() for k, v in fit.network.state_dict().items()}, folder / "weights.safetensors"
-    )
+    save_file({k: v.contiguous() for k, v in fit.model.state_dict().items()}, folder / "weights.safetensors")
     return folder
 
 
@@ -147,7 +145,7 @@ def smoke(tmp_path_factory, small):
 def test_the_smoke_profile_runs_to_every_headline(smoke):
     for path in NOTEBOOKS:
         executed = nbformat.read(smoke / path.name, as_version=4)
-        assert reports.read_headline(executed)
+        assert _reports.read_headline(executed)
         assert (smoke / f"{path.stem}.html").stat().st_size > 10_000
     index = (smoke / "index.html").read_text()
     assert index.count("<img") == len(NOTEBOOKS)
@@ -235,5 +233,5 @@ def test_papermill_alone_runs_a_notebook_from_any_folder(tmp_path, small):
     path = os.pathsep.join([str(small), os.environ.get("PYTHONPATH", "")])
     store = {"KCLIB_STORE": str(tmp_path / "store"), "PYTHONPATH": path}
     subprocess.run([*command, *options], cwd=tmp_path, env=os.environ | store, check=True)
-    assert reports.read_headline(nbformat.read(tmp_path / "out.ipynb", as_version=4))
+    assert _reports.read_headline(nbformat.read(tmp_path / "out.ipynb", as_version=4))
     assert set(pd.read_csv(tmp_path / "found" / "accuracy.csv").k) == {0, 16}

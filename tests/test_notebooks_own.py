@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from kclib import kernels
-from kclib.experiments import reports
+from kclib.experiments import _reports
 
 HERE = Path(__file__).parent
 STEMS = [path.stem for path in sorted((HERE.parent / "notebooks").glob("*.ipynb"))]
@@ -77,7 +77,7 @@ def test_a_batch_on_ones_own_network_and_folder_ends_with_exit_code_0(ran, name)
     for stem in READ[name]:
         executed = nbformat.read(folders[name] / f"{stem}.ipynb", as_version=4)
         assert f"four_networks:{name}" in str(executed.cells)
-        assert reports.read_headline(executed)
+        assert _reports.read_headline(executed)
     assert (folders[name] / "index.html").read_text().count("<img") == len(READ[name])
 
 

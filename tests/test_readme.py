@@ -6,9 +6,9 @@ from pathlib import Path
 import yaml
 
 from benchmarks import tables
-from kclib import models
 from kclib.datasets import _named_sets
 from kclib.experiments import _profiles
+from kclib.models import _loading
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +52,7 @@ def test_the_checksums_of_the_data_are_those_the_code_checks():
         )
     )
     expected = {f"FashionMNIST/raw/{name}": digest for name, digest in _named_sets.FASHION_FILES.items()}
-    assert listed == expected | {models.FASHION_FILE: models.FASHION_SHA256}
+    assert listed == expected | {_loading.FASHION_FILE: _loading.FASHION_SHA256}
 
 
 def test_the_workflow_is_yaml_whose_commands_exist():

@@ -11,6 +11,7 @@ from strange import NETWORKS, model, network, one_kernel, pictures, raw, scaled
 
 from benchmarks import representatives
 from kclib import clustering, compression, kernels, kmeans, models, recovery, similarity
+from kclib.clustering import _clustering
 from kclib.combination import _pruning, orthogonality
 from kclib.compression import byte_counts
 from kclib.errors import InvalidValueError
@@ -123,7 +124,7 @@ def test_damage_is_shared_out_whole_and_restoring_never_adds_to_it(kind, tmp_pat
     sample_weight = sensitivity.importance(given, data, bank, kind="input", **QUIET)
     made = clustering.cluster(bank, 4, sample_weight=sample_weight, **QUIET)
     table = damage.by_cluster(bank, made, sample_weight)
-    errors = np.square(bank.kernels.astype(float) - clustering.quantized(made)).sum((1, 2))
+    errors = np.square(bank.kernels.astype(float) - _clustering.quantized(made)).sum((1, 2))
     assert table.damage.sum() == pytest.approx(
         float(errors @ sample_weight.astype(float)), rel=1e-4, abs=1e-300
     )
@@ -162,7 +163,7 @@ def test_clusters_leave_no_more_error_than_one_cluster_a_layer_would(kind, optio
     bank = kernels.extract(network(kind))
     made = clustering.cluster(bank, 5, **options, **QUIET)
     points = bank.points.astype(float)
-    stands = clustering.quantized(made).reshape(points.shape)
+    stands = _clustering.quantized(made).reshape(points.shape)
     groups = [np.concatenate([np.arange(len(bank))[x.rows] for x in g.layers]) for g in made.groups]
     for group, rows in zip(made.groups, groups, strict=True):
         most = np.square(points[rows] - points[rows].mean(0)).sum()
@@ -245,7 +246,7 @@ def test_shapes_of_kernels_can_be_described_and_mapped(kind, tmp_path):
         drawn = null_models.drawn(null, bank.points, seed=0)
         assert drawn.shape == bank.points.shape
         assert np.isfinite(drawn).all()
-    for name in embedding.named_maps:
+    for name in embedding._named_maps:
         graph = embedding.graph(bank.points, kind=name, store=Store(tmp_path))
         assert np.isfinite(graph.distances).all()
         assert (np.diff(graph.distances, axis=1) >= 0).all()
@@ -262,7 +263,7 @@ def test_a_single_kernel_is_clustered_mapped_and_corrected(tmp_path):
     bank, data = kernels.extract(net), pictures()
     made = clustering.cluster(bank, 1, **QUIET)
     assert made.inertia == 0
-    np.testing.assert_array_equal(clustering.quantized(made), bank.kernels)
+    np.testing.assert_array_equal(_clustering.quantized(made), bank.kernels)
     with pytest.raises(InvalidValueError, match="1 of 1 kernels can be compared"):
         similarity.nearest_distances(bank.points)
     assert not len(_measures.closeness(bank, np.arange(1), **QUIET))
@@ -326,7 +327,7 @@ def test_peers_and_pruned_networks_are_finite_and_within_their_bytes(kind):
 
 
 @pytest.mark.parametrize("top1", [0.0, 50.0, 100.0])
-@pytest.mark.parametrize("response", orthogonality.RESPONSES)
+@pytest.mark.parametrize("response", orthogonality._RESPONSES)
 def test_methods_that_change_nothing_have_no_effect_nor_share(top1, response):
     cells = itertools.product([0.0, 0.5], ["none", "4"], ["none", "int8"], [0, 1])
     table = pd.DataFrame(cells, columns=["sparsity", "clustering", "precision", "seed"])

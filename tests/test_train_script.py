@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from data import train
 from kclib import datasets, models
 from kclib.errors import InvalidValueError
+from kclib.models import _model
 from kclib.training import Recipe, Trained
 
 RECIPE = Recipe(epochs=2, batch_size=8, peak_rate=1e-9, shift=1, square=2, held_back=12)
@@ -57,10 +58,10 @@ def test_the_shipped_recipe_sees_the_training_split_alone_and_leaves_halves(tmp_
     out = tmp_path / "out.safetensors"
     trained = train.train_fashion(out, tmp_path / "start.safetensors", RECIPE)
     load.assert_called_once_with("fashion-mnist", "train")
-    written, state = models.read_weights(out), trained.network.state_dict()
+    written, state = _model.read_weights(out), trained.model.state_dict()
     assert written.keys() == state.keys()
     assert all(torch.equal(written[name], state[name].half()) for name in state)
-    assert torch.allclose(trained.network.features[0].weight, torch.tensor(0.25))
+    assert torch.allclose(trained.model.features[0].weight, torch.tensor(0.25))
     assert safe_open(out, "pt").metadata()["held_back"] == f"{trained.held_back:.2f}"
 
 

@@ -72,7 +72,7 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(tmp_path, interr
     for calls_left in (epochs_left * CALLS + (interrupted_at == 0), 0):
         resumed = training.train(network(), data(), scaler(calls_left + taught), RECIPE, path, **how)
         assert resumed.history == whole.history
-        assert equal(resumed.network.state_dict(), whole.network.state_dict())
+        assert equal(resumed.model.state_dict(), whole.model.state_dict())
 
 
 def test_the_callers_network_is_untouched(tmp_path):
@@ -80,7 +80,7 @@ def test_the_callers_network_is_untouched(tmp_path):
     before = models.fingerprint(net)
     trained = training.train(net, data(), scaler(), RECIPE, tmp_path / "a.pt")
     assert (models.fingerprint(net), net.training) == (before, False)
-    assert models.fingerprint(trained.network) != before
+    assert models.fingerprint(trained.model) != before
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_images_read_one_by_one_train_as_those_in_memory(tmp_path, taught):
         for i, images in enumerate((data(), streamed))
     )
     assert first.history == second.history
-    assert equal(first.network.state_dict(), second.network.state_dict())
+    assert equal(first.model.state_dict(), second.model.state_dict())
 
 
 def test_a_run_on_images_read_one_by_one_resumes_to_the_bit(tmp_path):
@@ -166,7 +166,7 @@ def test_a_run_on_images_read_one_by_one_resumes_to_the_bit(tmp_path):
         training.train(network(), streamed, cut, RECIPE, tmp_path / "cut.pt")
     resumed = training.train(network(), streamed, scaler(), RECIPE, tmp_path / "cut.pt")
     assert resumed.history == whole.history
-    assert equal(resumed.network.state_dict(), whole.network.state_dict())
+    assert equal(resumed.model.state_dict(), whole.model.state_dict())
 
 
 def test_images_of_unknown_label_are_not_trained_on(tmp_path):
@@ -224,8 +224,8 @@ def test_the_answer_is_the_network_of_the_best_check_the_start_among_them(tmp_pa
     assert [row["held_back"] for row in trained.history] == [100 * (i == best) for i in range(4)]
     assert [row["epoch"] for row in trained.history if "loss" in row] == [1, 2, 3]
     assert trained.held_back == 100
-    assert [equal(trained.network.state_dict(), state) for state in states] == [i == best for i in range(4)]
-    assert not trained.network.training
+    assert [equal(trained.model.state_dict(), state) for state in states] == [i == best for i in range(4)]
+    assert not trained.model.training
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_what_after_epoch_returns_is_checked_and_kept_and_what_it_changes_is_tra
     trained = training.train(network(), data(), scaler(), recipe, tmp_path / "a.pt", after_epoch=after)
     dark = 100 * sum(x < 128 for x in held_back_values()) / 12
     assert [row["held_back"] for row in trained.history] == [dark] * 3
-    assert trained.network[-1].bias.tolist() == [99, 0]
+    assert trained.model[-1].bias.tolist() == [99, 0]
     assert torch.allclose(biases[2] - biases[0], torch.tensor(10.0), atol=1e-3)
 
 
@@ -271,7 +271,7 @@ def test_distillation_reads_no_labels(tmp_path):
     )
     assert first.history == second.history
     assert set(first.history[1]) == {"epoch", "loss", "agreement"}
-    assert equal(first.network.state_dict(), second.network.state_dict())
+    assert equal(first.model.state_dict(), second.model.state_dict())
     assert first.held_back == max(row["agreement"] for row in first.history)
 
 
@@ -317,7 +317,7 @@ def test_the_loss_falls_on_an_easy_problem(tmp_path):
 
 
 def augmented(images, seed: int = 0, **changes):
-    return training.augment(images, replace(RECIPE, **changes), torch.Generator().manual_seed(seed))
+    return training._augment(images, replace(RECIPE, **changes), torch.Generator().manual_seed(seed))
 
 
 def noise(n: int, channels: int = 1) -> torch.Tensor:

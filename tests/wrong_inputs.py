@@ -36,7 +36,7 @@ from kclib import (
     training,
 )
 from kclib._util import files
-from kclib.clustering import Clustering
+from kclib.clustering import Clustering, _clustering
 from kclib.combination import _pipeline, _pruning, _sparse_clustering, _stages, factorial, orthogonality
 from kclib.compression import (
     _architectures,
@@ -52,7 +52,7 @@ from kclib.compression import (
     latency,
     residence,
 )
-from kclib.datasets import _class_names, _image_folders, _labelled, _pictures, _preprocessing
+from kclib.datasets import _class_names, _image_folders, _labelled, _loader, _pictures, _preprocessing
 from kclib.errors import (
     DamagedFileError,
     InvalidValueError,
@@ -61,7 +61,7 @@ from kclib.errors import (
     StorageError,
     UnknownNameError,
 )
-from kclib.evaluation import attribution, damage, peers
+from kclib.evaluation import _accuracy, _others, attribution, damage, peers
 from kclib.experiments import (
     _batch,
     _cell,
@@ -70,14 +70,15 @@ from kclib.experiments import (
     _grid,
     _pool,
     _profiles,
+    _reports,
     adapting,
     parameters,
     reports,
 )
 from kclib.explorers import _background, _cluster_explorer, interactive_map
-from kclib.kernels import _convolutions, _copying
+from kclib.kernels import _bank, _convolutions, _copying
 from kclib.kmeans import _entropy, _streaming, symmetric
-from kclib.models import _checkpoint_files, _factories, _inference, _state_dicts
+from kclib.models import _checkpoint_files, _factories, _inference, _loading, _model, _state_dicts
 from kclib.recovery import (
     _calibration,
     _moments,
@@ -180,7 +181,7 @@ class Given:
     @property
     def none(self) -> datasets.ImageSet:
         """A data set without images."""
-        return datasets.select(self.data, torch.zeros(0, dtype=torch.int64))
+        return _loader.select(self.data, torch.zeros(0, dtype=torch.int64))
 
     def broken(self, value: float) -> nn.Module:
         """Return the network with one weight that is no number, or infinite."""
@@ -270,7 +271,7 @@ WRONG_INPUTS = [
     (loading.load_model, lambda g: loading.load_model(weights=g.path("empty.pt")), DAMAGED, "empty.pt"),
     (loading.load_model, lambda g: loading.load_model(weights=g.cut()), DAMAGED, "cut.safetensors"),
     (loading.load_model, lambda g: loading.load_model(weights=g.compressed()), WRONG, "this architecture does not have"),
-    (models.architecture, lambda g: models.architecture("resnet81"), UNKNOWN, "did you mean 'resnet"),
+    (_loading.architecture, lambda g: _loading.architecture("resnet81"), UNKNOWN, "did you mean 'resnet"),
     (loading.load_model, lambda g: loading.load_model(weights=3), WRONG, "weights are a int"),
     (loading.load_model, lambda g: loading.load_model(weights={}), DAMAGED, "the mapping of weights holds no state dict"),
     (loading.load_model, lambda g: loading.load_model(weights={"a": torch.ones(1)}), WRONG, "the mapping of weights does not fit"),
@@ -284,7 +285,7 @@ WRONG_INPUTS = [
     (_state_dicts.fill, lambda g: _state_dicts.fill(g.network, {"": {"a": torch.ones(1)}}, "w.pt"), WRONG, "w.pt does not fit"),
     (_checkpoint_files.read, lambda g: _checkpoint_files.read(g.path("x.pt", b"<html>")), WRONG, "web page"),
     (_checkpoint_files.read, lambda g: _checkpoint_files.read(g.path("x.pt", "{}")), DAMAGED, "no index"),
-    (models.moved, lambda g: models.moved(nn.Conv2d(1, 1, 3, device="meta"), "cpu"), WRONG, "no values yet"),
+    (_model.moved, lambda g: _model.moved(nn.Conv2d(1, 1, 3, device="meta"), "cpu"), WRONG, "no values yet"),
     (_inference.answers, lambda g: models.answers(g.network, torch.ones(2, 7)), WRONG, "does not run on inputs of shape (2, 7)"),
     (_inference.answers, lambda g: models.answers(nn.Flatten(0), torch.ones(2, 7)), WRONG, "answers shape (14,) to 2 images"),
     (_inference.answers, lambda g: _inference.answers(Mapping(), torch.ones(2, 7)), WRONG, "a: (2, 7)"),
@@ -293,10 +294,10 @@ WRONG_INPUTS = [
     (loading.load_model, lambda g: loading.load_model("vgg16-fashion", input_shape=(3, 8, 8)), WRONG, "makes (3, 32, 32)"),
     (loading.load_model, lambda g: loading.load_model("tiny:tiny_model", input_shape=(3, 8)), WRONG, "(channels, height, width)"),
     (models.network_of, lambda g: models.network_of("vgg16"), WRONG, "is a str"),
-    (models.as_model, lambda g: models.as_model(g.bank), WRONG, "is a KernelBank"),
+    (_model.as_model, lambda g: _model.as_model(g.bank), WRONG, "is a KernelBank"),
     (models.plain, lambda g: models.plain("x", g.network, (3, 0, 8)), WRONG, "height of input_shape is 0"),
-    (models.told, lambda g: models.told(g.model, classes="by position"), WRONG, "must be a list of the names"),
-    (models.told, lambda g: models.told(g.model, input_shape=(3, 0, 8)), WRONG, "is 0"),
+    (_model.told, lambda g: _model.told(g.model, classes="by position"), WRONG, "must be a list of the names"),
+    (_model.told, lambda g: _model.told(g.model, input_shape=(3, 0, 8)), WRONG, "is 0"),
     (models.input_shape, lambda g: models.input_shape(g.network), WRONG, "give input_shape"),
     (models.fingerprint, lambda g: models.fingerprint(None), WRONG, "is a NoneType"),
     (models.fingerprint, lambda g: models.fingerprint(nn.Linear(2, 2, device="meta")), WRONG, "no values yet"),
@@ -311,15 +312,15 @@ WRONG_INPUTS = [
     (kernels.insert, lambda g: kernels.insert(g.other, g.bank), WRONG, "use the architecture"),
     (kernels.insert, lambda g: kernels.insert(g.network, g.clustering), WRONG, "the bank is a Clustering"),
     (kernels.insert, lambda g: kernels.insert(g.network, replace(g.bank, kernels=g.bank.kernels * NAN)), WRONG, "finite in torch.float32"),
-    (kernels.bank_of, lambda g: clusterings.cluster(g.points, 4), WRONG, "kmeans.fit clusters points (n, d)"),
-    (kernels.bank_of, lambda g: clusterings.cluster(torch.tensor(g.points), 4), WRONG, "the kernels are a Tensor"),
-    (kernels.bank_of, lambda g: clusterings.cluster("vgg16-fashion", 4), WRONG, "the kernels are a str"),
-    (kernels.bank_of, lambda g: clusterings.cluster(g.small, 4), WRONG, "compressed already"),
+    (_bank.bank_of, lambda g: clusterings.cluster(g.points, 4), WRONG, "kmeans.fit clusters points (n, d)"),
+    (_bank.bank_of, lambda g: clusterings.cluster(torch.tensor(g.points), 4), WRONG, "the kernels are a Tensor"),
+    (_bank.bank_of, lambda g: clusterings.cluster("vgg16-fashion", 4), WRONG, "the kernels are a str"),
+    (_bank.bank_of, lambda g: clusterings.cluster(g.small, 4), WRONG, "compressed already"),
     (_convolutions.set_weight, lambda g: _convolutions.set_weight(g.network[0], torch.ones(3)), WRONG, "3 values"),
     (_convolutions.usable, lambda g: _convolutions.usable(nn.Conv2d(1, 1, 3, device="meta")), WRONG, "no values yet"),
     (_copying.copied, lambda g: _copying.copied(g.locked), WRONG, "network.lock"),
     (models.network_of, lambda g: kernels.extract(g.bank), WRONG, "the network is a KernelBank"),
-    (kernels.matched, lambda g: kernels.matched(nn.Linear(1, 1), g.bank.layers), WRONG, "no such layer"),
+    (_bank.matched, lambda g: _bank.matched(nn.Linear(1, 1), g.bank.layers), WRONG, "no such layer"),
     (kernels.sample, lambda g: kernels.sample(g.bank, 0), WRONG, "per_layer is 0"),
     (kernels.sample, lambda g: kernels.sample(g.bank, 1, seed=-1), WRONG, "seed is -1"),
     (kernels.KernelBank.origin, lambda g: g.bank.origin(np.array([999])), WRONG, "rows must be whole numbers"),
@@ -361,16 +362,16 @@ WRONG_INPUTS = [
     (clusterings.cluster, lambda g: clusterings.cluster(g.bank, 2, scope="gobal"), UNKNOWN, "did you mean 'global'"),
     (_cell.stored_clustering, lambda g: _cell.stored_clustering(g.bank, 2, method="turn"), UNKNOWN, "did you mean 'turned'"),
     (_cell.clustering_key, lambda g: _cell.clustering_key(g.bank, 2, scope="layer", method="", seed=0), UNKNOWN, "method ''"),
-    (clusterings.grouping, lambda g: clusterings.grouping(g.bank, {"0": "a"}), WRONG, "every layer"),
-    (clusterings.largest, lambda g: clusterings.largest(g.bank, {"0": "a"}), WRONG, "every layer"),
+    (_clustering.grouping, lambda g: _clustering.grouping(g.bank, {"0": "a"}), WRONG, "every layer"),
+    (_clustering.largest, lambda g: _clustering.largest(g.bank, {"0": "a"}), WRONG, "every layer"),
     (adapting.clusters, lambda g: adapting.clusters(g.bank, 0), WRONG, "n_clusters is 0"),
     (adapting.several, lambda g: adapting.several(g.bank, [2], []), WRONG, "scopes is empty"),
     (adapting.images, lambda g: adapting.images(g.data, -1), WRONG, "test images is -1"),
     (adapting.budgets, lambda g: adapting.budgets(g.model, g.bank, [0.5]), WRONG, "a share is 0.5"),
     (adapting.about, lambda g: adapting.about(g.model, g.none), WRONG, "no images"),
-    (clusterings.wanted, lambda g: clusterings.cluster(g.bank, {"9": 2}), WRONG, "name every group"),
+    (_clustering.wanted, lambda g: clusterings.cluster(g.bank, {"9": 2}), WRONG, "name every group"),
     (_sparse_clustering.cluster, lambda g: _sparse_clustering.cluster(g.bank, 2, price=NAN), WRONG, "price is nan"),
-    (_cluster_explorer.Clusterer.clustering, lambda g: _cluster_explorer.Clusterer(g.bank, 0).clustering(explorers.ClusterQuestion(("0",), n_clusters=2), _background.Progress(lambda: True)), STOPPED, "a newer question came"),
+    (_cluster_explorer.Clusterer.clustering, lambda g: _cluster_explorer.Clusterer(g.bank, 0).clustering(_cluster_explorer.ClusterQuestion(("0",), n_clusters=2), _background.Progress(lambda: True)), STOPPED, "a newer question came"),
     (explorers.ClusterExplorer.evaluate, lambda g: g.explorer.evaluate(41), WRONG, "is 41"),
     (explorers.ClusterExplorer.curve, lambda g: g.explorer.curve(), WRONG, "no accuracy to draw yet"),
     (_background.Explorer.choose, lambda g: g.explorer.choose(n_clusters=37), WRONG, "37"),
@@ -380,7 +381,7 @@ WRONG_INPUTS = [
     (sensitivity.importance, lambda g: sensitivity.importance(g.model, g.none, g.bank), WRONG, "no images"),
     (_tradeoff.curves, lambda g: _tradeoff.curves(g.bank, None, store=g.store), WRONG, "sample_weight is None"),
     (_tradeoff.solve, lambda g: _tradeoff.solve([], 9), WRONG, "no curves"),
-    (clusterings.resolved, lambda g: clusterings.resolved(g.bank, "mixd"), UNKNOWN, "did you mean 'mixed'"),
+    (_clustering.resolved, lambda g: _clustering.resolved(g.bank, "mixd"), UNKNOWN, "did you mean 'mixed'"),
     (allocation.allocate, lambda g: allocation.allocate(g.model, g.data, g.bank, g.importance), WRONG, "n_bytes or max_drop"),
     (allocation.allocate, lambda g: allocation.allocate(g.model, g.data, g.bank, g.importance, n_bytes=1, ks=(2,), store=g.store), WRONG, "bytes"),
     # Replacement and bytes
@@ -415,13 +416,13 @@ WRONG_INPUTS = [
     (restoration.restore_worst, lambda g: restoration.restore_worst(g.model, g.clustering, -1), WRONG, "budget is -1"),
     (damage.by_cluster, lambda g: damage.by_cluster(kernels.extract(g.other), g.clustering), WRONG, "layer"),
     (damage.restored, lambda g: damage.restored(g.model, g.clustering, pd.DataFrame()), WRONG, "no column 'group'"),
-    (damage.bank_of, lambda g: damage.bank_of(g.other, g.clustering), WRONG, "use the architecture"),
+    (_clustering.dense_kernels, lambda g: _clustering.dense_kernels(g.other, g.clustering), WRONG, "use the architecture"),
     (_pruning.prune, lambda g: _pruning.prune(g.model, 1), WRONG, "sparsity is 1"),
     (_pruning.sparse_bytes, lambda g: _pruning.sparse_bytes(g.network, precision="x"), UNKNOWN, "'x'"),
-    (peers.palettized, lambda g: peers.palettized(g.network, 0), WRONG, "bits is 0"),
-    (peers.product_quantized, lambda g: peers.product_quantized(g.network, 0, 3), WRONG, "0"),
-    (peers.quantized, lambda g: peers.quantized(g.network, 99), WRONG, "bits is 99"),
-    (peers.pruned, lambda g: peers.pruned(g.network, 0), WRONG, "keep is 0"),
+    (_others.palettized, lambda g: _others.palettized(g.network, 0), WRONG, "bits is 0"),
+    (_others.product_quantized, lambda g: _others.product_quantized(g.network, 0, 3), WRONG, "0"),
+    (_others.quantized, lambda g: _others.quantized(g.network, 99), WRONG, "bits is 99"),
+    (_others.pruned, lambda g: _others.pruned(g.network, 0), WRONG, "keep is 0"),
     (peers.at_bytes, lambda g: peers.at_bytes(g.network, 0), WRONG, "budget is 0"),
     (peers.son, lambda g: peers.son(g.network, 37, turned=False), WRONG, "37"),
     (peers.son, lambda g: peers.son(g.twisted, 2, turned=True), WRONG, "square"),
@@ -449,12 +450,12 @@ WRONG_INPUTS = [
     (datasets.ImageSet, lambda g: replace(g.data, labels=g.data.labels + 99), WRONG, "has labels"),
     (datasets.ImageSet, lambda g: replace(g.data, images=g.data.images.int()), WRONG, "torch.uint8"),
     (datasets.ImageSet, lambda g: replace(g.data, labels=g.data.labels[:3]), WRONG, "an image for each"),
-    (datasets.select, lambda g: datasets.select(g.data, torch.tensor([40])), WRONG, "0 to 39"),
-    (datasets.aligned, lambda g: datasets.aligned(g.data, ("a",), 1), WRONG, "classes"),
-    (datasets.aligned, lambda g: datasets.aligned(g.data, (), 7), WRONG, "7 outputs without names"),
-    (datasets.aligned, lambda g: datasets.aligned(g.data, (), 6, classes="by name"), WRONG, "'by name'"),
-    (datasets.aligned, lambda g: datasets.aligned(g.data, (), 6, classes=("a", "b")), WRONG, "2 names"),
-    (datasets.aligned, lambda g: datasets.aligned(g.data, (), 6, classes=3), WRONG, "a name for each"),
+    (_loader.select, lambda g: _loader.select(g.data, torch.tensor([40])), WRONG, "0 to 39"),
+    (_loader.aligned, lambda g: _loader.aligned(g.data, ("a",), 1), WRONG, "classes"),
+    (_loader.aligned, lambda g: _loader.aligned(g.data, (), 7), WRONG, "7 outputs without names"),
+    (_loader.aligned, lambda g: _loader.aligned(g.data, (), 6, classes="by name"), WRONG, "'by name'"),
+    (_loader.aligned, lambda g: _loader.aligned(g.data, (), 6, classes=("a", "b")), WRONG, "2 names"),
+    (_loader.aligned, lambda g: _loader.aligned(g.data, (), 6, classes=3), WRONG, "a name for each"),
     (datasets.limited, lambda g: datasets.limited(g.data, 41), WRONG, "is 41"),
     (datasets.limited, lambda g: datasets.limited(g.network, 4), WRONG, "a Sequential"),
     (datasets.as_image_set, lambda g: datasets.as_image_set(None), WRONG, "a NoneType"),
@@ -490,9 +491,9 @@ WRONG_INPUTS = [
     (latency.of_network, lambda g: latency.of_network(g.small, (1, 9, 9), [2]), WRONG, "reads 3 channels and the images have 1"),
     (evaluation.evaluate, lambda g: evaluation.evaluate("vgg16", g.data), WRONG, "is a str"),
     (evaluation.evaluate, lambda g: evaluation.evaluate(g.model, 7), WRONG, "int"),
-    (evaluation.matched, lambda g: evaluation.matched(g.model, replace(g.data, labels=torch.full((len(g.data),), -1))), WRONG, "no image whose class is known"),
+    (_accuracy.matched, lambda g: _accuracy.matched(g.model, replace(g.data, labels=torch.full((len(g.data),), -1))), WRONG, "no image whose class is known"),
     (evaluation.evaluate, lambda g: evaluation.evaluate(g.model, replace(g.data, labels=torch.full((len(g.data),), -1))), WRONG, "no image whose class is known"),
-    (evaluation.paired, lambda g: evaluation.paired(np.ones(3, bool), np.ones(1, bool)), WRONG, "bool (3,) before and bool (1,) after"),
+    (_accuracy.paired, lambda g: _accuracy.paired(np.ones(3, bool), np.ones(1, bool)), WRONG, "bool (3,) before and bool (1,) after"),
     (evaluation.drop, lambda g: evaluation.drop(g.answers, replace(g.answers, labels=g.answers.labels[1:])), WRONG, "different images"),
     (attribution.by_layer, lambda g: attribution.by_layer(g.model, g.clustering, g.data, ways=["lone"]), UNKNOWN, "'alone'"),
     (attribution.by_class, lambda g: attribution.by_class(g.answers, replace(g.answers, labels=g.answers.labels[1:])), WRONG, "different images"),
@@ -527,7 +528,7 @@ WRONG_INPUTS = [
     (compression.to_onnx, lambda g: compression.to_onnx(g.small, g.folder / "x.onnx", (3, 8)), WRONG, "(3, 8)"),
     (compression.export, lambda g: compression.export(g.small, g.folder / "x.txt"), WRONG, "must end in .onnx or .pt2"),
     (explorers.explore, lambda g: explorers.explore(nn.Linear(2, 3)), WRONG, "has no 2D kernels"),
-    (compression.to_program, lambda g: compression.to_program(g.small, g.folder / "x.pt2", (3, 0, 8)), WRONG, "height is 0"),
+    (_exporting.to_program, lambda g: _exporting.to_program(g.small, g.folder / "x.pt2", (3, 0, 8)), WRONG, "height is 0"),
     (files.shipped, lambda g: files.shipped(g.path("x"), "0" * 64), DAMAGED, "x"),
     (files.replacing, lambda g: opened(files.replacing(g.path("file") / "below")), STORAGE, "could not be written"),
     (Store.table, lambda g: g.store.table("evaluations"), UNKNOWN, "did you mean 'evaluation'"),
@@ -560,7 +561,7 @@ WRONG_INPUTS = [
     (_compare.compare, lambda g: _compare.compare(g.table(), pd.concat([g.table()] * 2)), WRONG, "twice"),
     (_compare.broken, lambda g: _compare.broken(g.table(), -1), WRONG, "max_drop is -1"),
     (reports.keep, lambda g: reports.keep(pd.DataFrame(), g.folder), STORAGE, "could not be written"),
-    (reports.rebuild, lambda g: reports.rebuild(g.folder, "x"), MISSING, "has no report"),
+    (_reports.rebuild, lambda g: _reports.rebuild(g.folder, "x"), MISSING, "has no report"),
     (_batch.run, lambda g: _batch.run(replace(_profiles.load("smoke"), name="x"), g.path("file")), STORAGE, "could not be written"),
 ]  # fmt: skip
 

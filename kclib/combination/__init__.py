@@ -8,5 +8,5 @@ losses of single steps add up.
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"_pipeline": ["Prune", "Cluster", "Quantize", "Train", "Pipeline", "Step"]}
+    __name__, submod_attrs={"_pipeline": ["Prune", "Cluster", "Quantize", "Train", "Pipeline"]}
 )

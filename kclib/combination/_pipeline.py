@@ -12,13 +12,15 @@ from torch import nn
 from kclib import compression, datasets, models, recovery
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import Clustering, cluster, with_inertia
+from kclib.clustering import Clustering, cluster
+from kclib.clustering._clustering import with_inertia
 from kclib.combination import _pruning, _sparse_clustering, _stages
 from kclib.combination._stages import Stage
 from kclib.compression import _precisions
 from kclib.compression._container import Contents
 from kclib.errors import InvalidValueError
-from kclib.models import Model, as_model, fingerprint
+from kclib.models import Model, fingerprint
+from kclib.models._model import as_model
 from kclib.recovery import _sequential, sensitivity
 from kclib.training import Recipe
 
@@ -68,11 +70,6 @@ class Combined:
     clustering: Clustering | None
     n_bytes: int
     table: pd.DataFrame = field(compare=False)
-
-    @property
-    def network(self) -> nn.Module:
-        """The bare network of `model`."""
-        return self.model.network
 
     @classmethod
     def of(cls, stage: Stage, network: nn.Module, given: Given, table: pd.DataFrame) -> "Combined":
@@ -252,7 +249,7 @@ class Train(Step):
             replace(stage.model, network=start), given.train, path, teacher=given.model.network,
             recipe=self.recipe, device=given.device,
         )  # fmt: skip
-        return stage.trained(tuned.network.state_dict())
+        return stage.trained(tuned.model.network.state_dict())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from kclib._util import checks
 from kclib.compression import _formats, byte_counts
 from kclib.compression._packing import index_bytes
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank
+from kclib.kernels import KernelBank, _bank
 from kclib.kmeans import _entropy, _settings
 
 KINDS = ("kernels", "filters", "weights")
@@ -118,7 +118,7 @@ def sparse_bytes(network: nn.Module, *, kind: str = "kernels", precision: str = 
     bank = kernels.extract(network)
     dense = sum(_formats.size(layer) * layer.itemsize for layer in bank.layers)
     total = byte_counts.convolution_bytes(network) - dense
-    for name, module in kernels.matched(network, bank.layers).items():
+    for name, module in _bank.matched(network, bank.layers).items():
         layer = bank.layer(name)
         alive = _alive(module, bank.kernels[layer.rows], kind)
         n = int(np.count_nonzero(alive))
@@ -132,7 +132,7 @@ def sparse_bytes(network: nn.Module, *, kind: str = "kernels", precision: str = 
 def _scores(network: nn.Module, bank: KernelBank, kind: str, sample_weight) -> dict[str, np.ndarray]:
     """Return the scores of each layer's kernels, filters ``(n,)`` or weights ``(n, kh, kw)``, float64."""
     sample_weight, scores = _settings.checked_sample_weight(sample_weight, len(bank)), {}
-    for name, module in kernels.matched(network, bank.layers).items():
+    for name, module in _bank.matched(network, bank.layers).items():
         rows = bank.layer(name).rows
         squares = np.square(bank.kernels[rows], dtype=np.float64)
         if sample_weight is not None:
@@ -166,7 +166,7 @@ def _masks(
 ) -> dict[str, np.ndarray]:
     """Return which weights of each layer are kept, where kernels, filters or weights are."""
     masks = {}
-    for name, module in kernels.matched(network, bank.layers).items():
+    for name, module in _bank.matched(network, bank.layers).items():
         mask, shape = kept[name], bank.layer(name).shape
         if kind == "filters":
             mask = mask[_filters(module)]

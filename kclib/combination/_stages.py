@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kclib import compression, kernels
 from kclib.clustering import Clustering, Group, by_use
 from kclib.combination import _pruning
-from kclib.compression import _formats, _layers, _precisions, byte_counts
+from kclib.compression import _formats, _layers, _precisions, _replacement, byte_counts
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, _copying
 from kclib.models import Model
@@ -71,7 +71,7 @@ class Stage:
     def clustered(self, groups: tuple[Group, ...]) -> "Stage":
         """Return the stage with these groups, equal representatives made one, unused ones none."""
         clustering = replace(self.clustering, groups=tuple(map(_distinct, groups)))
-        return self.on(compression.inserted(self.model.network, clustering), clustering=clustering)
+        return self.on(_replacement.inserted(self.model.network, clustering), clustering=clustering)
 
     def as_stored(self) -> "Stage":
         """Return the stage with its codebooks, or its kernels, rounded to its precision."""
@@ -124,7 +124,7 @@ class Stage:
         """Return the stage with the state that a packed copy got in training."""
         network = self.packed()
         network.load_state_dict(state)
-        stage = self.on(compression.expanded(network))
+        stage = self.on(_replacement.expanded(network))
         if self.clustering is not None:
             rows = stage.bank.kernels
             groups = (replace(x, codebook=rows[x.rows][_first(x)]) for x in self.clustering.groups)

@@ -12,7 +12,7 @@ import pandas as pd
 from kclib import datasets, evaluation, models, recovery
 from kclib._util import checks, threads
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import largest
+from kclib.clustering._clustering import largest
 from kclib.combination import _pruning
 from kclib.combination._pipeline import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.combination._stages import Stage
@@ -20,6 +20,7 @@ from kclib.compression import byte_counts
 from kclib.evaluation import _accuracy
 from kclib.evaluation._cells import Cells
 from kclib.kernels import KernelBank
+from kclib.models import _model
 from kclib.store import Entry, Store
 from kclib.training import Recipe
 
@@ -147,7 +148,7 @@ def run(
     InvalidValueError, UnknownNameError
         As in the steps and in `evaluation.evaluate`.
     """
-    model, data = models.as_model(model), datasets.as_image_set(data)
+    model, data = _model.as_model(model), datasets.as_image_set(data)
     sheet = _Sheet(model, data, store or Store(), precision, device)
     wanted = [{name: cell[name] for name in _CELL} for cell in cells]
     groups = _by_clustering([_CELL, *wanted])
@@ -207,14 +208,14 @@ def trained(
     InvalidValueError, DamagedFileError
         As `recovery.finetune`.
     """
-    model, data, train = models.as_model(model), datasets.as_image_set(data), datasets.as_image_set(train)
+    model, data, train = _model.as_model(model), datasets.as_image_set(data), datasets.as_image_set(train)
     options = {"precision": precision, "device": device, "progress": progress}
     dense, rows = evaluation.evaluate(model, data, **options), []
     bar = tqdm(table.iterrows(), desc="training", unit="network", total=len(table), disable=not progress)
     for _, row in bar:
         given = {"train": train, "folder": folder, "device": device, "progress": False}
         steps, seed = pipeline(row) >> Train(recipe), 0 if pd.isna(row.seed) else int(row.seed)
-        network = steps.run(model, seed=seed, **given).network
+        network = steps.run(model, seed=seed, **given).model.network
         answers = evaluation.evaluate(replace(model, network=network), data, **options)
         before = {name: row[name] for name in _GIVEN} | {"untrained": row["drop"]}
         rows.append(before | _accuracy.accuracy(answers, dense))
@@ -230,7 +231,7 @@ class _Sheet(Cells):
         return {
             "kind": "combination",
             "model": [self.model.name, models.fingerprint(self.model.network)],
-            "input": evaluation.input_fingerprint(self.model, self.data),
+            "input": _accuracy.input_fingerprint(self.model, self.data),
             "data": [self.data.name, self.data.fingerprint],
             "evaluated": self.precision,
         }

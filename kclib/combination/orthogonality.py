@@ -13,7 +13,7 @@ from kclib._util import checks
 from kclib.errors import InvalidValueError
 from kclib.evaluation import _intervals
 
-RESPONSES = ("drop", "logit")
+_RESPONSES = ("drop", "logit")
 _FACTORS = ["sparsity", "clustering", "precision"]
 _CELL = [*_FACTORS, "order", "pruned"]
 _NOTHING = (0.0, "none", "none", "none", "none")
@@ -53,7 +53,7 @@ def effects(table: pd.DataFrame, response: str = "drop") -> pd.DataFrame:
     InvalidValueError, UnknownNameError
         Several orders; combinations that are missing; no more rows than effects; an unknown response.
     """
-    checks.check_known("response", response, RESPONSES)
+    checks.check_known("response", response, _RESPONSES)
     checks.check_columns(table, (*_CELL, "drop", "top1", "images"))
     kinds = [kind for kind in table.pruned.unique() if kind != "none"] or ["none"]
     parts = [_effects(table[table.pruned.isin([kind, "none"])], response) for kind in kinds]

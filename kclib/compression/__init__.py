@@ -10,11 +10,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "_replacement": ["compress", "replaced", "expand", "expanded", "inserted"],
+        "_replacement": ["compress", "replaced", "expand"],
         "_checkpoint": ["save", "load"],
-        "_exporting": ["export", "to_onnx", "to_program"],
+        "_exporting": ["export", "to_onnx"],
         "byte_counts": ["footprint"],
-        "_container": ["Contents", "inspect"],
-        "_layers": ["ClusteredConv2d"],
+        "_container": ["inspect"],
     },
 )

@@ -11,6 +11,7 @@ from kclib import models
 from kclib.compression import _layers, _precisions
 from kclib.errors import DamagedFileError, InvalidValueError
 from kclib.kernels import _copying
+from kclib.models import _loading
 
 # How a file calls the parts of a tensor, before its name; until format 3 linear weights were as all others.
 _STATE = {"values": "state ", "steps": "steps "}
@@ -134,10 +135,10 @@ def _built(name: str) -> models.Model:
     if ":" not in name:
         try:
             with torch.device("meta"):
-                return models.architecture(name)
+                return _loading.architecture(name)
         except NotImplementedError:  # it computes with values while it is built (RegNet)
             pass
-    model = models.architecture(name)
+    model = _loading.architecture(name)
     return replace(model, network=_without_values(model.network))
 
 

@@ -27,6 +27,7 @@ from kclib.compression._container import Contents
 from kclib.compression._layers import ClusteredConv2d, Codebook
 from kclib.errors import DamagedFileError, InvalidValueError, KclibError, reason
 from kclib.kernels import _convolutions
+from kclib.models import _loading, _model
 
 CODINGS = ("entropy", "fixed")
 _RESIDENT = ("packed", "dense")
@@ -76,7 +77,7 @@ def save(
     {'indices': 96, 'codebooks': 288}
     """
     if isinstance(network, models.Model) and architecture is None:
-        architecture = network.name if ":" in network.name or network.name in models.names() else None
+        architecture = network.name if ":" in network.name or network.name in _loading.names() else None
     network = models.network_of(network)
     if not _layers.clustered(network):
         raise InvalidValueError("the network has no clustered convolutions; compress it first.")
@@ -193,7 +194,7 @@ def load(
         raise DamagedFileError(
             f"{path} does not describe itself as this version does ({reason(error)})."
         ) from error
-    return replace(model, network=models.moved(network, device).eval())
+    return replace(model, network=_model.moved(network, device).eval())
 
 
 def coded(codebook: Codebook, members: Mapping[str, ClusteredConv2d]) -> _entropy_coding.Coded | None:

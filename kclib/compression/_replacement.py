@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from kclib import kernels
-from kclib.clustering import Clustering, Group, checked, digest, quantized
+from kclib.clustering import Clustering, Group
+from kclib.clustering._clustering import checked, digest, quantized
 from kclib.compression import _attributes, _example_inputs, _packing, _precisions, _trial_run
 from kclib.compression._layers import BLOCK_BYTES, N_TURNS, ClusteredConv2d, Codebook, clustered, kind_of
 from kclib.errors import InvalidValueError
-from kclib.kernels import _convolutions, _copying
+from kclib.kernels import _bank, _convolutions, _copying
 from kclib.models import Model, like, network_of
 
 
@@ -106,7 +107,7 @@ def compress(
     result = _attributes.swapped(dense, replaced)
     if inputs is not False:
         reference = _copying.copied(dense)
-        for name, convolution in kernels.matched(reference, clustering.layers).items():
+        for name, convolution in _bank.matched(reference, clustering.layers).items():
             _convolutions.set_weight(convolution, packed[name].weight.detach(), name=name)
         _trial_run.check(result, packed, source=dense, reference=reference, given=network, inputs=inputs)
     return like(network, result)
@@ -148,7 +149,7 @@ def check_origin(network: nn.Module, clustering: Clustering) -> None:
     """
     if not checked(clustering).origin:
         return
-    convolutions, rows = kernels.matched(network, clustering.layers), None
+    convolutions, rows = _bank.matched(network, clustering.layers), None
     for layer in clustering.layers:
         values = _rows(convolutions[layer.name])
         if digest(values) == clustering.origin.get(layer.name):
@@ -175,7 +176,7 @@ def packed_layers(
     block_bytes: int = BLOCK_BYTES,
 ) -> dict[str, ClusteredConv2d]:
     """Return what `compress` puts in place of convolutions, by their names."""
-    convolutions = kernels.matched(network, clustering.layers)
+    convolutions = _bank.matched(network, clustering.layers)
     result, biases = {}, {}
     for group in clustering.groups:
         members = [convolutions[layer.name] for layer in group.layers]

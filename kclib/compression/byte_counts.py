@@ -1,8 +1,6 @@
 """Count the bytes of a clustered network in each way that is used, and tell up to which K each way pays."""
 
-import bisect
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,15 +8,17 @@ import pandas as pd
 from torch import Tensor, nn
 
 from kclib import models
-from kclib.clustering import Clustering, Group, checked, grouping
+from kclib.clustering import Clustering, Group
+from kclib.clustering._clustering import checked, grouping
 from kclib.compression import _architectures, _checkpoint, _entropy_coding, _precisions
 from kclib.compression._container import Contents
+from kclib.compression._counting import Count, orbit, pays_up_to
 from kclib.compression._layers import N_TURNS, ClusteredConv2d, by_codebook
 from kclib.compression._packing import index_bits, index_bytes
 from kclib.compression._precisions import codebook_bytes, float_type, scale_type
 from kclib.compression._replacement import output_order, packed_layers, users
 from kclib.errors import UnknownNameError
-from kclib.kernels import Kernels, Layer, bank_of, matched
+from kclib.kernels._bank import Kernels, bank_of, matched
 from kclib.kernels._convolutions import parameters
 from kclib.kmeans._entropy import counts, entropy_bytes
 from kclib.models import Model
@@ -247,21 +247,6 @@ def convolution_bytes(network: Model | nn.Module) -> int:
     return sum(_others(network, ())[:2])  # weights and biases
 
 
-def stored(network: Model | nn.Module) -> pd.Series:
-    """Return where the bytes of a network go, compressed or not, as `_checkpoint.save` writes them.
-
-    Whatever the precisions of codebooks, linear layers and biases. The items are those of `footprint`, from
-    ``indices`` to ``rest``; a file has a header besides.
-    """
-    network = models.network_of(network)
-    parts = dict.fromkeys(_ITEMS, 0)
-    convolutions = _convolutions(network)
-    for name, value in _checkpoint.encoded(network)[1].items():
-        kind, _, of = name.partition(" ")
-        parts[_NAMED.get(kind) or _item(of, convolutions)] += value.nbytes
-    return pd.Series(parts, dtype="int64", name="bytes")
-
-
 def stored_bytes(network: Model | nn.Module) -> int:
     """Return the bytes of a network's convolutions, compressed or not, as `_checkpoint.save` writes them."""
     network = models.network_of(network)
@@ -309,50 +294,6 @@ def index_bits_by_layer(network: Model | nn.Module) -> pd.DataFrame:
             n_bytes = (words.nbytes + table.nbytes) / n + shared * (table.size == 0)
             rows.append((name, codebook.bits, 8 * n_bytes, 8 * entropy / n))
     return pd.DataFrame(rows, columns=["layer", "fixed", "coded", "entropy"])
-
-
-@dataclass(frozen=True)
-class Count:
-    """How many bytes a group of layers takes at K clusters."""
-
-    precision: str
-    exact: bool = True  # whole bits an index, whole bytes a layer
-    scale_bits: int = 0
-    orbit: int = 1
-
-    @classmethod
-    def of(cls, clustering: Clustering, precision: str, exact: bool) -> "Count":
-        """Return the count for groups with the scales and turns of a clustering's."""
-        group = clustering.groups[0]
-        bits = 0 if group.scales is None else 8 * scale_type(precision).itemsize
-        return cls(precision, exact, bits, orbit(group))
-
-    def bytes(self, layers: Iterable[Layer], k: int) -> float:
-        """Return codebook, indices and scales."""
-        total = codebook_bytes(k, math.prod(next(iter(layers)).shape[2:]), self.precision)
-        for layer in layers:
-            if self.exact:
-                total += index_bytes(layer.n_kernels, index_bits(k * self.orbit))
-            else:
-                total += layer.n_kernels * math.log2(k * self.orbit) / 8
-            total += layer.n_kernels * self.scale_bits / 8
-        return total
-
-
-def pays_up_to(groups: Sequence[Sequence[Layer]], count: Count) -> int:
-    """Return the largest K a group at which these groups of layers take fewer bytes than dense; 0 if none."""
-    sizes = [sum(layer.n_kernels for layer in layers) for layers in groups]
-    dense = sum(math.prod(layer.shape) * layer.itemsize for layers in groups for layer in layers)
-
-    def clustered(k: int) -> float:
-        return sum(count.bytes(layers, min(k, n)) for layers, n in zip(groups, sizes, strict=True))
-
-    return bisect.bisect_left(range(1, max(sizes) + 1), dense, key=clustered)
-
-
-def orbit(group: Group) -> int:
-    """Return how many indices one representative of a group has."""
-    return 1 if group.turns is None else N_TURNS
 
 
 def clustered_bytes(

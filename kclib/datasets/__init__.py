@@ -10,17 +10,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "_loader": [
-            "load_data",
-            "train_and_test",
-            "as_image_set",
-            "names",
-            "select",
-            "aligned",
-            "batches",
-            "readers",
-            "limited",
-        ],
+        "_loader": ["load_data", "train_and_test", "as_image_set", "batches", "limited"],
         "_image_set": ["ImageSet"],
     },
 )

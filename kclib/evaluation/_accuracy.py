@@ -16,10 +16,11 @@ from scipy import stats
 from kclib import datasets, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
+from kclib.datasets import _loader
 from kclib.errors import InvalidValueError, StoppedError
 from kclib.evaluation import _intervals
 from kclib.kernels import _copying
-from kclib.models import Model, _inference
+from kclib.models import Model, _inference, _model
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -168,7 +169,7 @@ def evaluate(
     checks.check_known("precision", precision, _AUTOCAST)
     checks.check_whole("batch_size", batch_size, 1)
     checks.check_values(device)
-    model, data = models.as_model(model), datasets.as_image_set(data)
+    model, data = _model.as_model(model), datasets.as_image_set(data)
     if not len(data):
         raise InvalidValueError(f"{data.name} has no images; an evaluation takes at least one.")
     if not (data.labels >= 0).any():
@@ -181,11 +182,11 @@ def evaluate(
         tqdm(total=len(data), desc=model.name, unit="image", delay=2, disable=progress is not True) as bar,
     ):
         for inputs, labels in datasets.batches(
-            data, model.preprocess, batch_size, workers=datasets.readers(data)
+            data, model.preprocess, batch_size, workers=_loader.readers(data)
         ):
             logits = _checked(answers(inputs))
             if not top:
-                data = datasets.aligned(data, model.classes, logits.shape[1], classes=classes)
+                data = _loader.aligned(data, model.classes, logits.shape[1], classes=classes)
             top.append(logits.topk(min(5, logits.shape[1])).indices)
             bar.update(len(labels))
             done += len(labels)
@@ -204,10 +205,10 @@ def matched(model: Model | torch.nn.Module, data: datasets.ImageSet) -> datasets
     InvalidValueError
         As `evaluate`.
     """
-    model, data = models.as_model(model), datasets.as_image_set(data)
+    model, data = _model.as_model(model), datasets.as_image_set(data)
     known = (data.labels >= 0).nonzero()[:1, 0]
-    one = evaluate(model, datasets.select(data, known) if len(known) else data, progress=False)
-    return datasets.aligned(data, model.classes, len(one.classes))
+    one = evaluate(model, _loader.select(data, known) if len(known) else data, progress=False)
+    return _loader.aligned(data, model.classes, len(one.classes))
 
 
 def told_apart(names: Sequence[str]) -> list[str]:
@@ -269,7 +270,7 @@ def paired(before: np.ndarray, after: np.ndarray) -> Drop:
 def _running(network: torch.nn.Module, device, precision: str) -> Iterator[Callable]:
     """Yield what answers inputs with a network's logits, in eval mode; a copy is for another device alone."""
     if not _inference.on_device(network, device):
-        network = models.moved(_copying.copied(network), device)
+        network = _model.moved(_copying.copied(network), device)
     dtype, kind = _inference.precision_of(network), torch.device(device).type
 
     def answers(inputs: torch.Tensor) -> torch.Tensor:
@@ -317,7 +318,7 @@ def input_fingerprint(model: models.Model, data: datasets.ImageSet) -> str:
     That is the first image as the network sees it, the network as it prints itself, and its classes. Other
     code of a ``forward`` is not seen, nor are arguments that are not printed.
     """
-    first, _ = next(datasets.batches(datasets.select(data, torch.tensor([0])), model.preprocess, 1))
+    first, _ = next(datasets.batches(_loader.select(data, torch.tensor([0])), model.preprocess, 1))
     digest = hashlib.sha256(first.contiguous().numpy())
     printed = re.sub("0x[0-9a-f]+", "", repr(model.network))  # addresses differ from run to run
     digest.update(json.dumps([printed, model.classes]).encode())

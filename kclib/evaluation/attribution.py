@@ -9,17 +9,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kclib import compression, datasets, kernels, models
+from kclib import compression, datasets
 from kclib._util import checks
-from kclib.clustering import Clustering, checked
+from kclib.clustering import Clustering
+from kclib.clustering._clustering import checked
 from kclib.compression import _replacement
 from kclib.datasets import ImageSet
 from kclib.evaluation import _accuracy
 from kclib.evaluation._accuracy import Evaluation, Interval
-from kclib.kernels import _convolutions, _copying
-from kclib.models import Model, _inference
+from kclib.kernels import _bank, _convolutions, _copying
+from kclib.models import Model, _inference, _model
 
-WAYS = ("alone", "all but")
+_WAYS = ("alone", "all but")
 _ALL = ("all layers", "all")
 
 
@@ -28,7 +29,7 @@ def by_layer(
     clustering: Clustering,
     data: ImageSet,
     *,
-    ways: Sequence[str] = WAYS,
+    ways: Sequence[str] = _WAYS,
     batch_size: int = 64,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
@@ -67,9 +68,9 @@ def by_layer(
         A clustering of another architecture; an unknown way; what `_accuracy.evaluate` raises.
     """
     for way in ways:
-        checks.check_known("way to cluster a layer", way, WAYS)
-    model, data = models.as_model(model), datasets.as_image_set(data)
-    owners = kernels.matched(model.network, checked(clustering).layers)
+        checks.check_known("way to cluster a layer", way, _WAYS)
+    model, data = _model.as_model(model), datasets.as_image_set(data)
+    owners = _bank.matched(model.network, checked(clustering).layers)
     users = {name: tuple(_replacement.users(model.network, name)) for name, x in owners.items()}
     keys = [*((layer, way) for layer in users for way in ways), _ALL]
     top5: dict[tuple[str, str], list[Tensor]] = {key: [] for key in keys}
@@ -185,12 +186,12 @@ def _swapped(network: nn.Module, other: nn.Module, names: Iterable[str]) -> Iter
     changed = [network.get_submodule(name) for name in names]
     weights = [module.weight for module in changed]
     for name, module in zip(names, changed, strict=True):
-        module.weight = other.get_submodule(name).weight
+        _convolutions.put(module, other.get_submodule(name).weight)
     try:
         yield
     finally:
         for module, weight in zip(changed, weights, strict=True):
-            module.weight = weight
+            _convolutions.put(module, weight)
 
 
 def _compared(dense: Evaluation, top: Tensor) -> tuple[float, ...]:

@@ -7,13 +7,15 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from kclib import kernels, models
+from kclib import kernels
 from kclib._util import checks
-from kclib.clustering import Clustering, Group, checked, kernel_errors, quantized
+from kclib.clustering import Clustering, Group
+from kclib.clustering._clustering import dense_kernels, kernel_errors, quantized
 from kclib.datasets import ImageSet
 from kclib.evaluation import _accuracy
-from kclib.kernels import KernelBank, Kernels
-from kclib.models import Model
+from kclib.kernels import KernelBank, _bank
+from kclib.kernels._bank import Kernels
+from kclib.models import Model, _model
 
 
 def by_cluster(
@@ -42,7 +44,7 @@ def by_cluster(
     InvalidValueError
         Another bank than was clustered; sample weights out of range.
     """
-    bank = kernels.bank_of(bank)
+    bank = _bank.bank_of(bank)
     squares, costs = kernel_errors(bank, clustering), kernel_errors(bank, clustering, sample_weight)
     tables = [_by_cluster(group, squares[group.rows], costs[group.rows]) for group in clustering.groups]
     table = pd.concat(tables, ignore_index=True)
@@ -67,8 +69,8 @@ def restored(model: Model | nn.Module, clustering: Clustering, worst: pd.DataFra
         A clustering of another architecture.
     """
     checks.check_columns(worst, ("group", "cluster"))
-    model = models.as_model(model)
-    dense = bank_of(model.network, clustering).kernels
+    model = _model.as_model(model)
+    dense = dense_kernels(model.network, clustering).kernels
     values = quantized(clustering)
     chosen = worst.groupby("group").cluster.agg(list) if len(worst) else {}
     for group in clustering.groups:
@@ -120,19 +122,6 @@ def won_back(
             (n, worst.kernels.sum(), worst.share.sum(), after.top1.estimate, won.estimate, won.low, won.high)
         )
     return pd.DataFrame(rows, columns=["clusters", "kernels", "share", "top1", "won", "won_low", "won_high"])
-
-
-def bank_of(network: nn.Module, clustering: Clustering) -> KernelBank:
-    """Return the dense kernels of the layers that were clustered.
-
-    Raises
-    ------
-    InvalidValueError
-        The clustering comes from another architecture.
-    """
-    kernels.matched(network, checked(clustering).layers)
-    bank = kernels.extract(network, size=clustering.groups[0].codebook.shape[1:])
-    return bank.only(*(layer.name for layer in clustering.layers))
 
 
 def _by_cluster(group: Group, errors: np.ndarray, costs: np.ndarray) -> pd.DataFrame:

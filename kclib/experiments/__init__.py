@@ -7,7 +7,4 @@ pages that can be read offline.
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={"_cell": ["sweep"], "_pool": ["Workers"], "_profiles": ["Grid", "ModelSource", "Profile"]},
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"_cell": ["sweep"]})

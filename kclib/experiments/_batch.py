@@ -19,9 +19,9 @@ from traitlets.config import Config
 from kclib._util import files, progress_bars
 from kclib._util.progress_bars import tqdm
 from kclib.errors import NotebookError, StorageError, reason
-from kclib.experiments import _profiles, _provenance, reports
+from kclib.experiments import _profiles, _provenance, _reports
 from kclib.experiments._profiles import Profile
-from kclib.experiments.reports import Chapter
+from kclib.experiments._reports import Chapter
 from kclib.models import _factories
 
 _LONGEST = 70  # bytes of a folder's path, so that a socket's in it stays below what systems allow, 103 or 107
@@ -116,9 +116,9 @@ def _private() -> Iterator[Config]:
 
 def _write(folder: Path, profile: Profile, chapters: list[Chapter], about: dict[str, str]) -> Path:
     """Write the report with these chapters; what a sweep has written there meanwhile is kept."""
-    report = reports.read(folder, profile.name)
+    report = _reports.read(folder, profile.name)
     about = report.provenance | about
-    return reports.write(
+    return _reports.write(
         folder, replace(report, note=profile.note, chapters=tuple(chapters), provenance=about)
     )
 
@@ -172,9 +172,9 @@ def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
         return replace(ended, status="failed")
     ended = replace(ended, seconds=time.perf_counter() - start)
     notebook = nbformat.read(target, as_version=4)
-    if not error and reports.read_headline(notebook) is None:
+    if not error and _reports.read_headline(notebook) is None:
         ended = replace(ended, error="it ended without its headline, so its last cell did not run")
-    return reports.render(notebook, folder, replace(ended, status="failed" if ended.error else "done"))
+    return _reports.render(notebook, folder, replace(ended, status="failed" if ended.error else "done"))
 
 
 def _hashes(profile: Profile) -> dict[str, str]:

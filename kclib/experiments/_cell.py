@@ -15,16 +15,20 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from kclib import clustering, compression, datasets, evaluation, kernels, loading, models
+from kclib import clustering, compression, datasets, kernels, loading, models
 from kclib._util import checks, files
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import Clustering, Group, largest
+from kclib.clustering import Clustering, Group, _clustering
+from kclib.clustering._clustering import largest
 from kclib.compression import byte_counts
 from kclib.errors import InvalidValueError
+from kclib.evaluation import _accuracy
 from kclib.evaluation._cells import Cells
 from kclib.experiments import _provenance
 from kclib.experiments._profiles import ModelSource
-from kclib.kernels import KernelBank, Kernels, bank_of
+from kclib.kernels import KernelBank
+from kclib.kernels._bank import Kernels, bank_of
+from kclib.models import _model
 from kclib.store import VERSIONS, Entry, Store
 
 # What a representative stands for beside itself: options of `clustering.cluster`.
@@ -77,7 +81,7 @@ class Subject(Cells):
             "kind": "evaluation",
             "model": self.model.name,
             "weights": models.fingerprint(self.model.network),
-            "input": evaluation.input_fingerprint(self.model, self.data),
+            "input": _accuracy.input_fingerprint(self.model, self.data),
             "images_hash": self.data.fingerprint,
             "precision": self.precision,
         }
@@ -219,7 +223,7 @@ def sweep(
     1  layer  2        91.666667
     2  layer  6        75.000000
     """
-    model, data = models.as_model(model), datasets.as_image_set(data)
+    model, data = _model.as_model(model), datasets.as_image_set(data)
     subject = Subject(model, data, store or Store(), precision, device)
     cells = subject.cells(ks, scopes, methods, seeds)
     with tqdm(cells, desc="accuracy sweep", unit="cell") as bar:
@@ -264,7 +268,7 @@ def stored_clustering(
         return _clustering_entry(key, result, time.perf_counter() - start)
 
     entry = store.once(key, compute)
-    return _clustering(entry, bank), entry.row["seconds"]
+    return _from_entry(entry, bank), entry.row["seconds"]
 
 
 def clustering_key(bank: KernelBank, n_clusters: int, *, scope: str, method: str, seed: int) -> dict:
@@ -312,7 +316,7 @@ class Source:
 
 def forget() -> None:
     """Let what is loaded next come from its files again."""
-    for remembered in (_subject, _model, _data):
+    for remembered in (_subject, _loaded_model, _data):
         remembered.cache_clear()
 
 
@@ -330,7 +334,7 @@ def _clustering_entry(key: dict, result: Clustering, seconds: float) -> Entry:
     return Entry(key, row | {"groups": groups, "notes": list(result.notes)}, arrays)
 
 
-def _clustering(entry: Entry, bank: KernelBank) -> Clustering:
+def _from_entry(entry: Entry, bank: KernelBank) -> Clustering:
     arrays = entry.arrays
     groups = tuple(
         Group(
@@ -345,18 +349,18 @@ def _clustering(entry: Entry, bank: KernelBank) -> Clustering:
         for i, (name, layers, inertia) in enumerate(entry.row["groups"])
     )
     return Clustering(
-        groups, entry.key["scope"], entry.key["seed"], tuple(entry.row["notes"]), clustering.origin_of(bank)
+        groups, entry.key["scope"], entry.key["seed"], tuple(entry.row["notes"]), _clustering.origin_of(bank)
     )
 
 
 @lru_cache(maxsize=2)
 def _subject(source: Source) -> Subject:
-    model, data = _model(source.model, source.folder), _data(source.data, source.folder, source.limit)
+    model, data = _loaded_model(source.model, source.folder), _data(source.data, source.folder, source.limit)
     return Subject(model, data, Store(source.root), source.precision, source.device)
 
 
 @lru_cache(maxsize=2)
-def _model(source: ModelSource, folder: str) -> models.Model:
+def _loaded_model(source: ModelSource, folder: str) -> models.Model:
     return loading.load_model(source.name, weights=files.located(source.weights, Path(folder), is_path=True))
 
 

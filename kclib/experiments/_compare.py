@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.proportion import confint_proportions_2indep, test_proportions_2indep
 
-from kclib import evaluation
 from kclib._util import checks, files
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, reason
-from kclib.experiments import reports, tables
+from kclib.evaluation import _accuracy
+from kclib.experiments import _columns, _reports
 
 CELL = ("model", "data", "scope", "k", "method", "seed")
 _NEEDED = (*CELL, "images", "images_hash", "right", "top1", "bytes")
@@ -116,7 +116,7 @@ def write(path: Path, table: pd.DataFrame, sentences: Sequence[str], *, before: 
     """Write what `compare` found as a page; `sentences` from `broken` come first."""
     text = _readable(table).to_html(index=False, border=0)
     values = {"broken": sentences, "answer": answer(table), "before": before, "after": after}
-    reports.write_page(files.expanded(path), "changes", table=text, **values)
+    _reports.write_page(files.expanded(path), "changes", table=text, **values)
 
 
 def _called(row) -> str:
@@ -126,11 +126,11 @@ def _called(row) -> str:
 def _readable(table: pd.DataFrame) -> pd.DataFrame:
     """Return what `compare` found as text for readers."""
     spans = zip(table.change, table.change_low, table.change_high, strict=True)
-    columns = tables.named(table) | {
+    columns = _columns.named(table) | {
         "change (points)": [
             "–" if pd.isna(x) else f"{x:+.2f} [{low:+.2f}, {high:+.2f}]" for x, low, high in spans
         ],
-        "p": tables.p_values(table.p_value),
+        "p": _columns.p_values(table.p_value),
         "images": table.paired.map({True: "the same", False: "others"}).where(table.change.notna(), "–"),
     }
     for when in ("before", "after"):
@@ -154,7 +154,7 @@ def _row(before: pd.Series | None, after: pd.Series | None) -> dict:
 
 
 def _paired(before: pd.Series, after: pd.Series) -> Sequence[float]:
-    lost = evaluation.paired(_right(before), _right(after))
+    lost = _accuracy.paired(_right(before), _right(after))
     points = lost.points
     return 0.0 - points.estimate, 0.0 - points.high, 0.0 - points.low, lost.p_value
 

@@ -12,14 +12,14 @@ import pandas as pd
 from kclib import datasets, evaluation
 from kclib._util import files, progress_bars
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import grouping
+from kclib.clustering._clustering import grouping
 from kclib.datasets import _loader
 from kclib.errors import InvalidValueError
-from kclib.experiments import _pool, reports
+from kclib.experiments import _pool, _reports
 from kclib.experiments._cell import Cell, Source, Subject, clustering_key, forget
 from kclib.experiments._pool import Workers
 from kclib.experiments._profiles import Grid, Profile
-from kclib.experiments.reports import Failure
+from kclib.experiments._reports import Failure
 from kclib.kmeans import _fitting
 from kclib.store import Entry, Store
 
@@ -147,8 +147,8 @@ def report(
     """
     folder, results = files.expanded(out) / profile.name, table(tasks, store)
     missing, about = len(tasks) - len(results), _levels(profile) | _origin(results)
-    picture = reports.picture(results) if len(results) else ""
-    old = reports.read(folder, profile.name)  # so late because a batch may be at it
+    picture = _reports.picture(results) if len(results) else ""
+    old = _reports.read(folder, profile.name)  # so late because a batch may be at it
     described = replace(
         old,
         note=old.note or profile.note,
@@ -158,7 +158,7 @@ def report(
         picture=picture,
         provenance={name: text for name, text in (old.provenance | about).items() if text},
     )
-    return reports.write(folder, described)
+    return _reports.write(folder, described)
 
 
 def summary(tasks: Sequence[Task], workers: Workers) -> str:
@@ -187,7 +187,7 @@ def as_table(tasks: Sequence[Task]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def check_memory(subject: Subject) -> None:
+def check_runs(subject: Subject) -> None:
     """Raise a `KclibError` if every cell of a subject would fail: its model does not run on its images."""
     if not (subject.data.labels >= 0).any():
         raise InvalidValueError(f"{subject.data.name} has no images of known class; it needs one.")
@@ -293,7 +293,7 @@ def _estimated(subject: Subject, tasks: Sequence[Task]) -> list[Task]:
     """Return tasks with time and memory of what is missing, once it is known that they can run at all."""
     if all(task.stored for task in tasks):
         return list(tasks)
-    check_memory(subject)
+    check_runs(subject)
     rates = Rates(subject)
     return [
         x if x.stored else replace(x, seconds=rates.seconds(x.cell), memory=rates.memory(x.cell))

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import torch
 
-from kclib import clustering, datasets, evaluation, models, recovery
+from kclib import clustering, datasets, models, recovery
 from kclib._util import checks
-from kclib.clustering import largest
+from kclib.clustering._clustering import largest
 from kclib.compression import byte_counts
-from kclib.datasets import ImageSet
+from kclib.datasets import ImageSet, _loader
 from kclib.errors import InvalidValueError, KclibError
+from kclib.evaluation import _accuracy
 from kclib.kernels import KernelBank, _copying
 from kclib.models import Model, _inference
 from kclib.training import Recipe
@@ -113,7 +114,7 @@ def images(data: ImageSet, limit: int, kind: str = "test", *, drawn: bool = True
         return data, f"{limit:,} {kind} images were asked for; there are {len(data):,}, and all are taken."
     if not limit:
         return data, ""
-    return datasets.limited(data, limit) if drawn else datasets.select(data, torch.arange(limit)), ""
+    return datasets.limited(data, limit) if drawn else _loader.select(data, torch.arange(limit)), ""
 
 
 def recipe(n_images: int, **asked) -> tuple[Recipe, str]:
@@ -174,7 +175,7 @@ def about(model: Model, data: ImageSet) -> str:
     InvalidValueError
         As `evaluation.evaluate`.
     """
-    return " ".join(evaluation.matched(model, data).notes)
+    return " ".join(_accuracy.matched(model, data).notes)
 
 
 def attempted(what: str, call: Callable, *arguments, **options) -> tuple[object | None, str]:

@@ -9,9 +9,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "_similarity_explorer": ["SimilarityExplorer", "SimilarityQuestion"],
-        "_map_explorer": ["MapExplorer", "MapQuestion"],
-        "_cluster_explorer": ["ClusterExplorer", "ClusterQuestion"],
+        "_similarity_explorer": ["SimilarityExplorer"],
+        "_map_explorer": ["MapExplorer"],
+        "_cluster_explorer": ["ClusterExplorer"],
         "widgets": ["explore"],
     },
 )

@@ -5,6 +5,7 @@ thread and dropped if a newer question has come meanwhile. Callbacks of widgets 
 (ipykernel 7 gives them threads of their own), so every change of state is made under one lock.
 """
 
+import io
 import threading
 import time
 import traceback
@@ -173,12 +174,12 @@ class Explorer(Generic[Q]):
         for listener in tuple(self.listeners):
             listener()
 
-    def say(self, status: str, stale: Stale) -> None:
-        """Change the status, unless a newer question has come."""
+    def change(self, stale: Stale, **attributes) -> None:
+        """Set attributes all at once and call the listeners, unless a newer question has come."""
         with self._lock:
             if stale():
                 return
-            self.status = status
+            vars(self).update(attributes)
         self.tell()
 
     def _work(self, question: Q, stale: Stale) -> None:
@@ -186,11 +187,7 @@ class Explorer(Generic[Q]):
         self._publish(answer, status, stale)
 
     def _publish(self, answer: Answer[Q] | None, status: str, stale: Stale) -> None:
-        with self._lock:
-            if stale():
-                return
-            self.answer, self.status = answer or self.answer, status
-        self.tell()
+        self.change(stale, status=status, **({"answer": answer} if answer else {}))
 
 
 def attempted(work: Callable[[], T]) -> tuple[T | None, str]:
@@ -261,3 +258,10 @@ def called(bank: KernelBank, layers: tuple[str, ...]) -> str:
 def rows_of(bank: KernelBank, rows: np.ndarray, layers: Iterable[str]) -> np.ndarray:
     """Return those of the rows that belong to some layers, in their order."""
     return rows[np.isin(rows, np.concatenate([bank.layer(name).of(rows) for name in layers]))]
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()

@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 
 from kclib import compression, datasets, evaluation, kernels, kmeans, plots
 from kclib._util import checks
-from kclib.clustering import Clustering, by_use, grouping, of_fits
+from kclib.clustering import Clustering, by_use
+from kclib.clustering._clustering import grouping, of_fits
 from kclib.compression import byte_counts
+from kclib.compression._counting import Count
 from kclib.compression._layers import N_TURNS
-from kclib.compression.byte_counts import Count
 from kclib.datasets import ImageSet, as_image_set
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation, _accuracy
@@ -33,7 +34,8 @@ from kclib.explorers._background import (
 )
 from kclib.kernels import KernelBank
 from kclib.kmeans import symmetric
-from kclib.models import Model, as_model
+from kclib.models import Model
+from kclib.models._model import as_model
 
 RUNGS = (16, 64, 256, 1024, 4096)
 SCOPES = {"global": "one codebook for all chosen", "layer": "a codebook a layer"}
@@ -251,7 +253,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
 
     def answered(self, question: ClusterQuestion, stale: Stale) -> Answer[ClusterQuestion]:
         """Return the codebook by use, the cluster sizes, and what is removed."""
-        progress = Progress(stale, lambda sentence: self.say(sentence, stale))
+        progress = Progress(stale, lambda sentence: self.change(stale, status=sentence))
         clustering = self.clusterer.clustering(question, progress)
         removed = byte_counts.removed(self.model.network, clustering)
         facts = {
@@ -336,13 +338,8 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
 
     def _measure(self, question: ClusterQuestion, n_images: int, stale: Stale) -> None:
         rows, status = attempted(lambda: self._evaluated_rows(question, n_images, stale))
-        with self._lock:
-            if stale():
-                return
-            self.running, self.evaluation_status = None, status
-            if rows:
-                self.rows, self.evaluated = (*self.rows, *rows), question
-        self.tell()
+        found = {"rows": (*self.rows, *rows), "evaluated": question} if rows else {}
+        self.change(stale, running=None, evaluation_status=status, **found)
 
     def _evaluated_rows(self, question: ClusterQuestion, n_images: int, stale: Stale) -> list[dict]:
         """Return the row of a clustering, after that of the dense model the first time on so many images."""
@@ -353,10 +350,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
 
         def answers(network, part: float, before: float) -> Evaluation:
             def hear(share: float) -> bool:
-                with self._lock:
-                    if not stale():
-                        self.running = Running(question, n_images, before + part * share, started)
-                self.tell()
+                self.change(stale, running=Running(question, n_images, before + part * share, started))
                 return stale()
 
             return evaluation.evaluate(replace(self.model, network=network), images, progress=hear)

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from kclib import kmeans, plots
 from kclib._util import checks
-from kclib.explorers import _background
-from kclib.explorers._background import Answer, Explorer, Stale
+from kclib.explorers._background import Answer, Explorer, Stale, called, check_k, rows_of
 from kclib.kernels import KernelBank
 from kclib.kmeans import symmetric
 from kclib.similarity import embedding
@@ -70,11 +69,11 @@ class MapExplorer(Explorer[MapQuestion]):
         self.bank.only(*question.layers)
         checks.check_known("kind of map", question.kind, self.graphs)
         checks.check_known("colour", question.colour, COLOURS)
-        _background.check_k(question.n_clusters, self.largest)
+        check_k(question.n_clusters, self.largest)
 
     def answered(self, question: MapQuestion, stale: Stale) -> Answer[MapQuestion]:
         """Return the map."""
-        shown = np.isin(self.rows, _background.rows_of(self.bank, self.rows, question.layers))
+        shown = np.isin(self.rows, rows_of(self.bank, self.rows, question.layers))
         rows, layout = self.rows[shown], self.layouts[question.kind][shown]
         figure = Figure(figsize=(10, 5.5), layout="constrained")
         ax = figure.subplots()
@@ -89,9 +88,7 @@ class MapExplorer(Explorer[MapQuestion]):
             labels = self.labels(question.kind, question.n_clusters)
             colour, label = labels[shown], f"{labels.max() + 1:,} clusters (colours repeat after 20)"
         plots.embedding(layout, colour, label=label, limits=self.layouts[question.kind], ax=ax)
-        figure.suptitle(
-            f"{question.kind} kernels, {_background.called(self.bank, question.layers)}", fontsize=11
-        )
+        figure.suptitle(f"{question.kind} kernels, {called(self.bank, question.layers)}", fontsize=11)
         return Answer(question, figure, facts)
 
     def _labels(self, kind: str, n_clusters: int) -> np.ndarray:

@@ -6,9 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kclib import plots, similarity
-from kclib.errors import InvalidValueError, StoppedError
-from kclib.explorers import _background
-from kclib.explorers._background import Answer, Explorer, Stale
+from kclib.errors import InvalidValueError
+from kclib.explorers._background import Answer, Explorer, Progress, Stale, called, rows_of
 from kclib.kernels import KernelBank
 from kclib.similarity import null_models
 
@@ -45,14 +44,13 @@ class SimilarityExplorer(Explorer[SimilarityQuestion]):
 
     def answered(self, question: SimilarityQuestion, stale: Stale) -> Answer[SimilarityQuestion]:
         """Return the histogram over its null models, and how much closer real kernels are."""
-        named = similarity.named(question.distance)
-        rows = _background.rows_of(self.bank, self.rows, question.layers)
+        named, progress = similarity.named(question.distance), Progress(stale)
+        rows = rows_of(self.bank, self.rows, question.layers)
         points = self.bank.points[rows[:: -(-len(rows) // _MOST) or 1]]
         points = points[named.comparable(points)]
         if len(points) < 3:
             raise InvalidValueError(
-                f"{len(points)} sampled kernels of {_background.called(self.bank, question.layers)} "
-                "can be compared; "
+                f"{len(points)} sampled kernels of {called(self.bank, question.layers)} can be compared; "
                 "give at least 3."
             )
         sets = {"real kernels": points}
@@ -62,14 +60,13 @@ class SimilarityExplorer(Explorer[SimilarityQuestion]):
             largest = 2 * np.linalg.norm(points, axis=1).max()
         edges, histograms, nearest = np.linspace(0, largest, self.n_bins + 1), {}, {}
         for name, kernels_ in sets.items():
-            if stale():
-                raise StoppedError("a newer question came.")
+            progress.check()
             histograms[name] = similarity.pair_histogram(kernels_, edges, distance=question.distance)
             nearest[name] = np.median(similarity.nearest_distances(kernels_, distance=question.distance))
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         ax = plots.distance_histograms(histograms, xlabel=named.label, ax=figure.subplots())
         ax.set_title(
-            f"{_background.called(self.bank, question.layers)}: all pairs of {len(points):,} kernels",
+            f"{called(self.bank, question.layers)}: all pairs of {len(points):,} kernels",
             fontsize=10,
         )
         real = nearest.pop("real kernels")

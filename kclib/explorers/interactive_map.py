@@ -25,10 +25,10 @@ from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 
 _WEIGHTS = colormaps["RdBu_r"]  # as in plots.kernel_sheet
-PALETTE = _WEIGHTS(np.arange(256), bytes=True)[:, :3]  # uint8 (256, 3), from negative to positive
+_PALETTE = _WEIGHTS(np.arange(256), bytes=True)[:, :3]  # uint8 (256, 3), from negative to positive
 
 
-def pictures(kernels: np.ndarray) -> list[str]:
+def _pictures(kernels: np.ndarray) -> list[str]:
     """Return kernels as PNGs in base64, one pixel a weight, blue to white to red.
 
     Parameters
@@ -117,7 +117,7 @@ def interactive(
         dots=dots, colours=colours, bars=bars, note=note, notes=notes,
         table=table, most=_SHOWN, clusterings=_escaped(names),
         summary=summary, help=_HELP, image=_IMG.format(96, "{picture}"),
-        palette=PALETTE.tolist(),
+        palette=_PALETTE.tolist(),
     )  # fmt: skip
     source.selected.js_on_change("indices", update)
     select.js_on_change("value", update)
@@ -174,7 +174,7 @@ def _columns(layout: np.ndarray, bank: KernelBank, rows: np.ndarray) -> dict[str
         "x": layout[:, 0],
         "y": layout[:, 1],
         "weights": kernels,
-        "picture": pictures(kernels),
+        "picture": _pictures(kernels),
         "norm": np.linalg.norm(kernels, axis=(1, 2)),
         "layer": origin["layer"].to_list(),
         "depth": _narrow(np.searchsorted(starts, rows, side="right") - 1),

@@ -5,21 +5,19 @@ areas can miss the kernel's reply and wait for ever (nbclient issue 312).
 """
 
 import html
-import io
 import math
 import threading
 from collections.abc import Callable, Mapping
 
 import ipywidgets as widgets
 import pandas as pd
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 from kclib.datasets import ImageSet
 from kclib.errors import KclibError
 from kclib.explorers import _cluster_explorer, _map_explorer
-from kclib.explorers._background import Explorer
+from kclib.explorers._background import Explorer, png
 from kclib.explorers._cluster_explorer import ClusterExplorer
 from kclib.explorers._map_explorer import MapExplorer
 from kclib.explorers._similarity_explorer import SimilarityExplorer
@@ -159,56 +157,80 @@ def _choice(description: str, options: Mapping[str, str]) -> _Control:
     return _Control(box)
 
 
-class _View:
-    """Controls, a line that says what is under way, the picture, and its numbers."""
+class _Panel:
+    """What shows an explorer: a line that says what is under way or wrong, a table and a picture."""
+
+    def __init__(self, explorer: Explorer, width: str):
+        self.explorer, self._lock = explorer, threading.RLock()
+        self.status, self.table = widgets.HTML(), widgets.HTML()
+        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width=width))
+
+    def listen(self) -> None:
+        """Show what there is, and again whenever the explorer changes."""
+        self.refresh()
+        self.explorer.listeners.append(self.refresh)
+
+    def refresh(self) -> None:
+        """Show what the explorer has now."""
+        with self._lock:
+            self.show()
+
+    def show(self) -> None:
+        """Show it; called by one thread at a time."""
+        raise NotImplementedError
+
+    def ask(self, call: Callable, *arguments, **options) -> None:
+        """Call what may find fault with a question, and say so."""
+        try:
+            call(*arguments, **options)
+        except KclibError as error:
+            self.status.value = _note(str(error))
+
+
+class _View(_Panel):
+    """Controls, and the answer to what they ask."""
 
     def __init__(self, explorer: Explorer, controls: Mapping[str, _Control | _Count]):
-        self.explorer, self.controls, self._lock = explorer, controls, threading.RLock()
-        self._asked = self._shown = self._showing = None
-        self.status, self.facts = widgets.HTML(), widgets.HTML()
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        super().__init__(explorer, "100%")
+        self.controls, self._asked, self._shown, self._showing = controls, None, None, None
         first, *others = (control.box for control in controls.values())
         self.box = widgets.VBox(
-            [widgets.HBox([first, widgets.VBox(others)]), self.status, self.facts, self.picture]
+            [widgets.HBox([first, widgets.VBox(others)]), self.status, self.table, self.picture]
         )
         if explorer.answer is None:
             explorer.show()
-        self.refresh()
-        explorer.listeners.append(self.refresh)
+        self.listen()
         for name, control in controls.items():
             control.observe(lambda value, name=name: self.choose(name, value))
 
     def choose(self, name: str, value) -> None:
         if self._showing == threading.get_ident():
             return  # a control that is shown another question is moved by no person
-        try:
-            if getattr(self.explorer.question, name) != value:
-                self.explorer.choose(**{name: value})
-        except KclibError as error:
-            self.status.value = _note(str(error))
+        if getattr(self.explorer.question, name) != value:
+            self.ask(self.explorer.choose, **{name: value})
 
-    def refresh(self) -> None:
-        with self._lock:
-            question, answer = self.explorer.question, self.explorer.answer
-            if question is not self._asked:  # never while a person may be moving them for another question
-                self._asked, self._showing = question, threading.get_ident()
-                try:
-                    for name, control in self.controls.items():
-                        control.show(getattr(question, name), self.explorer.largest)
-                finally:
-                    self._showing = None
-            self.status.value = _note(self.explorer.status)
-            if answer is not self._shown:
-                self._shown = answer
-                self.facts.value = _table([answer.facts])
-                self.picture.value = png(answer.figure)
+    def show(self) -> None:
+        question, answer = self.explorer.question, self.explorer.answer
+        if question is not self._asked:  # never while a person may be moving them for another question
+            self._asked, self._showing = question, threading.get_ident()
+            try:
+                for name, control in self.controls.items():
+                    control.show(getattr(question, name), self.explorer.largest)
+            finally:
+                self._showing = None
+        self.status.value = _note(self.explorer.status)
+        if answer is not self._shown:
+            self._shown = answer
+            self.table.value = _table([answer.facts])
+            self.picture.value = png(answer.figure)
 
 
-class _Accuracy:
+class _Accuracy(_Panel):
     """A button that evaluates, one that cancels, how far it is, and the rows and curve of what came of it."""
 
     def __init__(self, explorer: ClusterExplorer):
-        self.explorer, self._lock, self._shown = explorer, threading.RLock(), ()
+        super().__init__(explorer, "700px")
+        self._shown = ()
         most = len(explorer.images)
         self.images = widgets.BoundedIntText(
             value=min(1000, most), min=1, max=most, description=f"test images (1 to {most:,})",
@@ -220,33 +242,24 @@ class _Accuracy:
         self.bar = widgets.FloatProgress(
             max=1.0, description="done", style=_AS_LONG, layout=widgets.Layout(width="200px")
         )
-        self.status, self.table = widgets.HTML(), widgets.HTML()
-        self.curve = widgets.Image(format="png", layout=widgets.Layout(max_width="700px", display="none"))
+        self.picture.layout.display = "none"
         row = widgets.HBox([self.images, self.start, self.stop, self.bar])
-        self.box = widgets.VBox([row, self.status, self.table, self.curve])
-        self.start.on_click(lambda _: self.evaluate())
+        self.box = widgets.VBox([row, self.status, self.table, self.picture])
+        self.start.on_click(lambda _: self.ask(explorer.evaluate, self.images.value))
         self.stop.on_click(lambda _: explorer.cancel())
-        self.refresh()
-        explorer.listeners.append(self.refresh)
+        self.listen()
 
-    def evaluate(self) -> None:
-        try:
-            self.explorer.evaluate(self.images.value)
-        except KclibError as error:
-            self.status.value = _note(str(error))
-
-    def refresh(self) -> None:
-        with self._lock:
-            running, rows = self.explorer.running, self.explorer.rows
-            self.start.disabled, self.stop.disabled = running is not None, running is None
-            self.bar.value = running.share if running else 0.0
-            self.bar.layout.visibility = "visible" if running else "hidden"
-            self.status.value = _note(self._said())
-            if rows is not self._shown:
-                self._shown = rows
-                self.table.value = _table([_row(row) for row in rows])
-                if rows:
-                    self.curve.value, self.curve.layout.display = png(self.explorer.curve()), "block"
+    def show(self) -> None:
+        running, rows = self.explorer.running, self.explorer.rows
+        self.start.disabled, self.stop.disabled = running is not None, running is None
+        self.bar.value = running.share if running else 0.0
+        self.bar.layout.visibility = "visible" if running else "hidden"
+        self.status.value = _note(self._said())
+        if rows is not self._shown:
+            self._shown = rows
+            self.table.value = _table([_row(row) for row in rows])
+            if rows:
+                self.picture.value, self.picture.layout.display = png(self.explorer.curve()), "block"
 
     def _said(self) -> str:
         running = self.explorer.running
@@ -269,13 +282,6 @@ class _Accuracy:
         else:
             said.append(f"top-1 of what is shown: {top1}")
         return "; ".join(said)
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as PNG."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    return picture.getvalue()
 
 
 def _row(row: Mapping) -> dict[str, str]:

@@ -7,18 +7,5 @@ Each convolution that is left out is named, with the reason.
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "_bank": [
-            "extract",
-            "insert",
-            "matched",
-            "bank_of",
-            "sample",
-            "rows_of",
-            "Layer",
-            "KernelBank",
-            "Kernels",
-        ]
-    },
+    __name__, submod_attrs={"_bank": ["extract", "insert", "sample", "Layer", "KernelBank"]}
 )

@@ -115,7 +115,7 @@ def set_weight(convolution: nn.Module, values: Tensor, *, name: str = "") -> Non
 
 
 def plain(network: nn.Module) -> nn.Module:
-    """Make the computed weights of `usable` convolutions ordinary parameters, in place; return the network.
+    """Make a parameter of each computed weight of `usable` convolutions, in place; return the network.
 
     For copies that are only measured: by gradients, or with other weights put in for a while. Those that
     share a weight share it still.
@@ -126,11 +126,30 @@ def plain(network: nn.Module) -> nn.Module:
         if computed is None:
             continue
         if parametrize.is_parametrized(module, "weight"):
-            _unparametrized(module)
+            # The class stays, for copies share it with what they are copies of: no remove_parametrizations.
+            module.parametrizations["weight"] = parametrize.ParametrizationList([_AsItIs()], computed)
         else:
             nn.utils.remove_weight_norm(module)
-        module.weight = computed
+            module.weight = computed
     return network
+
+
+def put(convolution: nn.Module, weight: nn.Parameter) -> None:
+    """Give a convolution of a `plain` network another parameter as its weight, in place."""
+    if parametrize.is_parametrized(convolution, "weight"):
+        convolution.parametrizations.weight.original = weight
+    else:
+        convolution.weight = weight
+
+
+class _AsItIs(nn.Module):
+    """The parametrization of a weight that is not computed: the parameter itself."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
 
 
 def _is_computed(convolution: nn.Module) -> bool:
@@ -249,23 +268,6 @@ def _parametrization_fault(module: nn.Module) -> str:
     if apart <= _ROUNDED * torch.finfo(tensor.dtype).eps * probe.abs().max().item():
         return ""
     return f"parametrized ({names}), and what is written to it does not come back; {advice}"
-
-
-def _unparametrized(module: nn.Module) -> None:
-    """Take a weight and its parametrizations off a module.
-
-    Not by `remove_parametrizations`: it changes the class, which copies share with what they are copies of.
-    """
-    kind = type(module)
-    del module.parametrizations["weight"]
-    module.__class__ = kind.__base__
-    if module.parametrizations:  # of other parameters
-        rest = {
-            name: x for name, x in vars(kind).items() if name not in ("weight", "__dict__", "__weakref__")
-        }
-        module.__class__ = type(kind.__name__, kind.__bases__, rest)
-    else:
-        del module.parametrizations
 
 
 def _check_values(value: object, name: str) -> None:

@@ -12,27 +12,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "_model": [
             "Model",
-            "told",
             "network_of",
             "like",
-            "as_model",
-            "moved",
             "plain",
             "input_shape",
             "fingerprint",
             "answers",
             "precision_of",
-            "read_weights",
         ],
-        "_loading": [
-            "architecture",
-            "names",
-            "torchvision_names",
-            "vgg16_fashion",
-            "fashion_preprocess",
-            "FASHION_CLASSES",
-            "FASHION_FILE",
-            "FASHION_SHA256",
-        ],
+        "_loading": ["vgg16_fashion", "fashion_preprocess"],
     },
 )

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 from kclib._util import places
-from kclib.errors import InvalidValueError, KclibError, reason, where
+from kclib._util.traces import where
+from kclib.errors import InvalidValueError, KclibError, reason
 
 
 def made(name: str) -> object:

@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from kclib.errors import InvalidValueError, KclibError, NotEnoughMemoryError, reason, where
+from kclib._util.traces import where
+from kclib.errors import InvalidValueError, KclibError, NotEnoughMemoryError, reason
 
 _NAMES = ("logits", "out")  # of what networks of several answers call the one that counts
 _CONVOLUTION = ("in_channels", "out_channels", "kernel_size")  # what convolutions have, clustered ones too

@@ -9,6 +9,7 @@ from torch import nn
 
 from kclib import datasets
 from kclib._util import checks
+from kclib.datasets import _loader
 from kclib.errors import (
     InvalidValueError,
 )
@@ -178,7 +179,7 @@ def input_shape(model: Model | nn.Module, images=None) -> tuple[int, int, int]:
     if known := _inputs.known_shape(model.preprocess):
         return known
     if images is not None:
-        first = datasets.select(datasets.as_image_set(images), torch.tensor([0]))
+        first = _loader.select(datasets.as_image_set(images), torch.tensor([0]))
         return tuple(next(datasets.batches(first, model.preprocess, 1))[0].shape[1:])
     raise InvalidValueError(
         f"the size of the input of {model.name} is not known, as its preprocessing keeps that of an image; "

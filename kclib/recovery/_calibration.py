@@ -14,6 +14,7 @@ from kclib.compression import _layers, _precisions
 from kclib.compression._layers import ClusteredConv2d
 from kclib.errors import InvalidValueError
 from kclib.kernels import _copying
+from kclib.models import _model
 from kclib.recovery import _moments
 from kclib.recovery._moments import Moments
 
@@ -65,9 +66,9 @@ def calibrate(
     """
     check_damping(damping)
     checks.check_seed(seed)
-    model, given, images = models.as_model(model), model, datasets.as_image_set(images)
-    small = models.moved(_copying.copied(model.network).eval(), device)
-    dense = models.moved(_copying.copied(models.network_of(dense)).eval(), device)
+    model, given, images = _model.as_model(model), model, datasets.as_image_set(images)
+    small = _model.moved(_copying.copied(model.network).eval(), device)
+    dense = _model.moved(_copying.copied(models.network_of(dense)).eval(), device)
     clustered = {name: x for name, x in _layers.clustered(small).items() if not x.transposed}
     _check_fit(clustered, dense)
     users = [module.codebook for module in _layers.clustered(small).values()]

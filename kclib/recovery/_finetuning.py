@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kclib import datasets, evaluation, models, training
+from kclib import datasets, models, training
 from kclib._util import checks
 from kclib.compression import _attributes, _layers, _packing, _precisions
 from kclib.compression._layers import ClusteredConv2d
+from kclib.evaluation import _accuracy
 from kclib.kmeans import _nearest
+from kclib.models import _model
 from kclib.training import Recipe, Trained
 
 RECIPE = Recipe(epochs=6, images=12_800, peak_rate=1e-4, weight_decay=0, label_smoothing=0, patience=3)
@@ -84,24 +86,24 @@ def finetune(
     epoch 0, held_back ...
     epoch 1, loss ..., held_back ...
     """
-    given, model = model, models.as_model(model)
+    given, model = model, _model.as_model(model)
     teacher = None if teacher is None else models.network_of(teacher)
     reassigned = checks.check_whole("reassigned", reassigned, 0)
     if teacher is None:
-        data = evaluation.matched(model, data)
+        data = _accuracy.matched(model, data)
     options, checkpoint = {"teacher": teacher, "device": device}, Path(checkpoint)
     first = training.train(
         model.network, data, model.preprocess, recipe, checkpoint, after_epoch=_rounded, **options
     )
     if not reassigned:
-        return replace(first, model=models.like(given, first.network))
+        return replace(first, model=models.like(given, first.model))
     second = training.train(
-        _with_latents(first.network), data, model.preprocess, replace(recipe, epochs=reassigned),
+        _with_latents(first.model), data, model.preprocess, replace(recipe, epochs=reassigned),
         checkpoint.with_stem(f"{checkpoint.stem}.reassigned"), after_epoch=_reassigned, **options,
     )  # fmt: skip
     done = len(first.history) - 1
     further = ({**row, "epoch": done + row["epoch"]} for row in second.history[1:])
-    return Trained(models.like(given, _without_latents(second.network)), (*first.history, *further))
+    return Trained(models.like(given, _without_latents(second.model)), (*first.history, *further))
 
 
 class _Reassignable(ClusteredConv2d):

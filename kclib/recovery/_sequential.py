@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kclib import clustering as clusterings
 from kclib import datasets, kmeans, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import Clustering, Group, grouping
+from kclib.clustering import Clustering, Group, _clustering
+from kclib.clustering._clustering import grouping
 from kclib.compression import _precisions
-from kclib.kernels import KernelBank, Layer, _convolutions, _copying, extract, matched, rows_of
+from kclib.kernels import KernelBank, Layer, _convolutions, _copying, extract
+from kclib.kernels._bank import matched, rows_of
 from kclib.kmeans import _settings
+from kclib.models import _model
 from kclib.recovery import _calibration, _moments
 from kclib.recovery._moments import Moments
 
@@ -112,12 +114,12 @@ def correct(
         As in `clustering.cluster`; no image; inputs of a layer that are not finite; damping not above 0.
     """
     _calibration.check_damping(damping)
-    given, model, images = model, models.as_model(model), datasets.as_image_set(images)
+    given, model, images = model, _model.as_model(model), datasets.as_image_set(images)
     bank = extract(model.network, size=size)
     seed = checks.check_seed(seed)
     dense = model.network if dense is None else models.network_of(dense)
     matched(dense, bank.layers)
-    small, dense = (models.moved(_copying.copied(x).eval(), device) for x in (model.network, dense))
+    small, dense = (_model.moved(_copying.copied(x).eval(), device) for x in (model.network, dense))
     batches = _moments.batches(images, model.preprocess, batch_size, device)
     order = _moments.steps(dense, next(batches())[:1], {x.name for x in bank.layers if not x.transposed})
     books = _Books.of(bank, n_clusters, scope, sample_weight, precision, seed, {step.name for step in order})
@@ -168,7 +170,7 @@ class _Books:
     def of(cls, bank, n_clusters, scope, sample_weight, precision, seed, measured) -> "_Books":
         sample_weight = _settings.checked_sample_weight(sample_weight, len(bank))
         members = grouping(bank, scope)
-        wanted = clusterings.wanted(members, n_clusters)
+        wanted = _clustering.wanted(members, n_clusters)
         _precisions.float_type(precision)  # an unknown one shows before the work, not after it
         scope = scope if isinstance(scope, str) else "mapping"
         result = cls(bank, members, wanted, {}, scope, precision, seed, frozenset(measured))
@@ -225,7 +227,7 @@ class _Books:
             codebook, same = np.unique(codebook[used], axis=0, return_inverse=True)
             codebook, indices = codebook.reshape(-1, *self.bank.size), same.reshape(-1)[indices]
             groups.append(Group(name, layers, codebook, indices.reshape(-1).astype(np.int32), math.nan))
-        return clusterings.with_inertia(Clustering(tuple(groups), self.scope, self.seed), self.bank)
+        return _clustering.with_inertia(Clustering(tuple(groups), self.scope, self.seed), self.bank)
 
 
 def _clustered(

@@ -6,6 +6,7 @@ import numpy as np
 from torch import nn
 
 from kclib import datasets, kernels, models
+from kclib.models import _model
 from kclib.recovery import _sequential, allocation, sensitivity
 from kclib.recovery.allocation import Allocation
 
@@ -66,7 +67,7 @@ def shrink(
     >>> found.n_bytes <= 400, found.clustering.n_kernels
     (True, 24)
     """
-    given, model, images = model, models.as_model(model), datasets.as_image_set(images)
+    given, model, images = model, _model.as_model(model), datasets.as_image_set(images)
     bank, options = kernels.extract(model.network), {"seed": seed, "device": device, "progress": progress}
     if sample_weight is None:
         kinds = (sensitivity.importance(model, images, bank, kind=x, **options) for x in _KINDS)

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from scipy import optimize, sparse
 
-from kclib import clustering, kmeans
+from kclib import kmeans
 from kclib._util import checks, threads
-from kclib.clustering import Clustering
+from kclib.clustering import Clustering, _clustering
 from kclib.compression import _checkpoint, _entropy_coding, _precisions
-from kclib.compression.byte_counts import Count
+from kclib.compression._counting import Count
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank, Kernels, Layer, bank_of, rows_of
+from kclib.kernels import KernelBank, Layer
+from kclib.kernels._bank import Kernels, bank_of, rows_of
 from kclib.kmeans import _fit_progress, _fitting, _lloyd, _nearest, _settings
 from kclib.store import Entry, Store
 
@@ -57,7 +58,7 @@ def curves(
     bank: Kernels,
     sample_weight: np.ndarray,
     *,
-    scope: clustering.Scope = "layer",
+    scope: _clustering.Scope = "layer",
     ks: Iterable[int] = KS,
     precision: str = "fp16",
     coding: str = "fixed",
@@ -103,7 +104,7 @@ def curves(
     store = store or Store()
     groups = [
         _Members.of(bank, sample_weight, name, layers, ks)
-        for name, layers in clustering.grouping(bank, clustering.resolved(bank, scope)).items()
+        for name, layers in _clustering.grouping(bank, _clustering.resolved(bank, scope)).items()
     ]
     keys = [group.key | {"precision": precision, "coding": coding, "seed": seed} for group in groups]
     entries = [store.get(key) for key in keys]

@@ -10,18 +10,19 @@ import pandas as pd
 from torch import nn
 
 from kclib import clustering as clusterings
-from kclib import compression, datasets, evaluation, models
+from kclib import datasets, evaluation, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import Clustering, Scope
-from kclib.compression import byte_counts
-from kclib.compression.byte_counts import Count
+from kclib.clustering import Clustering, _clustering
+from kclib.clustering._clustering import Scope
+from kclib.compression import _replacement, byte_counts
+from kclib.compression._counting import Count
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Drop, Evaluation
 from kclib.kernels import KernelBank, Layer
 from kclib.kmeans import _fitting, _settings
-from kclib.models import Model
+from kclib.models import Model, _model
 from kclib.recovery import _tradeoff
 from kclib.recovery._tradeoff import KS, Curve, curves, solve
 from kclib.store import Store
@@ -126,7 +127,7 @@ def allocate(
         Neither goal or both; one that cannot be reached (the sentence says what can); what `curves` raises.
     """
     _check(n_bytes, max_drop, precision)
-    given, model, data = model, models.as_model(model), datasets.as_image_set(data)
+    given, model, data = model, _model.as_model(model), datasets.as_image_set(data)
     sample_weight = _settings.required_sample_weight(sample_weight, len(bank))
     options = {
         "ks": _fitting.checked_ks(ks),
@@ -144,7 +145,7 @@ def allocate(
     def clustered(scope: Scope, n_clusters: dict[str, int]) -> tuple[nn.Module, Clustering]:
         how = {"scope": scope, "sample_weight": sample_weight, "seed": seed, "progress": progress}
         made = clusterings.cluster(bank, n_clusters, **how)
-        return compression.inserted(model.network, _tradeoff.stored(made, precision)), made
+        return _replacement.inserted(model.network, _tradeoff.stored(made, precision)), made
 
     build = build or clustered
     dense = evaluation.evaluate(model, data, device=device, progress=progress)
@@ -168,10 +169,10 @@ class _Plan:
 
     @classmethod
     def of(cls, bank: KernelBank, sample_weight, scope: Scope, options: dict, progress: bool) -> "_Plan":
-        resolved = clusterings.resolved(bank, scope)
+        resolved = _clustering.resolved(bank, scope)
         count = Count(options["precision"]) if options["coding"] == "fixed" else None
         measured = curves(bank, sample_weight, scope=scope, progress=progress, **options)
-        return cls(scope, resolved, measured, clusterings.grouping(bank, resolved), count)
+        return cls(scope, resolved, measured, _clustering.grouping(bank, resolved), count)
 
     @property
     def name(self) -> str:
@@ -261,7 +262,7 @@ class _Trials:
         return evaluation.drop(self.dense, answers)
 
     def _row(self, plan: _Plan, allocation: Allocation) -> dict:
-        errors = clusterings.kernel_errors(self.bank, allocation.clustering, self.sample_weight)
+        errors = _clustering.kernel_errors(self.bank, allocation.clustering, self.sample_weight)
         return {
             "scope": plan.name,
             "choice": "uniform" if plan.uniform else "solved",

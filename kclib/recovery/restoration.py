@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from kclib import compression, models
+from kclib import models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import Clustering, kernel_errors, with_inertia
-from kclib.compression import _precisions, byte_counts
+from kclib.clustering import Clustering
+from kclib.clustering._clustering import dense_kernels, kernel_errors, with_inertia
+from kclib.compression import _precisions, _replacement, byte_counts
 from kclib.errors import InvalidValueError
-from kclib.evaluation import damage
 from kclib.kernels import KernelBank
 from kclib.kmeans import _entropy, _nearest
 from kclib.models import Model
@@ -89,7 +89,7 @@ def restore_worst(
     """
     _check(clustering, budget, precision)
     dense = models.network_of(model)
-    bank = damage.bank_of(dense, clustering)
+    bank = dense_kernels(dense, clustering)
     before = kernel_errors(bank, clustering, sample_weight)
     bought = _Market.of(bank, clustering, sample_weight, precision).bought(budget, progress)
     made, n_bytes = _affordable(dense, bank, clustering, bought, budget, precision)
@@ -99,7 +99,7 @@ def restore_worst(
         for old, new in zip(clustering.groups, made.groups, strict=True)
     ]
     table = pd.DataFrame(rows, columns=["group", "clusters", "before", "after"])
-    network = compression.inserted(dense, _tradeoff.stored(made, precision))
+    network = _replacement.inserted(dense, _tradeoff.stored(made, precision))
     return Restored(made, network, n_bytes, table, models.like(model, network))
 
 

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kclib import datasets, kernels, models
+from kclib import datasets, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
 from kclib.compression import _replacement
+from kclib.datasets import _loader
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank, _convolutions, _copying
-from kclib.models import _inference
+from kclib.kernels import KernelBank, _bank, _convolutions, _copying
+from kclib.models import _inference, _model
 
 _PROBES = 4  # random directions a batch, of which each costs a backward pass through the backward pass
 
@@ -78,7 +79,7 @@ def importance(
         finite; a bank of another architecture; a device that is not there.
     """
     checks.check_known("kind of sensitivity", kind, KINDS)
-    model, images = models.as_model(model), datasets.as_image_set(images)
+    model, images = _model.as_model(model), datasets.as_image_set(images)
     if not len(images):
         raise InvalidValueError(f"{images.name} has no images; sensitivity takes at least one.")
     checks.check_whole("batch_size", batch_size, 1)
@@ -110,8 +111,8 @@ class _Run:
     @classmethod
     def of(cls, model, images, bank, batch_size, seed, device, progress) -> "_Run":
         network = _convolutions.plain(_copying.copied(model.network)).eval().float()
-        network = models.moved(network, device).requires_grad_(False)
-        layers = kernels.matched(network, bank.layers)
+        network = _model.moved(network, device).requires_grad_(False)
+        layers = _bank.matched(network, bank.layers)
         parameters = {name: x.weight.requires_grad_(True) for name, x in layers.items()}
         run = cls(model, network, parameters, images, batch_size, seed, progress, device)
         for layer in parameters:
@@ -126,7 +127,7 @@ class _Run:
         """Yield inputs ``(b, ...)`` and a float64 number in [0, 1) for each, the same at any batch size."""
         draws = torch.from_numpy(np.random.default_rng(self.seed).random(len(self.images)))
         parts = draws.split(self.batch_size)
-        workers = datasets.readers(self.images)
+        workers = _loader.readers(self.images)
         inputs = datasets.batches(self.images, self.model.preprocess, self.batch_size, workers=workers)
         title = f"sensitivity of {self.model.name}"
         bar = partial(tqdm, desc=title, unit="batch", delay=2, leave=False, disable=not self.progress)

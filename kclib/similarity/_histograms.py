@@ -7,7 +7,7 @@ import numpy as np
 from kclib._util import checks, progress_bars, threads
 from kclib._util.compiled import njit
 from kclib.errors import InvalidValueError
-from kclib.kernels import Kernels, bank_of
+from kclib.kernels._bank import Kernels, bank_of
 from kclib.similarity import distances
 from kclib.similarity.distances import Distance
 

@@ -10,7 +10,8 @@ from kclib import kmeans
 from kclib._util import checks, progress_bars
 from kclib._util.progress_bars import tqdm
 from kclib.errors import InvalidValueError
-from kclib.kernels import KernelBank, Kernels, bank_of
+from kclib.kernels import KernelBank
+from kclib.kernels._bank import Kernels, bank_of
 from kclib.kmeans import _nearest
 from kclib.similarity import _neighbours, distances, null_models
 

@@ -17,7 +17,7 @@ from kclib.similarity import distances as similarity_distances
 from kclib.store import Entry, Store
 
 # What is compared, by the name of a map: the kernels, their shapes, or the kernels up to flips and rotations.
-named_maps = {"raw": "euclidean", "unit": "cosine", "symmetric": "symmetric"}
+_named_maps = {"raw": "euclidean", "unit": "cosine", "symmetric": "symmetric"}
 _FEWEST = 5  # kernels that UMAP can lay out
 _BLOCK = 1 << 15  # kernels placed at a time; below ten thousand, UMAP takes thrice the rounds
 
@@ -69,10 +69,10 @@ def graph(
     UnknownNameError, InvalidValueError
         `n_neighbors` below 2 or above n; no kernels; kernels to be turned that are not square.
     """
-    checks.check_known("kind of map", kind, named_maps)
+    checks.check_known("kind of map", kind, _named_maps)
     points = checks.points("the kernels", points)
     checks.check_whole("n_neighbors", n_neighbors, min(2, len(points)), len(points))
-    store, named = store or Store(), similarity_distances.named(named_maps[kind])
+    store, named = store or Store(), similarity_distances.named(_named_maps[kind])
     prepared, unit = similarity_distances.framed(np.ascontiguousarray(named.prepare(points)))
     itself = np.arange(len(prepared), dtype=np.int32)[:, None]
     if n_neighbors == 1:
@@ -171,7 +171,7 @@ def placed(
     index = pynndescent.NNDescent(graph.points, n_neighbors=n_neighbors, random_state=seed, n_jobs=1)
     model = _fitted(graph, n_neighbors, min_dist, seed, index)
     prepare, result = (
-        similarity_distances.named(named_maps[graph.kind]).prepare,
+        similarity_distances.named(_named_maps[graph.kind]).prepare,
         np.empty((len(others), 2), np.float32),
     )
     parts = np.array_split(np.arange(len(others)), max(1, len(others) // _BLOCK)) if len(others) else ()
@@ -200,7 +200,7 @@ def trustworthiness(graph: Graph, layout: np.ndarray, *, limit: int = 2000, seed
         return 1.0
     chosen = np.random.default_rng(seed).permutation(len(layout))[:limit]
     points = graph.points[chosen]
-    turns, signs = similarity_distances.named(named_maps[graph.kind]).orbit(points.shape[1])
+    turns, signs = similarity_distances.named(_named_maps[graph.kind]).orbit(points.shape[1])
     turned = (sign * points[:, turn] for turn, sign in zip(turns, signs, strict=True))
     apart = functools.reduce(np.minimum, (metrics.pairwise_distances(points, others) for others in turned))
     apart = np.minimum(apart, apart.T)  # rounding may tell the two directions apart

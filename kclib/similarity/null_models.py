@@ -7,17 +7,17 @@ import numpy as np
 from kclib._util import checks
 
 
-def shuffled_within(points: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+def _shuffled_within(points: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Shuffle the weights of each kernel among themselves: its values and length stay, its picture goes."""
     return draw.permuted(points, axis=1)
 
 
-def shuffled_across(points: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+def _shuffled_across(points: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Shuffle each position's weights among kernels: positions keep their values, none its company."""
     return draw.permuted(points, axis=0)
 
 
-def gaussian(points: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+def _gaussian(points: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Draw from the normal distribution of the same mean and covariance."""
     centre, covariance = points.mean(axis=0, dtype=np.float64), np.cov(points, rowvar=False)
     drawn = draw.multivariate_normal(centre, covariance, len(points), method="eigh")
@@ -25,9 +25,9 @@ def gaussian(points: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 
 
 named_nulls: Mapping[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
-    "shuffled within kernels": shuffled_within,
-    "shuffled across kernels": shuffled_across,
-    "Gaussian of the same covariance": gaussian,
+    "shuffled within kernels": _shuffled_within,
+    "shuffled across kernels": _shuffled_across,
+    "Gaussian of the same covariance": _gaussian,
 }
 
 

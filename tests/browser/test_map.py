@@ -115,7 +115,7 @@ def pixels(image):
 
 
 def drawn(kernel):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(interactive_map.pictures(kernel[None])[0]))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(interactive_map._pictures(kernel[None])[0]))))
 
 
 def expected_rows(bank, indices, labels):

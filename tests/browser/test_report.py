@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from nbformat import v4
 
-from kclib.experiments import reports
+from kclib.experiments import _reports
 
 TABLE = pd.DataFrame(
     {
@@ -29,7 +29,7 @@ def page(request, chromium, tmp_path_factory):
     output = v4.new_output("display_data", {"text/html": html, "text/plain": "a table"})
     notebook = v4.new_notebook(cells=[v4.new_code_cell("show(table)", outputs=[output])])
     path = tmp_path_factory.mktemp("page") / "page.html"
-    path.write_text(reports.to_html(notebook, title="page"), encoding="utf-8")
+    path.write_text(_reports.to_html(notebook, title="page"), encoding="utf-8")
     opened = chromium.new_page()
     opened.goto(path.as_uri())
     yield opened

@@ -78,7 +78,7 @@ def test_a_cells_pipeline_makes_the_network_that_was_evaluated(table):
         assert factorial.pipeline(row) == factorial.pipeline(cell)
         found = factorial.pipeline(row).run(tiny_model(), seed=cell["seed"] or 0, progress=False)
         assert found.n_bytes == row.bytes
-        made = Model("tiny", found.network, tiny_model().preprocess)
+        made = Model("tiny", found.model.network, tiny_model().preprocess)
         answers = evaluation.evaluate(made, tiny_data(), progress=False)
         assert np.packbits(answers.correct).tobytes() == row.right
 
@@ -92,7 +92,7 @@ def test_training_is_told_beside_what_was_lost_without_it_and_resumes(table, tmp
     steps = factorial.pipeline(some.iloc[0]) >> Train(recipe)
     options = {"train": tiny_data(), "folder": tmp_path / "other", "progress": False}
     by_hand = steps.run(tiny_model(), seed=int(some.seed.iloc[0]), **options)
-    made = Model("tiny", by_hand.network, tiny_model().preprocess)
+    made = Model("tiny", by_hand.model.network, tiny_model().preprocess)
     top1 = evaluation.evaluate(made, tiny_data(), progress=False).top1.estimate
     assert found.top1.iloc[0] == top1
     monkeypatch.delattr(torch.optim.AdamW, "step")  # all epochs are there
@@ -131,7 +131,9 @@ def test_a_row_is_what_the_pipeline_of_its_steps_makes(table, order):
     ).itertuples()
     model = tiny_model()
     before = evaluation.evaluate(model, tiny_data(), progress=False)
-    after = evaluation.evaluate(Model("small", found.network, model.preprocess), tiny_data(), progress=False)
+    after = evaluation.evaluate(
+        Model("small", found.model.network, model.preprocess), tiny_data(), progress=False
+    )
     lost = evaluation.drop(before, after)
     assert (row.bytes, row.top1, row.drop) == (found.n_bytes, after.top1.estimate, lost.points.estimate)
     assert (row.drop_low, row.drop_high, row.images) == (lost.points.low, lost.points.high, 60)

@@ -11,7 +11,8 @@ from torch import nn
 
 from kclib import clustering, compression, kernels
 from kclib import training as train_module
-from kclib.combination import Cluster, Pipeline, Prune, Quantize, Step, Train, _pruning
+from kclib.combination import Cluster, Pipeline, Prune, Quantize, Train, _pruning
+from kclib.combination._pipeline import Step
 from kclib.compression import _precisions, byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
@@ -57,7 +58,7 @@ def answers(network):
 
 def rows(found):
     """Return the kernels that a combination stands for."""
-    return kernels.extract(compression.expand(found.network)).kernels
+    return kernels.extract(compression.expand(found.model.network)).kernels
 
 
 def dead(found):
@@ -83,7 +84,7 @@ def test_a_stored_combination_answers_to_the_bit_and_takes_the_bytes_it_says(ste
     found = run(Pipeline(steps), model)
     contents = found.save(tmp_path / "small")
     loaded = compression.load(tmp_path / "small", architecture=network_of(1)).network
-    assert torch.equal(answers(loaded), answers(found.network))
+    assert torch.equal(answers(loaded), answers(found.model.network))
     parts = contents.bytes.drop(["header", "linear weights", "other parameters and buffers"]).sum()
     assert contents.bytes["linear weights"] == 5 * 3 + 3 * 2  # whole numbers, a bfloat16 step each output
     norms, linear_biases = 4 * 6 * 4 + 8, 3 * 2
@@ -114,7 +115,7 @@ def test_clusters_that_are_quantized_are_those_that_compress_rounds(seed, scope,
     found = run(Cluster(k, scope) >> Quantize(precision), model, seed=seed)
     theirs = clustering.cluster(kernels.extract(model.network), k, scope=scope, seed=seed, progress=False)
     theirs = compression.compress(model.network, theirs, precision=precision)
-    assert torch.equal(answers(found.network), answers(theirs))
+    assert torch.equal(answers(found.model.network), answers(theirs))
     assert found.n_bytes <= byte_counts.stored_bytes(theirs)  # representatives that round alike are one
     if precision == "fp16":
         assert found.n_bytes == byte_counts.stored_bytes(theirs)
@@ -139,7 +140,7 @@ def test_clustering_commutes_neither_with_pruning_nor_with_rounding():
 
 def test_rounding_before_clustering_rounds_the_kernels_and_then_the_codebooks():
     found = run(Quantize("int8") >> Cluster(66, "global"))
-    kept = run(Quantize("int8")).network
+    kept = run(Quantize("int8")).model.network
     book = torch.from_numpy(clustering.cluster(kernels.extract(kept), 66, scope="global").groups[0].codebook)
     expected = _precisions.rounded(book, "int8").numpy().reshape(-1, 9)
     assert {row.tobytes() for row in rows(found).reshape(-1, 9)} == {row.tobytes() for row in expected}
@@ -214,7 +215,7 @@ def test_what_was_pruned_stays_zero_in_training_wherever_it_stands(kind, precisi
         assert zero.any()
         np.testing.assert_array_equal(rows(after)[zero], 0)
         assert (rows(after) != rows(before)).mean() > 0.3
-        assert not any(hasattr(module, "held") for module in after.network.modules())
+        assert not any(hasattr(module, "held") for module in after.model.network.modules())
         assert dead(after).mean() == dead(before).mean()
 
 
@@ -225,14 +226,14 @@ def test_it_is_trained_at_each_place_and_what_is_stored_is_what_was_trained(tmp_
     assert len(list(tmp_path.iterdir())) == 3
     found.save(tmp_path / "small")
     loaded = compression.load(tmp_path / "small", architecture=network_of(1)).network
-    assert torch.equal(answers(loaded), answers(found.network))
+    assert torch.equal(answers(loaded), answers(found.model.network))
     assert len({row.tobytes() for row in rows(found)[:18]}) == 9
 
 
 def test_a_corrected_clustering_and_weights_of_errors_go_in_too():
     plain, corrected = run(Cluster(9)), run(Cluster(9, corrected=True) >> Prune(0.3) >> Quantize())
     assert corrected.clustering.inertia > plain.clustering.inertia
-    assert not torch.equal(corrected.network[3].bias, plain.network[3].bias)
+    assert not torch.equal(corrected.model.network[3].bias, plain.model.network[3].bias)
     assert dead(corrected).mean() == pytest.approx(0.3, abs=0.01)
     for steps in (Prune(0.3, weighted=True) >> Cluster(9), Prune(0.3) >> Cluster(9, weighted=True)):
         assert not np.array_equal(rows(run(steps)), rows(run(Prune(0.3) >> Cluster(9))))

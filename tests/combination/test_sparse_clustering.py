@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from kclib import clustering, compression
+from kclib.clustering import _clustering
 from kclib.combination import _sparse_clustering
 from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer, extract
@@ -37,7 +38,7 @@ def test_zero_kernels_are_zero_and_the_others_are_clustered_as_without_them(scop
     found = _sparse_clustering.cluster(
         bank, k, scope=scope, price=price, sample_weight=sample_weight, seed=seed, progress=False
     )
-    rows, dead = clustering.quantized(found), ~bank.kernels.any(axis=(1, 2))
+    rows, dead = _clustering.quantized(found), ~bank.kernels.any(axis=(1, 2))
     assert not rows[dead].any()
     assert found.scope == (scope if isinstance(scope, str) else "mapping")
     assert (found.seed, found.layers) == (seed, bank.layers)
@@ -59,7 +60,7 @@ def test_zero_kernels_are_zero_and_the_others_are_clustered_as_without_them(scop
                 seed=seed,
                 sample_weight=None if sample_weight is None else sample_weight[left],
             )
-            np.testing.assert_array_equal(rows[left], clustering.quantized(theirs))
+            np.testing.assert_array_equal(rows[left], _clustering.quantized(theirs))
 
 
 def test_groups_of_few_others_are_noted_and_those_without_zeros_have_none():

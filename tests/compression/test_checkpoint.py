@@ -20,6 +20,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kclib import clustering, compression, loading, models
+from kclib.clustering import _clustering
 from kclib.compression import _checkpoint, _container, _layers, _packing, load, save
 from kclib.compression import _precisions as compression_precisions
 from kclib.compression._container import inspect
@@ -35,6 +36,7 @@ from kclib.errors import (
 from kclib.kernels import extract
 from kclib.kernels._copying import copied
 from kclib.kmeans import _entropy as kmeans_entropy
+from kclib.models import _loading
 
 
 class Odd(nn.Module):
@@ -182,7 +184,7 @@ def test_a_network_comes_back_to_the_bit_and_shared_as_it_was(tmp_path_factory, 
     scope = data.draw(st.sampled_from(["layer", "global", "mapping"]))
     if scope == "mapping":
         scope = {layer.name: data.draw(st.sampled_from(["left", "right side", "é"])) for layer in bank.layers}
-    largest = max(sum(x.n_kernels for x in g) for g in clustering.grouping(bank, scope).values())
+    largest = max(sum(x.n_kernels for x in g) for g in _clustering.grouping(bank, scope).values())
     expected = compressed(
         network,
         data.draw(st.sampled_from([1, 2, 5, largest])),
@@ -415,7 +417,7 @@ def test_the_shipped_network_is_built_from_the_files_word(path):
     original = loading.load_model()
     save(by_hand(original.network, 16), path, architecture="vgg16-fashion", accuracy=91.0)
     loaded = load(path)
-    assert (loaded.name, loaded.classes) == ("vgg16-fashion", models.FASHION_CLASSES)
+    assert (loaded.name, loaded.classes) == ("vgg16-fashion", _loading.FASHION_CLASSES)
     assert_same(loaded.network, by_hand(original.network, 16))
     image = torch.zeros(1, 28, 28, dtype=torch.uint8)
     assert torch.equal(loaded.preprocess(image), original.preprocess(image))
@@ -424,7 +426,7 @@ def test_the_shipped_network_is_built_from_the_files_word(path):
 
 @pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf"])
 def test_torchvisions_networks_are_built_from_the_files_word(path, name):
-    expected = by_hand(models.architecture(name).network, 4)
+    expected = by_hand(_loading.architecture(name).network, 4)
     save(expected, path, architecture=name)
     loaded = load(path)
     assert (loaded.name, len(loaded.classes), loaded.network.training) == (name, 1000, False)
@@ -432,7 +434,7 @@ def test_torchvisions_networks_are_built_from_the_files_word(path, name):
 
 
 def test_a_name_that_is_given_wins_over_the_files(path):
-    expected = by_hand(models.architecture("squeezenet1_1").network, 4)
+    expected = by_hand(_loading.architecture("squeezenet1_1").network, 4)
     save(expected, path, architecture="squeezenet1_0")
     loaded = load(path, architecture="squeezenet1_1")
     assert loaded.name == "squeezenet1_1"

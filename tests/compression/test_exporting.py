@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from kclib.clustering import cluster
-from kclib.compression import _precisions, compress, expand, to_onnx, to_program
+from kclib.compression import _precisions, compress, expand, to_onnx
+from kclib.compression._exporting import to_program
 from kclib.compression._layers import by_codebook
 from kclib.errors import InvalidValueError, StorageError
 from kclib.kernels import extract

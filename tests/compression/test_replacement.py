@@ -10,7 +10,8 @@ from safetensors.torch import save
 from torch import nn
 
 from kclib import kernels
-from kclib.clustering import cluster, quantized
+from kclib.clustering import cluster
+from kclib.clustering._clustering import quantized
 from kclib.compression import _packing, _precisions, compress, expand, replaced
 from kclib.compression._layers import ClusteredConv2d, by_codebook, clustered
 from kclib.errors import InvalidValueError, UnknownNameError

@@ -5,11 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from kclib import compression, models
+from kclib import compression
 from kclib.clustering import Clustering, Group
 from kclib.compression import compress, residence
 from kclib.errors import DamagedFileError, KclibError, MissingFileError
 from kclib.kernels import extract
+from kclib.models import _loading
 
 PHASES = ["loading", "loaded", "answering", "answered"]
 
@@ -28,7 +29,7 @@ def clustered(network, n_clusters):
 @pytest.fixture(scope="module")
 def network():
     """The shipped network, untrained and compressed to 256 kernels a layer."""
-    dense = models.architecture("vgg16-fashion").network.eval()
+    dense = _loading.architecture("vgg16-fashion").network.eval()
     return compress(dense, clustered(dense, 256))
 
 
@@ -60,7 +61,7 @@ def child(monkeypatch, tmp_path):
 
 
 def dense_bytes():
-    return sum(x.nbytes for x in models.architecture("vgg16-fashion").network.state_dict().values())
+    return sum(x.nbytes for x in _loading.architecture("vgg16-fashion").network.state_dict().values())
 
 
 def test_a_packed_model_takes_a_fraction_of_the_dense_ones_memory(measured):

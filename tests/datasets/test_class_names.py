@@ -8,7 +8,7 @@ from torchvision.datasets import Imagenette
 from torchvision.models import ResNet18_Weights
 
 from kclib import datasets, evaluation, models
-from kclib.datasets import _class_names
+from kclib.datasets import _class_names, _loader
 from kclib.errors import InvalidValueError
 
 CATEGORIES = tuple(ResNet18_Weights.DEFAULT.meta["categories"])
@@ -170,24 +170,24 @@ def test_a_network_that_is_always_right_is_found_right(tmp_path, brightness, cla
 
 
 def test_unknown_labels_stay_unknown():
-    data = datasets.aligned(labelled("ab", [0, -1, 1, -1]), ("x", "b", "a"), 3)
+    data = _loader.aligned(labelled("ab", [0, -1, 1, -1]), ("x", "b", "a"), 3)
     assert data.labels.tolist() == [2, -1, 1, -1]
     assert data.classes == ("x", "b", "a")
 
 
 def test_given_names_stand_for_the_networks_own():
-    data = datasets.aligned(labelled("ab", [0, 1]), ("x", "y"), 2, classes=["b", "a"])
+    data = _loader.aligned(labelled("ab", [0, 1]), ("x", "y"), 2, classes=["b", "a"])
     assert (data.labels.tolist(), data.classes) == ([1, 0], ("b", "a"))
 
 
 def test_a_nameless_network_takes_the_names_of_the_data():
-    assert datasets.aligned(labelled("ab", [0, 1]), (), 2).classes == ("a", "b")
-    assert datasets.aligned(labelled(["2"], [0]), (), 4).classes == ("0", "1", "2", "3")
+    assert _loader.aligned(labelled("ab", [0, 1]), (), 2).classes == ("a", "b")
+    assert _loader.aligned(labelled(["2"], [0]), (), 4).classes == ("0", "1", "2", "3")
 
 
 def test_aligning_twice_changes_nothing_and_says_it_once():
-    once = datasets.aligned(labelled("AB", [0, 1]), ("b", "a"), 2)
-    again = datasets.aligned(once, ("b", "a"), 2)
+    once = _loader.aligned(labelled("AB", [0, 1]), ("b", "a"), 2)
+    again = _loader.aligned(once, ("b", "a"), 2)
     assert (once.labels.tolist(), len(once.notes)) == ([1, 0], 1)
     assert (again.labels.tolist(), again.notes) == ([1, 0], once.notes)
 

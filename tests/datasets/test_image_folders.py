@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kclib import datasets
-from kclib.datasets import _image_folders
+from kclib.datasets import _image_folders, _loader
 from kclib.errors import DamagedFileError, MissingFileError
 
 
@@ -136,7 +136,7 @@ def test_an_empty_folder_is_a_class_without_images(tmp_path):
     data = read(tmp_path)
     assert (data.classes, data.labels.tolist()) == (("ant", "bee", "cat"), [0, 2])
     assert "bee" in said(data)
-    assert datasets.aligned(data, ("cat", "ant"), 2).labels.tolist() == [1, 0]
+    assert _loader.aligned(data, ("cat", "ant"), 2).labels.tolist() == [1, 0]
 
 
 def test_nothing_is_said_of_a_plain_folder(tmp_path):

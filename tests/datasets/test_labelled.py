@@ -19,6 +19,7 @@ from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import v2
 
 from kclib import datasets
+from kclib.datasets import _loader
 from kclib.errors import DamagedFileError, InvalidValueError
 
 PIXELS = torch.randint(0, 256, (6, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -121,7 +122,7 @@ def test_unknown_labels_are_kept_as_unknown(labels):
     for given_ in ((PIXELS, np.array(labels)), Own(list(zip(PIXELS, labels, strict=True)))):
         data = datasets.as_image_set(given_)
         assert data.labels.tolist() == [max(label, -1) for label in labels]
-        assert datasets.aligned(data, tuple("abc"), 3).labels.tolist() == data.labels.tolist()
+        assert _loader.aligned(data, tuple("abc"), 3).labels.tolist() == data.labels.tolist()
 
 
 def test_labels_may_be_names():

@@ -13,8 +13,10 @@ from torchvision.models import VGG16_Weights
 
 from kclib import datasets
 from kclib._util import files
+from kclib.datasets import _loader
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, UnknownNameError
-from kclib.models import FASHION_CLASSES, fashion_preprocess
+from kclib.models import fashion_preprocess
+from kclib.models._loading import FASHION_CLASSES
 
 COLOURS = {"ant": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255)}
 
@@ -202,21 +204,21 @@ def test_a_folder_with_splits_is_read_by_split(folder):
 
 def test_select_takes_images_and_labels_together(folder):
     chosen = torch.tensor([4, 1])
-    from_memory = datasets.select(small(), chosen)
+    from_memory = _loader.select(small(), chosen)
     assert (from_memory.images[:, 0, 0, 0].tolist(), from_memory.labels.tolist()) == ([4, 1], [1, 1])
-    from_folder = datasets.select(datasets.load_data(f"folder:{folder}"), chosen)
+    from_folder = _loader.select(datasets.load_data(f"folder:{folder}"), chosen)
     assert [image.getpixel((0, 0)) for image, _ in from_folder.images] == [COLOURS["cat"], COLOURS["ant"]]
 
 
 @pytest.mark.parametrize("classes", [("z", "c", "b", "y", "a"), ("c", "a", "b")])
 def test_aligned_relabels_by_name_into_the_models_order(classes):
-    data = datasets.aligned(small(6), classes, len(classes))
+    data = _loader.aligned(small(6), classes, len(classes))
     assert [classes[i] for i in data.labels] == ["a", "b", "c"] * 2
     assert data.classes == classes
 
 
 def test_aligned_takes_other_names_by_position_where_the_user_says_so():
-    data = datasets.aligned(small(6), ("x", "y", "z", "w"), 4, classes="by position")
+    data = _loader.aligned(small(6), ("x", "y", "z", "w"), 4, classes="by position")
     assert (data.labels.tolist(), data.classes) == ([0, 1, 2] * 2, ("x", "y", "z", "w"))
     assert any("by position" in note for note in data.notes)
 
@@ -224,7 +226,7 @@ def test_aligned_takes_other_names_by_position_where_the_user_says_so():
 @pytest.mark.parametrize("classes", [("a", "b"), ("a", "b", "x", "y"), ("a", "b", "x")])
 def test_aligned_shows_both_lists_of_classes_that_do_not_fit(classes):
     with pytest.raises(InvalidValueError, match=r"\(a, b, c\).*\(a, b.*no output is c"):
-        datasets.aligned(small(), classes, len(classes))
+        _loader.aligned(small(), classes, len(classes))
 
 
 def test_every_imagenette_class_is_one_an_imagenet_model_answers():
@@ -245,7 +247,7 @@ def test_batches_from_memory_are_each_image_preprocessed_in_order(n, batch_size)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_from_a_folder_are_each_picture_preprocessed_in_order(folder, workers):
     data, preprocess = datasets.load_data(f"folder:{folder}"), fashion_preprocess()
-    data = datasets.aligned(data, ("bee", "cat", "dog", "ant"), 4)
+    data = _loader.aligned(data, ("bee", "cat", "dog", "ant"), 4)
     inputs, labels = zip(*datasets.batches(data, preprocess, 4, workers=workers), strict=True)
     assert [len(part) for part in inputs] == [4, 2]
     one_by_one = [preprocess(Image.fromarray(np.asarray(data.images[i][0]))) for i in range(6)]

@@ -11,7 +11,7 @@ from torch import nn
 from kclib import evaluation, models
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, StoppedError, UnknownNameError
-from kclib.evaluation import Evaluation
+from kclib.evaluation import Evaluation, _accuracy
 from kclib.models import Model
 
 # A picture of one row whose pixels are the logits, so that nn.Flatten() is a network of known answers.
@@ -104,7 +104,7 @@ def test_the_drops_interval_agrees_with_a_bootstrap():
 @pytest.mark.parametrize(("n", "reach"), [(1, 79.35), (10, 27.75), (1_000_000, 0.000384)])
 def test_equal_answers_of_more_images_say_more(n, reach):
     right = np.ones(n, bool)
-    lost = evaluation.paired(right, right)
+    lost = _accuracy.paired(right, right)
     assert (lost.points.estimate, lost.p_value) == (0, 1)
     assert (lost.points.low, lost.points.high) == pytest.approx((-reach, reach), rel=1e-3)
 
@@ -121,7 +121,7 @@ def test_equal_answers_of_more_images_say_more(n, reach):
 )
 def test_what_is_not_right_or_wrong_of_the_same_images_is_refused(before, after):
     with pytest.raises(InvalidValueError, match="bool"):
-        evaluation.paired(before, after)
+        _accuracy.paired(before, after)
 
 
 def test_losing_every_image_is_significant():

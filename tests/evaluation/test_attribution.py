@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kclib import clustering, evaluation, kernels
-from kclib.clustering import Clustering, Group
+from kclib.clustering import Clustering, Group, _clustering
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.evaluation import Evaluation, attribution
@@ -112,7 +112,7 @@ def test_each_row_is_a_whole_evaluation(make, precision):
     options = {"batch_size": 20, "precision": precision, **QUIET}
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
     table = attribution.by_layer(model, made, data, **options)
-    bank, small = kernels.extract(model.network), clustering.quantized(made)
+    bank, small = kernels.extract(model.network), _clustering.quantized(made)
     dense = evaluation.evaluate(model, data, **options)
     for row in table.itertuples():
         chosen = np.zeros(len(bank), bool)
@@ -140,7 +140,7 @@ class Counted(nn.Conv2d):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("ways", [("alone",), ("all but",), attribution.WAYS])
+@pytest.mark.parametrize("ways", [("alone",), ("all but",), attribution._WAYS])
 def test_dense_answers_are_computed_once_for_all_layers(ways):
     def chain():
         layers = [Counted(3, 3, 3, padding=1) for _ in range(4)]

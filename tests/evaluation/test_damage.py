@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from kclib import clustering, compression, evaluation, kernels
-from kclib.clustering import Clustering, Group
+from kclib.clustering import Clustering, Group, _clustering
 from kclib.compression import byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
@@ -72,7 +72,7 @@ def test_restored_kernels_are_the_dense_ones_and_the_others_are_clustered(scaled
     own = np.concatenate([[(g.name, k) in chosen for k in g.indices] for g in made.groups])
     found = kernels.extract(damage.restored(model, made, table.head(3)).network).kernels
     np.testing.assert_array_equal(
-        found, np.where(own[:, None, None], bank.kernels, clustering.quantized(made))
+        found, np.where(own[:, None, None], bank.kernels, _clustering.quantized(made))
     )
     assert 0 < own.sum() == table.head(3).kernels.sum() < len(bank)
 
@@ -119,7 +119,7 @@ def test_never_more_bytes_than_the_budget_nor_more_damage_than_before(seed, budg
         sums = column.groupby("group", sort=False).damage.sum()
         np.testing.assert_allclose(found.table.set_index("group")[name][sums.index], sums, rtol=1e-6)
     assert (found.table.after <= found.table.before * (1 + 1e-6)).all()
-    errors = np.square(bank.kernels - clustering.quantized(found.clustering)).sum(dtype="d")
+    errors = np.square(bank.kernels - _clustering.quantized(found.clustering)).sum(dtype="d")
     assert found.clustering.inertia == pytest.approx(errors)
 
 

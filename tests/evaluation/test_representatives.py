@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.representatives import KINDS, cluster
 from kclib import clustering, compression, kernels
+from kclib.clustering import _clustering
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
 from kclib.kmeans import _nearest as kmeans_nearest
@@ -35,7 +36,7 @@ def drawn(*shape, seed=0):
 
 def error(bank, result, sample_weight=1):
     """Return the weighted sum of squared errors, in float64."""
-    difference = bank.kernels.astype(np.float64) - clustering.quantized(result.clustering)
+    difference = bank.kernels.astype(np.float64) - _clustering.quantized(result.clustering)
     return float((sample_weight * np.square(difference).sum(axis=(1, 2))).sum())
 
 
@@ -71,7 +72,7 @@ def test_mean_and_symmetric_are_the_clusterings_of_their_names():
     for kind, turned in (("mean", False), ("symmetric", True)):
         mine = cluster(bank, 4, kind, sample_weight=sample_weight, seed=2).clustering
         theirs = clustering.cluster(bank, 4, turned=turned, sample_weight=sample_weight, seed=2)
-        np.testing.assert_array_equal(clustering.quantized(mine), clustering.quantized(theirs))
+        np.testing.assert_array_equal(_clustering.quantized(mine), _clustering.quantized(theirs))
 
 
 @pytest.mark.parametrize(("sample_weight", "medoid"), [(None, 1), ([1, 1, 10], 5), ([10, 1, 1], 0)])
@@ -113,7 +114,7 @@ def test_multiples_of_one_shape_come_back_up_to_the_rounding_of_fp16(kind):
     lengths = np.random.default_rng(1).normal(size=(20, 2, 1, 1)).astype("f")
     bank = bank_of(lengths * drawn(3, 3), 7 * lengths * drawn(3, 3))
     result = cluster(bank, 1, kind, scope="global")
-    np.testing.assert_allclose(clustering.quantized(result.clustering), bank.kernels, rtol=2**-10, atol=1e-6)
+    np.testing.assert_allclose(_clustering.quantized(result.clustering), bank.kernels, rtol=2**-10, atol=1e-6)
     assert error(bank, result) > 0
     (group,) = result.clustering.groups
     np.testing.assert_array_equal(group.scales, group.scales.astype(np.float16))
@@ -149,7 +150,7 @@ def test_layers_that_differ_by_a_factor_share_normalised_representatives_exactly
     bank = bank_of(shapes, 4 * shapes[::-1], 0 * shapes)
     scale = np.sqrt(np.square(shapes, dtype=np.float64).mean()).astype(np.float16)
     result = cluster(bank, 8, "layer-normalised", scope="global")
-    np.testing.assert_allclose(clustering.quantized(result.clustering), bank.kernels, rtol=3e-7)
+    np.testing.assert_allclose(_clustering.quantized(result.clustering), bank.kernels, rtol=3e-7)
     (group,) = result.clustering.groups
     np.testing.assert_array_equal(group.scales, np.repeat([scale, 4 * scale, 0], 8))
     assert error(bank, cluster(bank, 8, scope="global")) > 1
@@ -163,7 +164,7 @@ def test_filters_that_differ_by_a_factor_share_normalised_representatives_exactl
     bank = bank_of(stored, 2 * stored, transposed=[0, 1] if transposed else [])
     for scope in ("layer", "global"):
         result = cluster(bank, 5, "filter-normalised", scope=scope)
-        np.testing.assert_allclose(clustering.quantized(result.clustering), bank.kernels, rtol=3e-7)
+        np.testing.assert_allclose(_clustering.quantized(result.clustering), bank.kernels, rtol=3e-7)
         for other in ("mean", "layer-normalised"):
             assert error(bank, cluster(bank, 5, other, scope=scope)) > 0.1
 
@@ -205,7 +206,7 @@ def test_what_holds_for_every_clustering(kind, scope, n_clusters, scale_bits, fa
     result = cluster(
         bank, n_clusters, kind, scope=scope, scale_bits=scale_bits, sample_weight=sample_weight, seed=seed
     )
-    assert np.isfinite(clustering.quantized(result.clustering)).all()
+    assert np.isfinite(_clustering.quantized(result.clustering)).all()
     assert result.clustering.inertia == pytest.approx(error(bank, result), rel=1e-4, abs=1e-4)
     for group in result.clustering.groups:
         assert (group.codebook.dtype, group.indices.dtype) == (np.float32, np.int32)
@@ -224,7 +225,7 @@ def test_kernels_that_are_all_zero_stay_so(kind):
     for scope in ("layer", "global"):
         result = cluster(bank, 2, kind, scope=scope, scale_bits=4)
         assert result.clustering.inertia == 0
-        np.testing.assert_array_equal(clustering.quantized(result.clustering), bank.kernels)
+        np.testing.assert_array_equal(_clustering.quantized(result.clustering), bank.kernels)
 
 
 @EACH
@@ -251,7 +252,9 @@ def test_a_network_decodes_to_what_its_groups_say(kind, one_thread):
 def test_the_number_of_threads_changes_no_bit_and_the_seed_does(kind):
     bank = bank_of(drawn(20, 30, 3, 3), drawn(30, 10, 3, 3, seed=1))
     one, two, other = (
-        clustering.quantized(cluster(bank, 20, kind, scale_bits=4, n_threads=n_threads, seed=seed).clustering)
+        _clustering.quantized(
+            cluster(bank, 20, kind, scale_bits=4, n_threads=n_threads, seed=seed).clustering
+        )
         for n_threads, seed in ((1, 0), (2, 0), (1, 1))
     )
     np.testing.assert_array_equal(one, two)

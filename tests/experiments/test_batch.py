@@ -18,7 +18,7 @@ from disks import full_disk
 from nbformat import v4
 
 from kclib import errors, experiments
-from kclib.experiments import _batch, _profiles, reports
+from kclib.experiments import _batch, _profiles, _reports
 from kclib.store import Store
 
 PARAMETERS = 'greeting: str = "hello"  # what to say\ncount: int = 1  # how many\nreport_dir: str = ""'
@@ -99,8 +99,8 @@ def test_a_batch_leaves_an_executed_copy_and_a_page_of_each_notebook_and_an_inde
 
 def test_parameters_reach_the_notebooks_that_have_them(finished):
     good, other = (nbformat.read(finished / f"{stem}.ipynb", 4) for stem in ("good", "other"))
-    assert reports.read_headline(good) == f"moin 2: {finished.resolve()}"
-    assert reports.read_headline(other) == "moin"
+    assert _reports.read_headline(good) == f"moin 2: {finished.resolve()}"
+    assert _reports.read_headline(other) == "moin"
 
 
 def test_the_index_shows_headlines_pictures_and_links(finished):
@@ -159,7 +159,7 @@ def test_batches_side_by_side_on_one_folder_each_end_well_and_leave_nothing_ther
     options = {who: ["--out", tmp_path / who, "--set", f"said={who}"] for who in "abc"}
     started = [subprocess.Popen([*command, *x], stderr=subprocess.DEVNULL) for x in options.values()]
     assert [process.wait() for process in started] == [0, 0, 0]
-    found = [reports.read(tmp_path / who / "tiny", "tiny").chapters[0].headline for who in options]
+    found = [_reports.read(tmp_path / who / "tiny", "tiny").chapters[0].headline for who in options]
     assert found == [f"{who} {there}" for who in options], "no socket lies beside the notebooks"
 
 
@@ -197,7 +197,7 @@ def test_notebooks_import_modules_of_the_folder_where_one_works(folder, tmp_path
     monkeypatch.chdir(tmp_path)
     Path("kclib_test_here.py").write_text("SAID = 'found'")
     _batch.run(_profiles.load(profile_file(folder, {"imports": None})), "out")
-    assert reports.read(tmp_path / "out" / "tiny", "tiny").chapters[0].headline == "found"
+    assert _reports.read(tmp_path / "out" / "tiny", "tiny").chapters[0].headline == "found"
 
 
 def test_a_second_batch_into_one_report_is_refused(folder, tmp_path, monkeypatch):
@@ -244,13 +244,13 @@ def test_a_table_that_a_sweep_writes_meanwhile_is_kept(folder, tmp_path, monkeyp
     results = experiments.sweep(tiny.tiny_model(), tiny.tiny_data(), [5], store=Store(tmp_path / "store"))
 
     def execute(source, *_, **__):
-        written = reports.read(tmp_path / "tiny", "tiny")
-        reports.write(tmp_path / "tiny", replace(written, results=results, provenance={"sweep": "K 5"}))
+        written = _reports.read(tmp_path / "tiny", "tiny")
+        _reports.write(tmp_path / "tiny", replace(written, results=results, provenance={"sweep": "K 5"}))
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     with pytest.raises(errors.NotebookError):  # nothing was executed
         _batch.run(_profiles.load(profile_file(folder, {"good": None})), tmp_path)
-    left = reports.read(tmp_path / "tiny", "tiny")
+    left = _reports.read(tmp_path / "tiny", "tiny")
     pd.testing.assert_frame_equal(left.results, results)
     assert left.provenance["sweep"] == "K 5"
     assert "notebooks, SHA-256" in left.provenance
@@ -270,14 +270,14 @@ def test_a_notebook_that_cannot_be_written_stops_no_other(folder, tmp_path, monk
     with pytest.raises(errors.NotebookError, match=r"good failed.*No space left.*index\.html"):
         _batch.run(profile, tmp_path)
     assert 'href="good' not in (tmp_path / "tiny" / "index.html").read_text()
-    chapters = reports.read(tmp_path / "tiny", "tiny").chapters
+    chapters = _reports.read(tmp_path / "tiny", "tiny").chapters
     assert [x.status for x in chapters] == ["failed", "done"]
 
 
 def test_a_rebuilt_report_is_the_same_but_for_what_its_pages_are_made_from(finished):
     before = (finished / "index.html").read_text()
     (finished / "good.html").unlink()
-    reports.rebuild(finished, "tiny")
+    _reports.rebuild(finished, "tiny")
     assert (finished / "good.html").is_file()
     assert (finished / "index.html").read_text() == before
 

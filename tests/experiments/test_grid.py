@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from kclib import datasets, evaluation, experiments
 from kclib.errors import KclibError
-from kclib.experiments import _cell, _compare, _grid, _provenance, reports
+from kclib.experiments import _cell, _compare, _grid, _provenance, _reports
 from kclib.experiments._cell import Subject
 from kclib.experiments._pool import Workers
 from kclib.experiments._profiles import Grid, ModelSource, Profile
@@ -132,21 +132,21 @@ def test_a_cell_that_fails_stops_no_other_and_a_second_run_computes_it_alone(sto
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_cells_in_this_process_show_their_own_progress_too(store, monkeypatch, shown):
-    asked, genuine = [], _cell.evaluation.evaluate
+    asked, genuine = [], evaluation.evaluate
     planned = _grid.plan(levels(seeds=(0,), methods=("plain",)), store)
 
     def evaluate(*arguments, progress, **options):
         asked.append(progress)
         return genuine(*arguments, progress=False, **options)
 
-    monkeypatch.setattr(_cell.evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     _grid.run(planned, Workers(), progress=shown)
     assert asked == [shown] * 5
 
 
 def test_a_sweep_that_is_stored_evaluates_nothing_to_plan(store, monkeypatch):
     _grid.run(_grid.plan(levels(), store), Workers(), progress=False)
-    monkeypatch.setattr(_cell.evaluation, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
     assert all(x.stored for x in _grid.plan(levels(), store))
 
 
@@ -233,7 +233,7 @@ def test_a_report_of_a_sweep_shows_failures_first_then_its_table_with_hashes(sto
     _grid.run(planned, Workers(), progress=False)
     victim = next(x for x in planned if x.cell.k == 5)
     store.path(victim.key).unlink()
-    failures = [reports.Failure(str(victim), "ZeroDivisionError: <1> / 0", "Traceback")]
+    failures = [_reports.Failure(str(victim), "ZeroDivisionError: <1> / 0", "Traceback")]
     index = _grid.report(profile(), planned, store, failures, tmp_path).read_text()
     assert index.index(f"{victim} failed:") < index.index("<h2>The sweep")
     assert "ZeroDivisionError: &lt;1&gt; / 0" in index
@@ -268,20 +268,20 @@ def test_without_the_dense_model_nothing_is_shown_and_no_hash_of_before(store, t
     page = _grid.report(profile(), planned, store, [], tmp_path).read_text()
     assert "17 of 17 cells are not shown" in page
     assert "<table" not in page
-    assert [*reports.read(tmp_path / "tiny", "tiny").provenance] == ["sweep"]
+    assert [*_reports.read(tmp_path / "tiny", "tiny").provenance] == ["sweep"]
 
 
 def test_a_chapter_that_a_batch_ends_meanwhile_is_kept(store, tmp_path, monkeypatch):
-    planned, draw = _grid.plan(levels(), store), reports.picture
+    planned, draw = _grid.plan(levels(), store), _reports.picture
     _grid.run(planned, Workers(), progress=False)
 
     def picture(results):
-        reports.write(tmp_path / "tiny", reports.Report("tiny", chapters=(reports.Chapter("a", "done"),)))
+        _reports.write(tmp_path / "tiny", _reports.Report("tiny", chapters=(_reports.Chapter("a", "done"),)))
         return draw(results)
 
-    monkeypatch.setattr(reports, "picture", picture)
+    monkeypatch.setattr(_reports, "picture", picture)
     _grid.report(profile(), planned, store, [], tmp_path)
-    assert [x.status for x in reports.read(tmp_path / "tiny", "tiny").chapters] == ["done"]
+    assert [x.status for x in _reports.read(tmp_path / "tiny", "tiny").chapters] == ["done"]
 
 
 def test_a_table_says_of_which_images_it_is_also_where_others_lie_there_now(store, monkeypatch):
@@ -303,7 +303,7 @@ def test_a_report_made_anew_by_others_says_who_computed_its_cells(store, tmp_pat
     _grid.run(planned[5:], Workers(), progress=False)
     monkeypatch.setattr(_provenance, "stamp", lambda: pytest.fail("stamped"))
     for _ in range(2):
-        about = reports.read(_grid.report(profile(), planned, store, [], tmp_path).parent, "tiny").provenance
+        about = _reports.read(_grid.report(profile(), planned, store, [], tmp_path).parent, "tiny").provenance
         for name in ORIGIN:
             assert sorted(about[f"sweep, {name}"].split("; ")) == ["first", "second"]
         made = about["sweep, made"].split(" to ")  # a moment, or from one to another

@@ -11,8 +11,8 @@ from nbformat import v4
 from PIL import Image
 
 from kclib.errors import MissingFileError, StorageError
-from kclib.experiments import _provenance, reports
-from kclib.experiments.reports import Chapter, Failure, Report
+from kclib.experiments import _provenance, _reports, reports
+from kclib.experiments._reports import Chapter, Failure, Report
 
 HEADLINE = "application/vnd.kclib.headline+json"
 
@@ -37,7 +37,7 @@ def notebook(*cells):
 def page():
     stream = [v4.new_output("stream", name=name, text=f"said on {name}") for name in ("stdout", "stderr")]
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "HBox(children"}
-    return reports.to_html(
+    return _reports.to_html(
         notebook(
             v4.new_markdown_cell("# How many would do?\n\nSee [the report](https://example.org)."),
             v4.new_code_cell("secret_code(1)", outputs=stream),
@@ -73,7 +73,7 @@ def test_a_page_shows_no_prompts_progress_or_widgets(page, noise):
 def test_long_printed_text_is_cut_and_lines_that_were_drawn_over_are_left_out():
     text = "".join(f"line {i}\n" for i in range(1000)) + "10 %\r20 %\rdone\n" + "x" * 9000
     stream = v4.new_output("stream", name="stdout", text=text)
-    page = reports.to_html(notebook(v4.new_code_cell("x", outputs=[stream])), title="t")
+    page = _reports.to_html(notebook(v4.new_code_cell("x", outputs=[stream])), title="t")
     assert "line 99\n... 802 lines are left out here" in page
     assert "line 100\n" not in page
     assert "20 %" not in page
@@ -95,29 +95,29 @@ def test_a_page_needs_nothing_from_the_network(page):
 
 def test_making_a_page_leaves_the_notebook_alone():
     made = notebook(v4.new_code_cell("x", outputs=[v4.new_output("stream", name="stderr", text="bar")]))
-    reports.to_html(made, title="t")
+    _reports.to_html(made, title="t")
     assert made.cells[0].outputs[0].text == "bar"
 
 
 def test_the_headline_is_the_last_one_recorded():
     first, last = shows({HEADLINE: {"text": "first"}}), shows({HEADLINE: {"text": "last"}})
-    assert reports.read_headline(notebook(first, v4.new_markdown_cell("# text"), last)) == "last"
+    assert _reports.read_headline(notebook(first, v4.new_markdown_cell("# text"), last)) == "last"
 
 
 def test_a_notebook_that_recorded_no_headline_has_none():
-    assert reports.read_headline(notebook(shows({"text/markdown": "**bold**"}))) is None
+    assert _reports.read_headline(notebook(shows({"text/markdown": "**bold**"}))) is None
 
 
 def test_a_headline_is_shown_to_readers_and_recorded_for_the_index(monkeypatch):
     shown = []
     monkeypatch.setattr(reports, "display", lambda data, raw: shown.append(data))
     reports.headline("85.6 % fewer")
-    assert reports.read_headline(notebook(shows(shown[0]))) == "85.6 % fewer"
+    assert _reports.read_headline(notebook(shows(shown[0]))) == "85.6 % fewer"
     assert shown[0]["text/markdown"] == "**85.6 % fewer**"
 
 
 def thumbnail(folder, *cells) -> np.ndarray:
-    chapter = reports.render(notebook(*cells), folder, Chapter("n", "done"))
+    chapter = _reports.render(notebook(*cells), folder, Chapter("n", "done"))
     encoded = chapter.thumbnail.removeprefix("data:image/png;base64,")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
 
@@ -138,7 +138,7 @@ def test_a_tagged_cells_picture_is_the_thumbnail_in_its_own_size(tmp_path):
 
 def test_rendering_writes_the_page_and_tells_the_chapter(tmp_path):
     made = notebook(shows({HEADLINE: {"text": "Few"}}))
-    found = reports.render(made, tmp_path, Chapter("n", "done", seconds=2.5))
+    found = _reports.render(made, tmp_path, Chapter("n", "done", seconds=2.5))
     assert found == Chapter("n", "done", "Few", seconds=2.5)
     assert "<title>n</title>" in (tmp_path / "n.html").read_text()
 
@@ -154,8 +154,8 @@ def index(tmp_path):
         "tiny", "Only <some> of it.", tuple(chapters), (Failure("K = 4", "<odd>", "Trace\nback"),),
         _provenance.stamp(),
     )  # fmt: skip
-    path = reports.write(tmp_path / "new", report)
-    assert reports.read(tmp_path / "new", "tiny") == report
+    path = _reports.write(tmp_path / "new", report)
+    assert _reports.read(tmp_path / "new", "tiny") == report
     return path.read_text()
 
 
@@ -186,24 +186,24 @@ def test_what_failed_comes_before_all_else_with_its_traceback(index):
 
 def test_a_damaged_report_is_begun_anew_and_that_is_said(tmp_path, caplog):
     (tmp_path / "report.json").write_text('{"name": ')
-    assert reports.read(tmp_path, "tiny") == Report("tiny")
+    assert _reports.read(tmp_path, "tiny") == Report("tiny")
     assert f"the report in {tmp_path} is damaged" in caplog.text
 
 
 def test_a_report_that_was_never_made_cannot_be_rebuilt(tmp_path):
     with pytest.raises(MissingFileError, match=r"no report.*kclib batch"):
-        reports.rebuild(tmp_path, "tiny")
+        _reports.rebuild(tmp_path, "tiny")
 
 
 def test_a_report_opens_with_the_main_headlines_or_with_the_last(tmp_path):
     found = [
-        reports.render(
+        _reports.render(
             notebook(shows({HEADLINE: {"text": text, "main": main}})), tmp_path, Chapter(text, "done")
         )
         for text, main in (("first", False), ("best", True), ("also", True), ("last", False))
     ]
     for chapters, opened in ((found, ["best", "also"]), ((found[0], found[3]), ["last"])):
-        index = reports.write(tmp_path, Report("x", chapters=tuple(chapters))).read_text()
+        index = _reports.write(tmp_path, Report("x", chapters=tuple(chapters))).read_text()
         assert re.findall('class="answer">(.*?)</p>', index) == opened
 
 

@@ -234,8 +234,8 @@ def test_how_an_older_question_failed_is_not_said_of_a_newer_one(error):
 def test_how_far_an_older_question_is_is_not_said_of_a_newer_one():
     explorer = Numbers()
     seen = told(explorer)
-    explorer.say("half", lambda: False)
-    explorer.say("three quarters", lambda: True)
+    explorer.change(lambda: False, status="half")
+    explorer.change(lambda: True, status="three quarters")
     assert explorer.status == "half"
     assert seen == [(0, None, "half")]
 

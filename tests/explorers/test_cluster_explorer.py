@@ -12,13 +12,14 @@ from gates import PATIENCE, Gate, Through
 from torch import nn
 
 from kclib import clustering, compression, datasets, evaluation, experiments, kmeans
+from kclib.clustering import _clustering
 from kclib.compression import byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.evaluation import _accuracy
-from kclib.explorers import ClusterExplorer, ClusterQuestion, _cluster_explorer
+from kclib.explorers import ClusterExplorer, _cluster_explorer
 from kclib.explorers._background import Explorer
-from kclib.explorers._cluster_explorer import COLOURS, METHODS, Running
+from kclib.explorers._cluster_explorer import COLOURS, METHODS, ClusterQuestion, Running
 from kclib.kmeans import symmetric as kmeans_symmetric
 from kclib.models import Model
 from kclib.store import Store
@@ -126,12 +127,12 @@ def expected_clustering(bank, question, seed=5):
             bank, question.n_clusters, scope=question.scope, seed=seed, progress=False, **method
         )
     found, wanted = {}, {}
-    for name, layers in clustering.grouping(bank, question.scope).items():
+    for name, layers in _clustering.grouping(bank, question.scope).items():
         points = np.concatenate([bank.points[layer.rows] for layer in layers])
         rungs = [k for k in (16, 64, 256, 1024, 4096) if k <= len(points)]
         wanted[name] = min(question.n_clusters, len(points))
         found[name] = kmeans.ladder(points, rungs, tol=0.01, seed=seed).at(wanted[name])
-    return clustering.of_fits(bank, found, wanted, scope=question.scope, seed=seed)
+    return _clustering.of_fits(bank, found, wanted, scope=question.scope, seed=seed)
 
 
 QUESTIONS = [

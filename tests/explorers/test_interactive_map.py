@@ -101,7 +101,7 @@ def test_arguments_stay_as_they_are(bank):
 
 
 def test_picture_is_one_pixel_a_weight_from_blue_over_white_to_red():
-    first, nothing = map(pixels, interactive_map.pictures(np.array([[[-2.0, 0, 2]], [[0, 0, 0]]])))
+    first, nothing = map(pixels, interactive_map._pictures(np.array([[[-2.0, 0, 2]], [[0, 0, 0]]])))
     assert first[0, [0, 2]].tolist() == [[5, 48, 97], [103, 0, 31]]  # the ends of ColorBrewer's RdBu
     assert first.shape == nothing.shape == (1, 3, 3)
     assert first[0, 1].min() > 0.95 * 255
@@ -111,7 +111,7 @@ def test_picture_is_one_pixel_a_weight_from_blue_over_white_to_red():
 def test_pictures_are_those_of_the_kernel_sheet(bank):
     kernels = bank.kernels[:7, :, :2]
     drawn = plt.figure().gca()
-    for kernel, picture in zip(kernels, interactive_map.pictures(kernels), strict=True):
+    for kernel, picture in zip(kernels, interactive_map._pictures(kernels), strict=True):
         (image,) = plots.kernel_sheet(kernel[None], columns=1, ax=drawn).images[-1:]
         sheet = image.cmap(image.norm(image.get_array()), bytes=True)[:3, :2, :3]
         np.testing.assert_array_equal(pixels(picture), sheet)

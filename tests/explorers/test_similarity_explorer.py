@@ -7,15 +7,9 @@ from torch import nn
 
 from kclib import kernels, kmeans
 from kclib.errors import InvalidValueError, StoppedError, UnknownNameError
-from kclib.explorers import (
-    MapExplorer,
-    MapQuestion,
-    SimilarityExplorer,
-    SimilarityQuestion,
-    _background,
-    _similarity_explorer,
-)
-from kclib.explorers._map_explorer import COLOURS
+from kclib.explorers import MapExplorer, SimilarityExplorer, _background, _similarity_explorer
+from kclib.explorers._map_explorer import COLOURS, MapQuestion
+from kclib.explorers._similarity_explorer import SimilarityQuestion
 from kclib.kmeans import symmetric
 from kclib.similarity import null_models
 from kclib.similarity.embedding import Graph

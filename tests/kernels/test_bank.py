@@ -11,6 +11,7 @@ from torchvision.ops import DeformConv2d
 
 from kclib import clustering, compression, kernels, models
 from kclib.errors import InvalidValueError
+from kclib.kernels import _bank
 
 DTYPES = {
     torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float64: None
@@ -128,8 +129,8 @@ def test_origin_is_layer_out_and_in_of_each_row():
 
 def test_rows_of_layers_follow_one_another_in_the_order_given():
     layers = kernels.Layer("a", (2, 1, 3, 3), 0), kernels.Layer("b", (1, 3, 3, 3), 2)
-    assert kernels.rows_of(reversed(layers)).tolist() == [2, 3, 4, 0, 1]
-    assert kernels.rows_of([]).tolist() == []
+    assert _bank.rows_of(reversed(layers)).tolist() == [2, 3, 4, 0, 1]
+    assert _bank.rows_of([]).tolist() == []
 
 
 def test_only_is_the_bank_of_one_layer_with_rows_from_zero():
@@ -331,7 +332,7 @@ def test_a_model_is_taken_and_comes_back_as_a_model():
     changed = kernels.insert(model, replace(bank, kernels=np.ones_like(bank.kernels)))
     assert (type(changed), changed.name) == (models.Model, "mine")
     assert (changed.network[0].weight == 1).all()
-    assert list(kernels.matched(model, bank.layers).values()) == [model.network[0]]
+    assert list(_bank.matched(model, bank.layers).values()) == [model.network[0]]
 
 
 def compressed():

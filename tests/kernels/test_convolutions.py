@@ -92,7 +92,7 @@ def test_weights_made_plain_in_a_copy_leave_the_network_as_it_is(norm):
     plain = _convolutions.plain(_copying.copied(network))
     torch.testing.assert_close(plain(inputs), network(inputs))
     assert isinstance(plain[0].weight, nn.Parameter)
-    assert sorted(dict(plain.named_parameters())) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    assert {id(x) for x in plain.parameters()} == {id(x) for y in plain for x in (y.weight, y.bias)}
     assert len(dict(network.named_parameters())) == 5
 
 
@@ -106,6 +106,19 @@ def test_other_parametrizations_of_a_module_stay_when_its_weight_is_made_plain()
     assert parametrize.is_parametrized(plain, "bias")
     assert parametrize.is_parametrized(module, "weight")
     torch.testing.assert_close(module(inputs), expected)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, lambda x: x])
+def test_a_weight_put_in_takes_gradients_and_leaves_the_other_as_it_was(norm):
+    plain = _convolutions.plain(norm(nn.Conv2d(3, 4, 3)))
+    own, other = plain.weight, nn.Parameter(torch.ones(4, 3, 3, 3))
+    values = own.detach().clone()
+    _convolutions.put(plain, other)
+    plain(torch.ones(1, 3, 3, 3)).sum().backward()
+    assert plain.weight is other
+    torch.testing.assert_close(other.grad, torch.ones(4, 3, 3, 3))
+    assert torch.equal(own, values)
+    assert own.grad is None
 
 
 def test_weight_norm_that_is_shared_counts_once():

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kclib import clustering, compression, datasets, evaluation, kernels, models
 from kclib.errors import InvalidValueError, NotEnoughMemoryError, StoppedError
-from kclib.evaluation import attribution, damage, peers
+from kclib.evaluation import _accuracy, _others, attribution, damage
 from kclib.models import _inference
 from kclib.recovery import sensitivity
 
@@ -320,7 +320,7 @@ def test_every_verb_takes_a_network_and_images_however_they_come():
         lambda x: damage.won_back(x, made, table, data, [1], progress=False),
         lambda x: compression.footprint(x, made),
         lambda x: pd.Series(sensitivity.importance(x, data, bank, progress=False)),
-        lambda x: peers.quantized(x, 4).bytes,
+        lambda x: _others.quantized(x, 4).bytes,
         lambda x: models.fingerprint(x),
     ]
     for call in calls:
@@ -342,7 +342,7 @@ def test_images_of_unknown_class_are_counted_nowhere():
     assert any("15 of 40" in note for note in part.notes)
     assert not any("known" in note for note in whole.notes)
     lost = evaluation.drop(part, part)
-    assert lost.points.high == pytest.approx(evaluation.paired(part.correct, part.correct).points.high)
+    assert lost.points.high == pytest.approx(_accuracy.paired(part.correct, part.correct).points.high)
     assert attribution.flipped(part, replace(part, predictions=(part.predictions + 1) % 10)).image.min() == 15
     assert attribution.by_class(part, part).images.sum() == 25
     assert right.classes == part.classes

@@ -18,6 +18,7 @@ from torchvision.models import get_model, get_model_weights
 from kclib import datasets, evaluation, kernels, loading, models
 from kclib._util import files
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, UnknownNameError
+from kclib.models import _loading, _model
 
 SHIPPED = files.data_dir() / "vgg16_fashion.fp16.safetensors"
 
@@ -62,7 +63,7 @@ def test_the_shipped_model_is_its_file_in_eval_mode_and_loads_the_same_twice():
     first, second, stored = (
         loading.load_model(),
         loading.load_model("vgg16-fashion"),
-        models.read_weights(SHIPPED),
+        _model.read_weights(SHIPPED),
     )
     assert all(torch.equal(value, stored[name].float()) for name, value in first.network.state_dict().items())
     assert not any(module.training for module in first.network.modules())
@@ -116,7 +117,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):
     bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, (str(target),))})
     torch.save({"weight": bomb()}, path)
     with pytest.raises(DamagedFileError, match=r"bomb\.pth"):
-        models.read_weights(path)
+        _model.read_weights(path)
     assert not target.exists()
     torch.load(path, weights_only=False)
     assert target.exists(), "the bomb was a dud"
@@ -127,14 +128,14 @@ def test_truncated_weights_are_damaged(tmp_path, save, name):
     save({"a": torch.zeros(100)}, tmp_path / name)
     os.truncate(tmp_path / name, (tmp_path / name).stat().st_size - 50)
     with pytest.raises(DamagedFileError, match="not a whole"):
-        models.read_weights(tmp_path / name)
+        _model.read_weights(tmp_path / name)
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {"a": 1}, [torch.zeros(1)]])
 def test_a_checkpoint_that_is_no_state_dict_is_damaged(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(DamagedFileError, match="no state dict"):
-        models.read_weights(tmp_path / "w.pth")
+        _model.read_weights(tmp_path / "w.pth")
 
 
 def test_weights_that_are_missing_or_do_not_fit_are_named(ownnets, tmp_path):
@@ -160,10 +161,10 @@ def test_one_changed_byte_in_the_shipped_weights_is_named(tmp_path, monkeypatch)
 
 def test_an_architecture_needs_no_weights_neither_shipped_nor_published(published, tmp_path, monkeypatch):
     monkeypatch.setenv("KCLIB_DATA", str(tmp_path / "nowhere"))
-    shipped = models.architecture("vgg16-fashion")
-    assert (shipped.name, shipped.classes) == ("vgg16-fashion", models.FASHION_CLASSES)
+    shipped = _loading.architecture("vgg16-fashion")
+    assert (shipped.name, shipped.classes) == ("vgg16-fashion", _loading.FASHION_CLASSES)
     assert shipped.preprocess(torch.zeros(1, 28, 28, dtype=torch.uint8)).shape == (3, 32, 32)
-    model = models.architecture("squeezenet1_1")
+    model = _loading.architecture("squeezenet1_1")
     assert (model.name, len(model.classes), model.classes[0]) == ("squeezenet1_1", 1000, "tench")
     assert model.preprocess(Image.new("L", (300, 260))).shape == (3, 224, 224)
     with pytest.raises(MissingFileError):
@@ -173,7 +174,7 @@ def test_an_architecture_needs_no_weights_neither_shipped_nor_published(publishe
 
 
 def test_an_architecture_takes_the_state_of_the_loaded_network():
-    loaded, network = loading.load_model().network, models.architecture("vgg16-fashion").network
+    loaded, network = loading.load_model().network, _loading.architecture("vgg16-fashion").network
     network.load_state_dict(loaded.state_dict())
     assert models.fingerprint(network) == models.fingerprint(loaded)
 
@@ -186,7 +187,7 @@ def test_an_architecture_takes_the_state_of_the_loaded_network():
 )  # fmt: skip
 def test_an_architecture_is_built_on_the_meta_device_without_a_real_tensor(name):
     with torch.device("meta"):
-        model = models.architecture(name)
+        model = _loading.architecture(name)
     network = model.network
     held = [
         value for module in network.modules() for value in vars(module).values() if torch.is_tensor(value)
@@ -200,11 +201,11 @@ def test_an_architecture_is_built_on_the_meta_device_without_a_real_tensor(name)
 
 def test_an_unknown_architecture_is_named_and_a_factory_is_called_anew(ownnets):
     with pytest.raises(UnknownNameError, match=r"unknown model 'resnet81' .*mean 'resnet"):
-        models.architecture("resnet81")
-    first, second = models.architecture("ownnets:network"), models.architecture("ownnets:network")
+        _loading.architecture("resnet81")
+    first, second = _loading.architecture("ownnets:network"), _loading.architecture("ownnets:network")
     assert (first.name, first.classes) == ("ownnets:network", ())
     assert first.network is not second.network
-    assert models.architecture("ownnets:model").classes == ("cat", "dog")
+    assert _loading.architecture("ownnets:model").classes == ("cat", "dog")
 
 
 def test_a_plain_network_is_kept_and_shown_rgb_from_0_to_1():
@@ -279,8 +280,8 @@ def test_fashion_preprocessing_of_tensor_picture_and_batch_is_as_computed_by_han
 
 
 def test_the_input_shape_is_known_where_preprocessing_fixes_it():
-    assert models.input_shape(models.architecture("vgg16-fashion")) == (3, 32, 32)
-    assert models.input_shape(models.architecture("resnet18")) == (3, 224, 224)
+    assert models.input_shape(_loading.architecture("vgg16-fashion")) == (3, 32, 32)
+    assert models.input_shape(_loading.architecture("resnet18")) == (3, 224, 224)
     old = transforms.Compose([transforms.Resize((40, 50)), transforms.ToTensor()])  # takes PIL images alone
     assert models.input_shape(models.Model("old", nn.Flatten(), old)) == (3, 40, 50)
     assert models.input_shape(models.plain("mine", nn.Flatten(), (1, 9, 7))) == (1, 9, 7)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kclib import clustering, compression, evaluation, kernels, models
-from kclib.clustering import cluster
+from kclib import compression, evaluation, kernels, models
+from kclib.clustering import _clustering, cluster
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.models import Model
@@ -97,7 +97,7 @@ def test_clusters_are_shared_out_for_the_least_damage(given):
     solved = _tradeoff.solve(curves, 900 - OTHER)
     assert len(set(solved.values())) > 1
     made = cluster(bank, solved, sample_weight=sample_weight)
-    damage = np.square(bank.kernels - clustering.quantized(made)).sum((1, 2)) @ sample_weight
+    damage = np.square(bank.kernels - _clustering.quantized(made)).sum((1, 2)) @ sample_weight
     assert got.table.choice.tolist() == ["solved", "uniform"]
     assert got.table.damage[0] == pytest.approx(damage)
     assert got.table.clusters[0] == sum(solved.values())

@@ -88,7 +88,7 @@ def data(n: int = 64) -> datasets.ImageSet:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, one_thread) -> nn.Module:
     path = tmp_path_factory.mktemp("teacher") / "a.pt"
-    return train_module.train(dense(1), data(200), scaler(), replace(RECIPE, epochs=3), path).network
+    return train_module.train(dense(1), data(200), scaler(), replace(RECIPE, epochs=3), path).model
 
 
 def scaler(interrupted_at: int = -1):
@@ -159,10 +159,10 @@ def test_a_resumed_fine_tune_equals_one_in_one_go_to_the_bit(tmp_path, teacher, 
         run("cut.pt", interrupted_at)
     resumed = run("cut.pt")
     assert resumed.history == whole.history
-    assert equal(resumed.network, whole.network)
+    assert equal(resumed.model.network, whole.model.network)
     assert run("cut.pt", 2).history == whole.history  # only the teacher is asked again, for each part
     assert [row["epoch"] for row in whole.history] == [0, 1, 2, 3, 4]
-    assert (members(whole.network) != members(model.network)).any()
+    assert (members(whole.model.network) != members(model.network)).any()
     assert {path.name for path in tmp_path.glob("cut*")} == {"cut.pt", "cut.reassigned.pt"}
 
 
@@ -175,7 +175,7 @@ def test_labels_are_not_read_where_there_is_a_teacher(tmp_path, teacher):
         for i, images in enumerate((data(), wrong))
     )
     assert taught.history == poisoned.history
-    assert equal(taught.network, poisoned.network)
+    assert equal(taught.model.network, poisoned.model.network)
 
 
 def test_labels_of_a_network_without_names_are_the_outputs_that_folders_number(tmp_path):
@@ -205,7 +205,7 @@ def test_a_start_that_training_only_harms_is_returned_as_it_was(tmp_path, teache
     found = finetuned(model, tmp_path / "a.pt", recipe, teacher=teacher, reassigned=1)
     first, *later = (row["agreement"] for row in found.history)
     assert max(later) <= first == found.held_back
-    assert equal(found.network, model.network)
+    assert equal(found.model.network, model.network)
 
 
 @pytest.mark.parametrize("reassigned", [0, 2])
@@ -223,7 +223,7 @@ def test_fine_tuning_wins_agreement_back(tmp_path, teacher, reassigned):
 @pytest.mark.parametrize("how", [{}, {"scaled": True, "turned": True}], ids=["plain", "both"])
 def test_what_is_returned_comes_back_from_a_file_to_the_bit(tmp_path, last_is_best, precision, how):
     model = compressed(n_clusters=14, precision=precision, **how)
-    found = finetuned(model, tmp_path / "a.pt", replace(RECIPE, peak_rate=0.1), reassigned=2).network
+    found = finetuned(model, tmp_path / "a.pt", replace(RECIPE, peak_rate=0.1), reassigned=2).model.network
     compression.save(found, tmp_path / "a.safetensors")
     loaded = compression.load(
         tmp_path / "a.safetensors", architecture=dense(), block_bytes=BLOCK_BYTES
@@ -257,7 +257,7 @@ def test_the_callers_networks_are_untouched(tmp_path, teacher, reassigned):
     found = finetuned(model, tmp_path / "a.pt", teacher=teacher, reassigned=reassigned)
     assert [models.fingerprint(x) for x in (model.network, teacher)] == before
     assert not model.network.training
-    assert not found.network.training
+    assert not found.model.network.training
     assert [type(module) for module in model.network.modules()] == kinds
 
 
@@ -287,8 +287,8 @@ def test_a_dense_network_trains_as_long_for_comparison(tmp_path):
     model = replace(compressed(), network=dense())
     found = finetuned(model, tmp_path / "a.pt", reassigned=1)
     assert len(found.history) == 4
-    assert found.network.state_dict().keys() == dense().state_dict().keys()
-    assert not equal(found.network, model.network)
+    assert found.model.network.state_dict().keys() == dense().state_dict().keys()
+    assert not equal(found.model.network, model.network)
 
 
 def of_two(signs) -> nn.Module:
@@ -309,7 +309,7 @@ def test_reassignment_finds_the_indices_of_a_teacher_and_lowers_the_loss(tmp_pat
             finetuned(model, tmp_path / f"{reassigned}.pt", longer, teacher=teacher, reassigned=reassigned)
         )
         losses.append(found[-1].history[-1]["loss"])
-    agree = [(x.network[0].weight * teacher[0].weight).sum((1, 2, 3)) > 0 for x in found]
+    agree = [(x.model.network[0].weight * teacher[0].weight).sum((1, 2, 3)) > 0 for x in found]
     assert [signs.tolist() for signs in agree] == [[True, True, False, True], [True] * 4]
     assert losses[1] < 0.5 * losses[0]
 
@@ -322,7 +322,7 @@ def test_layers_that_share_indices_keep_sharing_them(tmp_path, last_is_best):
     model = compressed(network.eval(), n_clusters=3)
     movable = _finetuning._with_latents(model.network)
     assert movable[2].latent is movable[3].latent
-    found = finetuned(model, tmp_path / "a.pt", replace(RECIPE, peak_rate=0.1), reassigned=2).network
+    found = finetuned(model, tmp_path / "a.pt", replace(RECIPE, peak_rate=0.1), reassigned=2).model.network
     assert found[2].indices is found[3].indices
     assert (members(found) != members(model.network)).any()
 

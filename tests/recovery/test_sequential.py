@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from kclib import clustering, compression, datasets, kernels, models
+from kclib.clustering import _clustering
 from kclib.compression import _layers
+from kclib.datasets import _loader
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.recovery import _moments, _sequential
 
@@ -77,7 +79,7 @@ def test_the_network_holds_what_its_clustering_packs(scope, precision):
         assert len(np.unique(group.codebook, axis=0)) == group.n_clusters
         assert (np.bincount(group.indices, minlength=group.n_clusters) > 0).all()
     bank = kernels.extract(network(groups=2))
-    error = np.square(bank.kernels - clustering.quantized(found.clustering)).sum(dtype="d")
+    error = np.square(bank.kernels - _clustering.quantized(found.clustering)).sum(dtype="d")
     assert found.clustering.inertia == pytest.approx(error, rel=1e-4)
 
 
@@ -179,7 +181,7 @@ def test_what_cannot_be_is_said():
         cluster(network(), 4, precision="fp8")
     with pytest.raises(InvalidValueError, match="no images"):
         _sequential.correct(
-            model_of(network()), datasets.select(images(), torch.tensor([], dtype=torch.int64)), 4
+            model_of(network()), _loader.select(images(), torch.tensor([], dtype=torch.int64)), 4
         )
 
 
@@ -225,7 +227,7 @@ def test_layers_that_do_not_run_get_the_nearest_and_are_noted(scope):
     found = cluster(net, 6, scope=scope)
     assert [x for x in found.clustering.notes if "aux" in x] == list(found.clustering.notes)
     assert len(found.clustering.notes) == 1
-    bank, stands = kernels.extract(net), clustering.quantized(found.clustering)
+    bank, stands = kernels.extract(net), _clustering.quantized(found.clustering)
     group = next(x for x in found.clustering.groups if any(y.name == "aux" for y in x.layers))
     rows = bank.layer("aux").rows
     apart = np.square(bank.points[rows][:, None] - group.codebook.reshape(1, -1, 9)).sum(2)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from torch import nn
 
-from kclib import clustering, compression, kernels, kmeans
-from kclib.clustering import mixed
+from kclib import compression, kernels, kmeans
+from kclib.clustering import _clustering
+from kclib.clustering._clustering import mixed
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
 from kclib.recovery import _tradeoff
@@ -61,7 +62,7 @@ def test_bytes_are_the_ledgers_and_damage_is_that_of_the_stored_kernels(scope, p
     bank, sample_weight = bank_and_weights(seed)
     members = {
         name: np.concatenate([np.arange(len(bank))[x.rows] for x in layers])
-        for name, layers in clustering.grouping(bank, scope).items()
+        for name, layers in _clustering.grouping(bank, scope).items()
     }
     ladders = {
         name: kmeans.ladder(bank.points[rows], KS, sample_weight=sample_weight[rows], seed=seed).rungs
@@ -70,7 +71,7 @@ def test_bytes_are_the_ledgers_and_damage_is_that_of_the_stored_kernels(scope, p
     points = []
     for i in range(len(KS)):
         rungs = {name: ladder[i] for name, ladder in ladders.items()}
-        made = clustering.of_fits(bank, rungs, dict.fromkeys(rungs, 1), scope=scope)
+        made = _clustering.of_fits(bank, rungs, dict.fromkeys(rungs, 1), scope=scope)
         table = compression.footprint(network_of(3, 6, 5, 4), made, codings=[coding])[f"{coding}_{precision}"]
         stored = [_tradeoff.rounded(group.codebook, precision) for group in made.groups]
         groups = zip(made.groups, stored, members.values(), strict=True)
@@ -93,7 +94,7 @@ def test_entropy_coded_bytes_are_those_of_representatives_ordered_by_use(store):
     bank = KernelBank(values, (Layer("0", (1000, 3, 3, 3), 0),), {})
     (curve,) = curves(bank, np.ones(3000), ks=[200], coding="entropy", store=store)
     rung = kmeans.ladder(bank.points, [200], sample_weight=np.ones(3000)).rungs[0]
-    made = clustering.of_fits(bank, {"0": rung}, {"0": 200}, scope="layer")
+    made = _clustering.of_fits(bank, {"0": rung}, {"0": 200}, scope="layer")
     table = compression.footprint(network_of(3, 1000), made, codings=["entropy"])["entropy_fp16"]
     assert curve.bytes.tolist() == [table[["indices", "frequency tables", "codebooks"]].sum()]
     assert table["frequency tables"] > 0

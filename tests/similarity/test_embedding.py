@@ -97,7 +97,7 @@ def apart(kind, points):
     return np.minimum.reduce([pairwise_distances(points[:, turn], points) for turn in turns])
 
 
-@pytest.mark.parametrize("kind", embedding.named_maps)
+@pytest.mark.parametrize("kind", embedding._named_maps)
 def test_a_graph_has_each_kernel_itself_and_its_exact_nearest_others(kind, store):
     found = embedding.graph(COPIES, kind=kind, n_neighbors=12, store=store)
     assert (found.kind, found.indices.shape, found.distances.shape) == (kind, (240, 12), (240, 12))
@@ -213,7 +213,7 @@ def test_turned_copies_of_a_kernel_are_neighbours_on_a_symmetric_map_only(symmet
     assert embedding.trustworthiness(raw, layout) < embedding.trustworthiness(symmetric, layout) - 0.05
 
 
-@pytest.mark.parametrize("kind", embedding.named_maps)
+@pytest.mark.parametrize("kind", embedding._named_maps)
 def test_trustworthiness_is_scikit_learns_in_the_maps_own_distance(kind, store):
     places = COPIES[:, :2]
     graph = embedding.graph(COPIES, kind=kind, store=store)
@@ -303,7 +303,7 @@ def test_kernels_are_not_placed_on_a_symmetric_map(symmetric):
         embedding.placed(symmetric, COPIES)
 
 
-@pytest.mark.parametrize("kind", embedding.named_maps)
+@pytest.mark.parametrize("kind", embedding._named_maps)
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_few_kernels_lie_as_their_distances_say(kind, n, store):
     graph = embedding.graph(cloud(n, 0), kind=kind, n_neighbors=n, store=store)
@@ -337,7 +337,7 @@ def test_equal_kernels_have_the_same_map_again_for_any_number_of_threads(kind, o
     points = np.concatenate([np.ones((40, 9), np.float32), cloud(others, 0)])
     found = []
     for n_threads in (1, 2):
-        monkeypatch.setattr(embedding.neighbours.threads, "threads", lambda *_, n=n_threads: n)
+        monkeypatch.setattr(embedding._neighbours.threads, "threads", lambda *_, n=n_threads: n)
         new = Store(tmp_path / str(n_threads))
         with threadpool_limits(n_threads):
             graph = embedding.graph(points, kind=kind, store=new)

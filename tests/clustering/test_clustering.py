@@ -13,7 +13,8 @@ from torch import nn
 
 from kclib import clustering, compression, kmeans, models
 from kclib._util import progress_bars
-from kclib.clustering import cluster, quantized
+from kclib.clustering import _clustering, cluster
+from kclib.clustering._clustering import quantized
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer, extract, insert
 from kclib.kmeans import _entropy, _fitting, symmetric
@@ -44,7 +45,7 @@ SCOPES = st.sampled_from(["layer", "global", {"conv0": "ends", "conv1": "middle"
 def test_each_kernel_gets_the_nearest_representative_of_its_own_group(scope, n_clusters, seed):
     bank = random_bank(12, 30, 7, seed=seed)
     result = cluster(bank, n_clusters, scope=scope, seed=seed)
-    rows = clustering.quantized(result)
+    rows = _clustering.quantized(result)
     assert rows.shape == bank.kernels.shape
     for group in result.groups:
         assert (np.bincount(group.indices, minlength=group.n_clusters) > 0).all()
@@ -67,7 +68,7 @@ def test_quantized_rows_are_codebook_lookups_in_the_rows_of_the_bank(scope, seed
     for group in result.groups:
         rows = np.concatenate([np.arange(x.rows.start, x.rows.stop) for x in group.layers])
         lookups |= {row: group.codebook[index] for row, index in zip(rows, group.indices, strict=True)}
-    np.testing.assert_array_equal(clustering.quantized(result), [lookups[row] for row in range(len(bank))])
+    np.testing.assert_array_equal(_clustering.quantized(result), [lookups[row] for row in range(len(bank))])
 
 
 def test_one_codebook_for_all_layers_shares_what_each_layer_repeats():
@@ -77,7 +78,7 @@ def test_one_codebook_for_all_layers_shares_what_each_layer_repeats():
     assert (shared.inertia, shared.n_clusters, shared.kernels_removed) == (0, 2, 0.5)
     assert (alone.inertia, alone.n_clusters) == (2 * 2 * 4 * 2.0**2, 2)
     np.testing.assert_array_equal([g.codebook[0] for g in alone.groups], [(A + B) / 2] * 2)
-    np.testing.assert_array_equal(clustering.quantized(shared), bank.kernels)
+    np.testing.assert_array_equal(_clustering.quantized(shared), bank.kernels)
 
 
 def test_codebooks_of_layers_that_differ_split_like_one_for_all():
@@ -85,7 +86,7 @@ def test_codebooks_of_layers_that_differ_split_like_one_for_all():
     for scope, n_clusters in (("layer", 1), ("global", 2)):
         result = cluster(bank, n_clusters, scope=scope)
         assert (result.n_clusters, result.inertia) == (2, 0)
-        np.testing.assert_array_equal(clustering.quantized(result), bank.kernels)
+        np.testing.assert_array_equal(_clustering.quantized(result), bank.kernels)
 
 
 def test_groups_of_a_mapping_keep_the_order_of_the_bank():
@@ -118,7 +119,7 @@ def test_groups_that_fall_short_of_k_are_noted_and_no_others():
 def test_same_seed_gives_the_same_clustering_and_another_does_not():
     bank = random_bank(60, 60)
     first, again, other = (cluster(bank, 9, seed=seed) for seed in (3, 3, 4))
-    np.testing.assert_array_equal(clustering.quantized(first), clustering.quantized(again))
+    np.testing.assert_array_equal(_clustering.quantized(first), _clustering.quantized(again))
     assert (first.seed, other.seed) == (3, 4)
     assert first.inertia == again.inertia != other.inertia
 
@@ -141,7 +142,7 @@ def stands_for(group, row):
 def test_scales_and_turns_give_the_kernels_that_the_inertia_is_of(how, scope, n_clusters, seed):
     bank = random_bank(12, 30, 7, seed=seed)
     result = cluster(bank, n_clusters, scope=scope, seed=seed, **how)
-    rows = clustering.quantized(result)
+    rows = _clustering.quantized(result)
     assert (rows.shape, rows.dtype) == (bank.kernels.shape, np.float32)
     for group in result.groups:
         n = len(group.indices)
@@ -174,7 +175,7 @@ def test_symmetries_restore_the_layers_that_one_kernel_was_made_into(how):
     bank = bank_of(one=made[:2], two=made[2:])
     result = cluster(bank, 1, scope="global", **how)
     assert result.inertia <= 1e-9 * np.square(bank.kernels).sum()
-    np.testing.assert_allclose(clustering.quantized(result), bank.kernels, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(_clustering.quantized(result), bank.kernels, rtol=1e-4, atol=1e-5)
     assert clustering.error_share(bank, result) == pytest.approx([0, 0], abs=1e-9)
 
 
@@ -185,7 +186,7 @@ def test_symmetries_serve_kernels_better_and_the_threads_change_no_bit(how):
     assert one.inertia < cluster(bank, 20).inertia
     for other in others:
         assert other.inertia == one.inertia
-        np.testing.assert_array_equal(clustering.quantized(other), clustering.quantized(one))
+        np.testing.assert_array_equal(_clustering.quantized(other), _clustering.quantized(one))
 
 
 def test_without_symmetries_there_are_neither_scales_nor_turns():
@@ -199,7 +200,7 @@ def test_kernels_that_are_not_square_are_scaled_but_not_turned():
     bank = bank_of(one=list(drawn), two=list(3 * drawn))
     result = cluster(bank, 40, scope="global", scaled=True)
     assert result.inertia <= 1e-9 * np.square(bank.kernels).sum()
-    np.testing.assert_allclose(clustering.quantized(result), bank.kernels, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(_clustering.quantized(result), bank.kernels, rtol=1e-4, atol=1e-5)
     for how in ({"turned": True}, {"scaled": True, "turned": True}):
         with pytest.raises(InvalidValueError, match=r"1×5.*turned"):
             cluster(bank, 4, **how)
@@ -248,9 +249,9 @@ def test_the_bar_tells_memory_inertia_and_all_the_kernels(monkeypatch, capsys):
 def test_a_rung_of_a_ladder_is_a_clustering_of_all_layers():
     bank = random_bank(60, 30)
     rung = kmeans.ladder(bank.points, [4, 9], seed=5).rungs[1]
-    result = clustering.of_fits(bank, {"global": rung}, {"global": 9}, scope="global", seed=5)
+    result = _clustering.of_fits(bank, {"global": rung}, {"global": 9}, scope="global", seed=5)
     assert (result.scope, result.seed, result.n_clusters, result.inertia) == ("global", 5, 9, rung.inertia)
-    np.testing.assert_array_equal(clustering.quantized(result).reshape(-1, 9), rung.centres[rung.labels])
+    np.testing.assert_array_equal(_clustering.quantized(result).reshape(-1, 9), rung.centres[rung.labels])
 
 
 @pytest.mark.parametrize("how", [{}, *HOW], ids=["plain", "scaled", "turned", "both"])
@@ -258,17 +259,17 @@ def test_fits_of_each_layer_are_the_clustering_that_they_would_come_to(how):
     bank = random_bank(60, 30)
     fit = symmetric.fit if how else kmeans.fit
     found = {layer.name: fit(bank.points[layer.rows], 9, seed=5, **how) for layer in bank.layers}
-    mine = clustering.of_fits(bank, found, {"conv0": 9, "conv1": 9}, scope="layer", seed=5, **how)
+    mine = _clustering.of_fits(bank, found, {"conv0": 9, "conv1": 9}, scope="layer", seed=5, **how)
     theirs = cluster(bank, 9, seed=5, **how)
     assert (mine.scope, mine.seed, mine.notes, mine.inertia) == ("layer", 5, (), theirs.inertia)
     assert [group.layers for group in mine.groups] == [(layer,) for layer in bank.layers]
-    np.testing.assert_array_equal(clustering.quantized(mine), clustering.quantized(theirs))
+    np.testing.assert_array_equal(_clustering.quantized(mine), _clustering.quantized(theirs))
 
 
 def test_fits_that_fall_short_of_what_was_asked_for_are_noted():
     bank = bank_of(one=[A, A, B], two=[A, B, C])
     found = {layer.name: kmeans.fit(bank.points[layer.rows], 3) for layer in bank.layers}
-    result = clustering.of_fits(bank, found, {"one": 3, "two": 3}, scope={"one": "one", "two": "two"})
+    result = _clustering.of_fits(bank, found, {"one": 3, "two": 3}, scope={"one": "one", "two": "two"})
     assert result.scope == "mapping"
     (note,) = result.notes
     assert note.startswith("one: 2 clusters in place of 3, for its 3 kernels")
@@ -367,7 +368,7 @@ def test_priced_indices_and_codebooks_take_fewer_bytes_at_less_error():
     assert tables[1]["convolutions"] < tables[0]["convolutions"]
     rebuilt = compression.compress(network, priced)
     image = torch.from_numpy(draw.normal(size=(1, 64, 9, 9)).astype("f"))
-    dense = insert(network, replace(bank, kernels=clustering.quantized(priced)))
+    dense = insert(network, replace(bank, kernels=_clustering.quantized(priced)))
     torch.testing.assert_close(rebuilt(image), dense(image), rtol=1e-4, atol=1e-4)
 
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from kclib import kmeans
 from kclib._util import checks, threads
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.kernels import KernelBank, Kernels, Layer, bank_of, rows_of
+from kclib.kernels import KernelBank, Layer, extract
+from kclib.kernels._bank import Kernels, bank_of, matched, rows_of
 from kclib.kmeans import _entropy, _fit_progress, _fitting, _settings, symmetric
 
 Fit = kmeans.KMeans | symmetric.SymmetricKMeans | _entropy.Priced
@@ -424,6 +426,19 @@ def kernel_errors(bank: KernelBank, clustering: Clustering, sample_weight=None) 
     sample_weight = _settings.checked_sample_weight(sample_weight, len(bank))
     squares = np.square(bank.kernels - quantized(clustering), dtype=np.float64).sum(axis=(1, 2))
     return squares if sample_weight is None else squares * sample_weight
+
+
+def dense_kernels(network: nn.Module, clustering: Clustering) -> KernelBank:
+    """Return the dense kernels of the layers that were clustered.
+
+    Raises
+    ------
+    InvalidValueError
+        The clustering comes from another architecture.
+    """
+    matched(network, checked(clustering).layers)
+    bank = extract(network, size=clustering.groups[0].codebook.shape[1:])
+    return bank.only(*(layer.name for layer in clustering.layers))
 
 
 def origin_of(bank: KernelBank) -> dict[str, str]:

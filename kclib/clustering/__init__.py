@@ -1,0 +1,11 @@
+"""Cluster the kernels of a network, each layer with a codebook of its own or several with one.
+
+`cluster` returns a `Clustering`, a `Group` for each codebook. `by_use` orders a codebook, and `error_share`
+says how much of the kernels' energy clustering loses.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"_clustering": ["cluster", "Clustering", "Group", "by_use", "error_share"]}
+)
