@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks import tables
 
@@ -67,6 +68,20 @@ def test_each_table_stands_on_one_page_as_its_run_says():
     assert sorted(marked) == sorted(tables.ROWS)
     for page, text in texts.items():
         assert tables.rewritten(text) == text, page.name
+
+
+def test_the_workflow_publishes_what_make_docs_builds():
+    (steps,) = (
+        x["steps"] for x in yaml.safe_load((ROOT / ".github/workflows/docs.yml").read_text())["jobs"].values()
+    )
+    assert [x["run"] for x in steps if "run" in x] == [
+        "make setup",
+        ".venv/bin/kclib sweep smoke",
+        ".venv/bin/kclib batch --profile smoke --no-open",
+        "make docs",
+    ]
+    (path,) = (x["with"]["path"] for x in steps if "upload-pages" in x.get("uses", ""))
+    assert f"sphinx -q -W --keep-going -j auto docs {path}\n" in (ROOT / "Makefile").read_text()
 
 
 @pytest.fixture
