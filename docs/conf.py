@@ -94,4 +94,5 @@ def shown_as_run(app, name, source):
 def setup(app):
     """Let links and names lead to pages of the site."""
     app.connect("source-read", shown_as_run)
+    app.connect("doctree-read", rooms.linked)
     app.connect("missing-reference", rooms.resolved)

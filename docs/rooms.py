@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import pkgutil
+import re
 
 from docutils import nodes
 from sphinx import addnodes
@@ -51,3 +52,12 @@ def resolved(
         return None
     name, entry = matches[0]
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, shown, name)
+
+
+def linked(app: Sphinx, doctree: nodes.document) -> None:
+    """Make each full name on a page, such as ``kclib.shrink``, a link to its own page."""
+    for node in list(doctree.findall(nodes.literal)):
+        text = node.astext()
+        if re.fullmatch(r"kclib(\.\w+)+", text) and not isinstance(node.parent, addnodes.pending_xref):
+            options = {"refdomain": "py", "reftype": "obj", "reftarget": text, "refdoc": app.env.docname}
+            node.replace_self(addnodes.pending_xref("", node.deepcopy(), refexplicit=True, **options))
