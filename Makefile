@@ -4,7 +4,7 @@ PROFILE ?= smoke
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab dashboard test faults fuzz lint bench tables soak train clean clean-all
+.PHONY: help setup run lab dashboard test faults fuzz lint bench tables docs linkcheck soak train clean clean-all
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -45,7 +45,7 @@ lint: setup  ## Check style, import order, and that notebooks carry no outputs
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/lint-imports
 
-bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of other kernels; four hours, resumable)
+bench: setup  ## Measure what the tables show (WEIGHTS=a safetensors file of other kernels; four hours, resumable)
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.sweeps
@@ -55,14 +55,24 @@ bench: setup  ## Measure the README's tables (WEIGHTS=a safetensors file of othe
 	$(BIN)/python -m benchmarks.orthogonality
 	$(BIN)/python -m benchmarks.kmeans $(WEIGHTS)
 
-tables: setup  ## Write the README's tables from the runs kept in docs/
+tables: setup  ## Write the tables and pictures of the README and the site from the runs kept in docs/
 	$(BIN)/python -m benchmarks.tables
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs-ready  ## Build the site into docs/_build/html, with the notebooks as last run (warnings are errors)
+	$(BIN)/python -m sphinx -q -W --keep-going -j auto docs docs/_build/html
+
+linkcheck: .venv/docs-ready  ## Check the site's links to other servers too
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
 
 train: setup  ## Train the shipped model again (START=features.safetensors; resumable, about an hour)
 	$(BIN)/python data/train.py --out data/vgg16_fashion.fp16.safetensors $(if $(START),--start $(START))
 
 clean:  ## Remove the environment and what can be made again at once; results stay
-	rm -rf .venv data/cache/FashionMNIST .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	rm -rf .venv docs/_build docs/api docs/notebooks docs/command-line.md data/cache/FashionMNIST .pytest_cache .hypothesis .ruff_cache .import_linter_cache
 	find kclib tests benchmarks data notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 clean-all: clean  ## Remove all that was made here: results, reports and the states of trainings too

@@ -1,13 +1,18 @@
-"""Write the rows of the README's tables from the runs kept in ``docs/``: ``make tables``.
+"""Write tables and pictures of the README and the site from the runs kept in ``docs/``: ``make tables``.
 
-``<!-- rows: NAME -->`` stands above each such table; its two lines of heading are the README's own.
+``<!-- rows: NAME -->`` stands above each such table; its two lines of heading are the page's own.
 """
 
 import json
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
+
+from benchmarks import kmeans
+from kclib import plots
+from kclib.experiments import reports
 
 ROOT = Path(__file__).parents[1]
 _TABLE = re.compile(r"(<!-- rows: (\w+) -->\n(?:\|.*\n){2})(?:\|.*\n)*")
@@ -32,8 +37,14 @@ _SWEEPS = {
 }
 
 
+def pages() -> list[Path]:
+    """Return the README and the pages of the site that are written by hand."""
+    written = [x for folder in ("docs", "docs/benchmarks") for x in sorted((ROOT / folder).glob("*.md"))]
+    return [ROOT / "README.md", *(x for x in written if x.name != "command-line.md")]
+
+
 def rewritten(text: str) -> str:
-    """Return the README with the rows of all marked tables written anew."""
+    """Return a page with the rows of all marked tables written anew."""
     return _TABLE.sub(
         lambda found: found[1] + "".join(f"| {' | '.join(row)} |\n" for row in ROWS[found[2]]()), text
     )
@@ -49,6 +60,18 @@ def _drop(row, digits: int = 2) -> str:
 
 def _megabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e6:.2f}"
+
+
+def _results():
+    accuracy = pd.read_csv(ROOT / "docs" / "accuracy.csv")
+    found = accuracy[(accuracy.scope == "global") & (accuracy.k == 235_367)].iloc[0]
+    removed = f"VGG-16: {found.kernels_removed:.1f} % of all kernels removed, as in the report"
+    yield [removed, f"1/{100 / (100 - found.bytes_removed):.1f}", f"{found.top1:.2f}", _drop(found)]
+    corrected = [r for r in _run("recovery")["rows"] if r["method"] == "clustering, corrected"]
+    for network, name, share in (("vgg16-fashion", "VGG-16", 32), ("resnet18-fashion", "ResNet-18", 24)):
+        (r,) = (x for x in corrected if x["network"] == network and x["share"] == share)
+        what = f"{name}: representatives shared out over the layers, and each layer corrected"
+        yield [what, f"1/{r['ratio']:.1f}", f"{r['top1']:.2f}", _drop(r)]
 
 
 def _accuracy():
@@ -180,9 +203,27 @@ def _combinations():
             yield [clusters, f"{sparsity:.0%}", f"{cell.loc['int8', 'ratio']:.1f}", *drops]
 
 
+def draw() -> None:
+    """Draw the pictures of the pages from the same runs."""
+    docs = ROOT / "docs"
+    fig, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    for ax, x in zip(axes, ("kernels_removed", "bytes_removed"), strict=True):
+        plots.accuracy_curve(pd.read_csv(docs / "accuracy.csv"), x=x, ax=ax)
+        ax.label_outer()
+    axes[1].get_legend().remove()
+    reports.keep(fig, docs / "accuracy.png")
+    fig, ax = plt.subplots(figsize=(11, 6), layout="constrained")
+    runs = pd.DataFrame(_run("recovery")["rows"]).dropna(subset="top1")
+    reports.keep(
+        plots.equal_bytes(runs[runs.network == "vgg16-fashion"], ax=ax).figure, docs / "recovery.png"
+    )
+    kmeans.draw(_run("kmeans-vgg16-fashion")["growth"], docs / "kmeans.png")
+
+
 ROWS = {
-    "accuracy": _accuracy, "engine": _engine, "recovery": _recovery, "smallest": _smallest, "ways": _ways,
-    "recipes": _recipes, "networks": lambda: _recovered(_NETWORKS), "weights": _weights,
+    "results": _results, "accuracy": _accuracy, "engine": _engine, "recovery": _recovery,
+    "smallest": _smallest, "ways": _ways, "recipes": _recipes,
+    "networks": lambda: _recovered(_NETWORKS), "weights": _weights,
     "representatives": _representatives, "prices": _prices, "memory": _memory,
     "sweeps": _sweeps, "pairs": _pairs, "nearest": _nearest, "slider": _slider, "maps": _maps,
     "combinations": _combinations,
@@ -190,5 +231,6 @@ ROWS = {
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(rewritten(readme.read_text()))
+    for page in pages():
+        page.write_text(rewritten(page.read_text()))
+    draw()

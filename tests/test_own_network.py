@@ -31,7 +31,7 @@ def test_its_examples_run_as_printed(photos, capsys, one_thread):
     for section in sections:
         code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
         exec(compile(code, PAGE.name, "exec"), names)
-    assert len(sections) == 7
+    assert len(sections) == 8
     printed = capsys.readouterr().out
     top1 = float(re.search(r"top-1 (\d+\.\d+) \[.*\] %, then (\d+\.\d+)", printed)[1])
     assert top1 > 60
