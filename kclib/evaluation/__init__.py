@@ -1,8 +1,8 @@
 """Measure recognition accuracy, with its uncertainty.
 
 `evaluate` returns what a network answers on a set of images, and `drop` the accuracy lost between two
-networks on the same images. `attribution` and `damage` find where it was lost. `peers` makes networks small
-by other methods, for comparison at equal bytes.
+networks on the same images, which `in_words` says. `attribution` and `damage` find where it was lost. `peers`
+makes networks small by other methods, for comparison at equal bytes.
 """
 
 import lazy_loader
@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "told_apart",
             "drop",
             "paired",
+            "in_words",
             "input_fingerprint",
         ]
     },

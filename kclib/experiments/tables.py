@@ -3,42 +3,54 @@
 import pandas as pd
 
 _VARIED = ("model", "data", "method", "seed")
-_CODEBOOKS = {"dense": "dense", "layer": "a layer", "global": "for all"}
+_CODEBOOKS = {"layer": "a layer", "global": "for all"}
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table of a sweep (`_cell.Subject.table`, of any models and data sets) as text for readers.
 
-    Drops have their paired 95 % interval; ``p`` is that of McNemar's exact test.
+    What matters comes first: the drop, with its paired 95 % interval. ``p`` is that of McNemar's exact test.
     """
     clustered = table.scope != "dense"
-    spans = zip(table["drop"], table.drop_low, table.drop_high, strict=True)
-    columns = named(table) | {
-        "representatives": table.clusters.map("{:,.0f}".format).where(clustered, "–"),
-        "kernels removed (%)": table.kernels_removed.map("{:.3f}".format),
-        "bytes removed (%)": table.bytes_removed.map("{:.2f}".format),
-        "with fp16 codebook (%)": table.bytes_removed_fp16.map("{:.2f}".format),
-        "of the whole model (%)": table.model_bytes_removed.map("{:.2f}".format),
+    columns = {
+        "clustering": clusterings(table),
+        "drop (points)": drops(table),
+        **varied(table),
+        "kernels removed (%)": table.kernels_removed.map(_share),
+        "bytes removed (%)": table.bytes_removed.map(_share),
         "top-1 (%)": table.top1.map("{:.2f}".format),
         "top-5 (%)": table.top5.map("{:.2f}".format),
-        "drop (points)": [f"{drop:.2f} [{low:.2f}, {high:.2f}]" for drop, low, high in spans],
         "p": p_values(table.p_value),
+        "representatives": table.clusters.map("{:,.0f}".format).where(clustered, "–"),
+        "bytes removed, fp16 codebook (%)": table.bytes_removed_fp16.map(_share),
+        "bytes removed, whole model (%)": table.model_bytes_removed.map(_share),
         "seconds": (table.cluster_seconds + table.evaluate_seconds).map("{:.0f}".format),
     }
     return pd.DataFrame(columns)
 
 
-def named(table: pd.DataFrame) -> dict[str, pd.Series]:
-    """Return what names the cells of a sweep as columns of text.
+def clusterings(table: pd.DataFrame) -> pd.Series:
+    """Return K and what shares a codebook, of each cell of a sweep, as text."""
+    clustered = table.scope != "dense"
+    return (table.k.map("{:,} ".format) + table.scope.map(_CODEBOOKS)).where(clustered, "dense")
 
-    Models, data sets, methods and seeds have a column where there are several.
-    """
+
+def varied(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return models, data sets, methods and seeds as columns of text, where there are several."""
     clustered = table.scope != "dense"
     several = [name for name in _VARIED if name in table and len(set(table.loc[clustered, name])) > 1]
-    return {name: table[name].map(str) for name in several} | {
-        "codebook": table.scope.map(_CODEBOOKS),
-        "K": table.k.map("{:,}".format).where(clustered, "–"),
-    }
+    return {name: table[name].map(str) for name in several}
+
+
+def drops(table: pd.DataFrame) -> list[str]:
+    """Return ``drop`` with its interval, ``drop_low`` and ``drop_high``, as text."""
+    spans = zip(table["drop"], table.drop_low, table.drop_high, strict=True)
+    return [f"{drop:.2f} [{low:.2f}, {high:.2f}]" for drop, low, high in spans]
+
+
+def _share(percent: float) -> str:
+    """Return percent as text of two decimals; what is below 100 stays so."""
+    return "> 99.99" if 99.995 <= percent < 100 else f"{percent:.2f}"
 
 
 def p_values(values: pd.Series) -> pd.Series:
