@@ -24,7 +24,7 @@ from kclib.store import Store
 PARAMETERS = 'greeting: str = "hello"  # what to say\ncount: int = 1  # how many\nreport_dir: str = ""'
 PICTURE = 'import sys, PIL.Image\nprint("halfway", file=sys.stderr)\ndisplay(PIL.Image.new("L", (900, 90)))'
 HEADLINE = 'from kclib.experiments import reports\nreports.headline(f"{greeting} {count}: {report_dir}")'
-FOLDED = '<details class="folded-code">.*?</details>'
+FOLDED = '<div class="input">.*?</pre>'
 NOTEBOOKS = {
     "good": [PARAMETERS, PICTURE, HEADLINE],
     "other": ['greeting: str = "hello"', "import kclib.experiments.reports as r\nr.headline(greeting)"],
