@@ -19,7 +19,7 @@ from traitlets.config import Config
 from kclib._util import files, progress_bars
 from kclib._util.progress_bars import tqdm
 from kclib.errors import NotebookError, StorageError, reason
-from kclib.experiments import _profiles, _provenance, reports
+from kclib.experiments import _pictures, _profiles, _provenance, reports
 from kclib.experiments._profiles import Profile
 from kclib.experiments.reports import Chapter
 from kclib.models import _factories
@@ -161,6 +161,7 @@ def _run_one(profile: Profile, chapter: Chapter, folder: Path, among: list[Chapt
                 execution_timeout=timeout,
                 progress_bar=bar,
                 config=config,
+                extra_arguments=[f"--IPKernelApp.exec_lines={_pictures.ENABLE}"],
                 kernel_name="python3",  # this environment's, whatever the file was last saved with
                 language="python",
             )

@@ -42,10 +42,10 @@ def varied(table: pd.DataFrame) -> dict[str, pd.Series]:
     return {name: table[name].map(str) for name in several}
 
 
-def drops(table: pd.DataFrame) -> list[str]:
-    """Return ``drop`` with its interval, ``drop_low`` and ``drop_high``, as text."""
-    spans = zip(table["drop"], table.drop_low, table.drop_high, strict=True)
-    return [f"{drop:.2f} [{low:.2f}, {high:.2f}]" for drop, low, high in spans]
+def drops(table: pd.DataFrame, name: str = "drop") -> list[str]:
+    """Return points with their interval, ``name_low`` to ``name_high``, as text."""
+    spans = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
+    return [f"{points:.2f} [{low:.2f}, {high:.2f}]" for points, low, high in spans]
 
 
 def _share(percent: float) -> str:
