@@ -76,7 +76,7 @@ def test_a_page_leads_to_the_index_and_to_its_neighbours(page):
 
 def test_a_page_without_an_answer_says_so_in_its_place():
     made = reports.to_html(notebook(), Chapter("n", "failed", error="a < b"))
-    assert '<p class="answer failed">There is no answer: a &lt; b.</p>' in made
+    assert '<p class="answer failed">The notebook has no answer: a &lt; b.</p>' in made
 
 
 def test_a_page_has_its_code_where_the_switch_hides_it(page):
