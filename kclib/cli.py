@@ -289,7 +289,8 @@ def compress(
     turned: Annotated[bool, typer.Option("--turned", help="Kernels may be flipped and rotated.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     data: Annotated[
-        str | None, typer.Option(help="Evaluate on this data set too, and keep the accuracy in the file.")
+        str | None,
+        typer.Option(help="Evaluate both networks on this data set, and keep the accuracy in the file."),
     ] = None,
     classes: _CLASSES = "",
     shape: _SHAPE = None,
@@ -313,7 +314,7 @@ def compress(
         _show_written(write(), loaded, out)
     try:
         accuracy = (
-            _accuracy(small, images, "cpu", classes) if data else None
+            _accuracy(small, images, "cpu", classes, dense=loaded) if data else None
         )  # other people's code, that may fail
     finally:
         if files.is_stream(out):
@@ -433,12 +434,16 @@ def _at_home(argument: str) -> str:
     return f"{name}{separator}{Path(value).expanduser()}" if value.startswith("~/") else argument
 
 
-def _accuracy(model, images, device: str, classes: str) -> float:
-    """Evaluate and print top-1 accuracy with its interval; return it in percent."""
+def _accuracy(model, images, device: str, classes: str, dense=None) -> float:
+    """Evaluate and print top-1 accuracy and, from a dense model, the drop; return the accuracy in percent."""
 
     named = classes if classes in ("", "by position") else [name.strip() for name in classes.split(",")]
-    answers = kclib.evaluate(model, images, device=device, classes=named or None)
+    options = {"device": device, "classes": named or None}
+    answers = kclib.evaluate(model, images, **options)
     typer.echo(f"top-1 {answers.top1} % of {answers.known.sum():,} images, in {answers.seconds:.0f} s")
+    if dense is not None:
+        before = kclib.evaluate(dense, images, **options)
+        typer.echo(f"{kclib.drop(before, answers)}, from {before.top1} % of the dense network")
     for note in answers.notes:
         typer.echo(note)
     return answers.top1.estimate

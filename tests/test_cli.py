@@ -288,9 +288,14 @@ def test_the_accuracy_on_a_data_set_is_kept_in_the_file(kclib, made, monkeypatch
     monkeypatch.setattr("kclib.load_data", lambda name, limit=None: whole(name, limit=40))
     out, path = made("--data", "fashion-mnist")
     top1 = _container.inspect(path).description["accuracy"]
-    loaded = compression.load(path, architecture=f"{factories}:make")
-    assert top1 == evaluation.evaluate(loaded, whole(limit=40), progress=False).top1.estimate
+    small = compression.load(path, architecture=f"{factories}:make")
+    before, after = (
+        evaluation.evaluate(x, whole(limit=40), progress=False)
+        for x in (loading.load_model(f"{factories}:make"), small)
+    )
+    assert top1 == after.top1.estimate
     assert f"top-1 {top1:.2f} [" in out
+    assert f"{evaluation.drop(before, after)}, from {before.top1} % of the dense network" in out
     assert f"accuracy {top1:.2f} %" in kclib("inspect", path)[1]
 
 

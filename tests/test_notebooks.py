@@ -56,6 +56,7 @@ def test_cells_are_short_and_define_nothing(notebook):
 
 def test_begins_with_its_question_and_ends_with_claims_and_a_headline(notebook):
     assert notebook.cells[0].cell_type == "markdown"
+    assert _reports.read_question(notebook).endswith("?")
     assert "**Reads**" in notebook.cells[0].source
     assert "assert " in notebook.cells[-1].source
     assert "reports.headline(" in notebook.cells[-1].source
@@ -192,8 +193,14 @@ def test_damage_is_told_for_each_layer_both_ways(smoke):
     assert table.loc["all", "drop"] > 0
 
 
+def test_only_2d_kernels_are_called_kernels(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells)
+    assert not re.search(r"running\s+kernel", text), "a notebook's process is called so"
+
+
 def test_pictures_of_widgets_stand_beside_them_for_readers_without_a_kernel(smoke):
     page = (smoke / "04-clustering.html").read_text()
+    assert not re.search(r'<img(?![^>]* alt="[^"]{5})', page), "each picture has a text"
     executed = json.loads((smoke / "04-clustering.ipynb").read_text())
     pictures = sum(
         "image/png" in output.get("data", ())

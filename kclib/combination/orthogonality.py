@@ -10,6 +10,7 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
 from kclib._util import checks
+from kclib.combination import factorial
 from kclib.errors import InvalidValueError
 from kclib.evaluation import _intervals
 
@@ -121,6 +122,35 @@ def orthogonality(table: pd.DataFrame) -> pd.DataFrame:
         means = {"seeds": len(rows), "drop": 100 * lost.mean(), "predicted": 100 * predicted.mean()}
         result.append(dict(zip(_CELL, key, strict=True)) | means | _interval(lost - predicted, len(alone)))
     return pd.DataFrame(result, columns=[*_CELL, "seeds", "drop", "predicted", "excess", "low", "high"])
+
+
+def orders(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what pruning first loses beyond clustering first, of combinations that are there both ways.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        From `run`; rows that differ in their seed are averaged.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a combination: ``pruned``, ``sparsity``, ``clustering``, ``precision``; the points lost
+        ``prune first`` and ``cluster first``; ``difference``, the first less the second, with
+        ``difference_low`` and ``difference_high``, its paired 95 % score interval.
+    """
+    checks.check_columns(table, (*_CELL, "right", "images"))
+    cell, result = ["pruned", "sparsity", "clustering", "precision"], []
+    names = ("difference", "difference_low", "difference_high")
+    for key, rows in table.groupby(cell, sort=False):
+        ways = {order: found for order, found in rows.groupby("order", sort=False)}
+        if not set(factorial.ORDERS) <= set(ways):
+            continue
+        first, second = (_right(ways[order]) for order in factorial.ORDERS)
+        lost = {order: ways[order]["drop"].mean() for order in factorial.ORDERS}
+        apart = dict(zip(names, _interval(second - first, 1).values(), strict=True))
+        result.append(dict(zip(cell, key, strict=True)) | lost | apart)
+    return pd.DataFrame(result, columns=[*cell, *factorial.ORDERS, *names])
 
 
 def _check(table: pd.DataFrame, factors: list[str]) -> None:

@@ -38,7 +38,8 @@ def of_network(
     Returns
     -------
     pandas.DataFrame
-        Indexed by batch: ``dense`` and ``packed``, median milliseconds a forward, and ``ratio``.
+        Indexed by batch: ``dense`` and ``packed``, median milliseconds a forward; their ``ratio``, and the
+        least and the most that it was in any of three turns, ``ratio_low`` and ``ratio_high``.
 
     Raises
     ------
@@ -57,19 +58,21 @@ def of_network(
         calls = {
             name: partial(_inference.run, x, images) for name, x in (("dense", dense), ("packed", network))
         }
-        times = _alternating(calls)
-        rows[batch] = times | {"ratio": times["packed"] / times["dense"]}
+        turns = pd.DataFrame(_alternating(calls))
+        median, ratios = turns.median(), turns.packed / turns.dense
+        span = {"ratio_low": ratios.min(), "ratio_high": ratios.max()}
+        rows[batch] = dict(median) | {"ratio": median.packed / median.dense} | span
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("batch")
 
 
 @torch.inference_mode()
-def _alternating(calls: dict) -> dict[str, float]:
-    """Time calls in turn, so that what else the machine does falls on each; median milliseconds."""
+def _alternating(calls: dict) -> dict[str, list[float]]:
+    """Time calls in turn, so that what else the machine does falls on each; milliseconds of each turn."""
     from torch.utils import benchmark  # it looks for a CUDA toolkit, and says so
 
-    medians = {name: [] for name in calls}
+    turns = {name: [] for name in calls}
     for _ in range(3):
         for name, call in calls.items():
             timer = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-            medians[name].append(1e3 * timer.blocked_autorange(min_run_time=_SECONDS / 3).median)
-    return {name: float(pd.Series(values).median()) for name, values in medians.items()}
+            turns[name].append(1e3 * timer.blocked_autorange(min_run_time=_SECONDS / 3).median)
+    return turns

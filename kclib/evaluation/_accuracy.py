@@ -39,7 +39,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Drop:
-    """Accuracy points lost between two networks on the same images.
+    """Accuracy points lost between two networks on the same images; as text, what `in_words` says.
 
     Attributes
     ----------
@@ -49,12 +49,19 @@ class Drop:
         Exact McNemar test that images are lost as often as won.
     lost, won : int
         Images right only before, right only after.
+    images : int
+        Images whose class is known.
     """
 
     points: Interval
     p_value: float
     lost: int
     won: int
+    images: int
+
+    def __str__(self) -> str:
+        points = self.points
+        return in_words(points.estimate, points.low, points.high, self.images)
 
 
 @dataclass(frozen=True)
@@ -236,8 +243,8 @@ def drop(before: Evaluation, after: Evaluation) -> Drop:
     >>> before[:10], after[5:30] = 1, 1  # 10 images wrong before, 25 after, 5 both times
     >>> before, after = (kclib.Evaluation(x, labels, x < 2, ("shirt", "coat"), 0.0) for x in (before, after))
     >>> lost = kclib.drop(before, after)
-    >>> print(lost.points, "points;", lost.lost, "images lost,", lost.won, "won")
-    7.50 [2.82, 12.82] points; 20 images lost, 5 won
+    >>> print(f"{lost}: {lost.lost} images lost, {lost.won} won")
+    a loss of 7.50 points [2.82, 12.82] on 200 images: 20 images lost, 5 won
     """
     if not np.array_equal(before.labels, after.labels):
         raise InvalidValueError("the two evaluations are of different images; use one data set.")
@@ -263,7 +270,40 @@ def paired(before: np.ndarray, after: np.ndarray) -> Drop:
     low, high = _intervals.of_mean([-1, 0, 1], [won, n - won - lost, lost], -1, 1)
     p_value = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
     points = Interval(100 * (lost - won) / n, 100 * low, 100 * high)
-    return Drop(points, float(p_value), lost, won)
+    return Drop(points, float(p_value), lost, won, n)
+
+
+def in_words(drop: float, low: float, high: float, images: int, *, sought: str = "loss") -> str:
+    """Return a drop as a noun phrase that claims no more than its interval shows.
+
+    Parameters
+    ----------
+    drop, low, high : float
+        Points, positive if accuracy was lost, and the ends of their interval.
+    images : int
+        On so many they were measured.
+    sought : {"loss", "gain"}
+        What there is none of, where the interval holds 0.
+
+    Examples
+    --------
+    >>> from kclib import evaluation
+    >>> evaluation.in_words(6, 3.26, 9.19, 400)
+    'a loss of 6.00 points [3.26, 9.19] on 400 images'
+    >>> evaluation.in_words(-0.45, -0.91, -0.08, 2000)
+    'a gain of 0.45 points [0.08, 0.91] on 2,000 images'
+    >>> evaluation.in_words(-0.1, -0.6, 0.4, 2000)
+    'no loss that 2,000 images can show (at most 0.40 points)'
+    """
+    checks.check_known("what is sought", sought, ("loss", "gain"))
+    many = f"{images:,} {'image' if images == 1 else 'images'}"
+    if np.isnan([drop, low, high]).any():
+        return f"no drop that {many} could measure"
+    if low <= 0 <= high:
+        most = high if sought == "loss" else -low
+        return f"no {sought} that {many} can show (at most {abs(most):.2f} points)"
+    kind, ends = ("loss", (low, high)) if drop > 0 else ("gain", (-high, -low))
+    return f"a {kind} of {Interval(abs(drop), *ends)} on {many}".replace(" [", " points [")
 
 
 @contextmanager

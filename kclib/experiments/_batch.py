@@ -19,13 +19,13 @@ from traitlets.config import Config
 from kclib._util import files, progress_bars
 from kclib._util.progress_bars import tqdm
 from kclib.errors import NotebookError, StorageError, reason
-from kclib.experiments import _profiles, _provenance, _reports
+from kclib.experiments import _pictures, _profiles, _provenance, _reports
 from kclib.experiments._profiles import Profile
 from kclib.experiments._reports import Chapter
 from kclib.models import _factories
 
 _LONGEST = 70  # bytes of a folder's path, so that a socket's in it stays below what systems allow, 103 or 107
-_START = 600  # seconds that a kernel may take to start, among many
+_START = 600  # seconds that a notebook's process may take to start, among many
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -49,7 +49,7 @@ def run(profile: Profile, out: Path) -> Path:
 
 
 def _run(profile: Profile, folder: Path) -> Path:
-    chapters = [Chapter(stem, "not run", parameters=given) for stem, given in profile.parameters.items()]
+    chapters = [_planned(profile, stem) for stem in profile.parameters]
     about = _provenance.stamp() | _hashes(profile)
     index = _write(folder, profile, chapters, about)
     with tqdm(
@@ -60,7 +60,7 @@ def _run(profile: Profile, folder: Path) -> Path:
         for i, stem in enumerate(profile.parameters):
             bar.set_description(f"batch {profile.name}, {i + 1} of {len(chapters)}: {stem}")
             try:
-                chapters[i] = _run_one(profile, chapters[i], folder)
+                chapters[i] = _run_one(profile, chapters[i], folder, chapters)
             except KeyboardInterrupt:
                 chapters[i] = replace(chapters[i], status="interrupted")
                 raise
@@ -93,9 +93,9 @@ def _ours_alone(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _private() -> Iterator[Config]:
-    """Yield a kernel's configuration: it is reached by sockets in a folder of its own.
+    """Yield the configuration of a notebook's process: it is reached by sockets in a folder of its own.
 
-    TCP ports, and sockets in the notebooks' folder, are what kernels that start side by side would race for.
+    TCP ports, and sockets in the notebooks' folder, are what those that start side by side would race for.
     The folder goes with this process, also if that is killed: the shell waits for the end of its input.
     """
     if os.name != "posix":
@@ -107,7 +107,7 @@ def _private() -> Iterator[Config]:
         folder = tempfile.mkdtemp(prefix="kclib-", dir=short)
     except OSError as error:
         raise StorageError(
-            f"no temporary folder could be made for a kernel's sockets: {error.strerror}."
+            f"no temporary folder could be made for the sockets of a notebook's process: {error.strerror}."
         ) from error
     command = ["sh", "-c", 'read _; rm -rf "$1"', "sh", folder]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
@@ -134,7 +134,14 @@ def _check(chapters: list[Chapter], folder: Path, index: Path) -> None:
         raise NotebookError(f"{several} {names}: {where}{index} says what else was finished.")
 
 
-def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
+def _planned(profile: Profile, stem: str) -> Chapter:
+    """Return the chapter of a notebook that is to run."""
+    notebook = nbformat.read(profile.folder / f"{stem}.ipynb", as_version=4)
+    question = _reports.read_question(notebook)
+    return Chapter(stem, "not run", parameters=profile.parameters[stem], question=question)
+
+
+def _run_one(profile: Profile, chapter: Chapter, folder: Path, among: list[Chapter]) -> Chapter:
     """Execute one notebook and render it; a failure is a status, not an exception."""
     source, target = profile.folder / f"{chapter.stem}.ipynb", folder / f"{chapter.stem}.ipynb"
     target.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
@@ -154,6 +161,7 @@ def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
                 execution_timeout=timeout,
                 progress_bar=bar,
                 config=config,
+                extra_arguments=[f"--IPKernelApp.exec_lines={_pictures.ENABLE}"],
                 kernel_name="python3",  # this environment's, whatever the file was last saved with
                 language="python",
             )
@@ -162,8 +170,8 @@ def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
         traceback = _COLOURS.sub("", "\n".join(failure.traceback))
     except CellTimeoutError:
         error = f"a cell ran longer than the {timeout} s that the profile gives it"
-    except RuntimeError as failure:  # the kernel died, or never started
-        error = reason(failure)
+    except RuntimeError as failure:  # the process died, or never started
+        error = reason(failure).replace("Kernel", "the notebook's process")
     except OSError as failure:  # papermill could not write all of it, such as on a full disk
         error = reason(failure)
         target.unlink(missing_ok=True)
@@ -174,7 +182,8 @@ def _run_one(profile: Profile, chapter: Chapter, folder: Path) -> Chapter:
     notebook = nbformat.read(target, as_version=4)
     if not error and _reports.read_headline(notebook) is None:
         ended = replace(ended, error="it ended without its headline, so its last cell did not run")
-    return _reports.render(notebook, folder, replace(ended, status="failed" if ended.error else "done"))
+    ended = replace(ended, status="failed" if ended.error else "done")
+    return _reports.render(notebook, folder, ended, among)
 
 
 def _hashes(profile: Profile) -> dict[str, str]:

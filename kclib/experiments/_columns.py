@@ -3,20 +3,20 @@
 import pandas as pd
 
 _VARIED = ("model", "data", "method", "seed")
-_CODEBOOKS = {"dense": "dense", "layer": "a layer", "global": "for all"}
+_CODEBOOKS = {"layer": "a layer", "global": "for all"}
 
 
-def named(table: pd.DataFrame) -> dict[str, pd.Series]:
-    """Return what names the cells of a sweep as columns of text.
+def clusterings(table: pd.DataFrame) -> pd.Series:
+    """Return K and what shares a codebook, of each cell of a sweep, as text."""
+    clustered = table.scope != "dense"
+    return (table.k.map("{:,} ".format) + table.scope.map(_CODEBOOKS)).where(clustered, "dense")
 
-    Models, data sets, methods and seeds have a column where there are several.
-    """
+
+def varied(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return models, data sets, methods and seeds as columns of text, where there are several."""
     clustered = table.scope != "dense"
     several = [name for name in _VARIED if name in table and len(set(table.loc[clustered, name])) > 1]
-    return {name: table[name].map(str) for name in several} | {
-        "codebook": table.scope.map(_CODEBOOKS),
-        "K": table.k.map("{:,}".format).where(clustered, "–"),
-    }
+    return {name: table[name].map(str) for name in several}
 
 
 def p_values(values: pd.Series) -> pd.Series:

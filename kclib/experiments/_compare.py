@@ -53,8 +53,8 @@ def compare(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     pandas.DataFrame
         ``model``, ``data``, ``scope``, ``k``, ``method``, ``seed``; ``top1_before``, ``top1_after`` in
         percent; ``change`` in points, negative if the second is worse, with ``change_low`` and
-        ``change_high``; ``p_value``; ``bytes_before``, ``bytes_after``; ``paired`` (whether the images are
-        the same). What only one run has is NaN in the other's columns.
+        ``change_high``; ``p_value``; ``images``, of the second run; ``bytes_before``, ``bytes_after``;
+        ``paired`` (whether the images are the same). What only one run has is NaN in the other's columns.
 
     Raises
     ------
@@ -94,8 +94,7 @@ def broken(table: pd.DataFrame, max_drop: float) -> list[str]:
         if pd.isna(row.top1_after):
             sentences.append(f"{what}: is missing in the second run.")
         elif row.change < -max_drop - 1e-9:  # 0.7 points of images are 0.70000000000000007
-            lost = f"{-row.change:.2f} points [{-row.change_high:.2f}, {-row.change_low:.2f}]"
-            sentences.append(f"{what}: lost {lost}, from {row.top1_before:.2f} to {row.top1_after:.2f} %.")
+            sentences.append(f"{what}: from {row.top1_before:.2f} to {row.top1_after:.2f} %, {_said(row)}.")
     return sentences
 
 
@@ -107,8 +106,7 @@ def answer(table: pd.DataFrame) -> str:
     text = f"{len(both):,} cells are in both runs; {len(moved):,} of them moved beyond chance"
     if len(both):
         worst = both.loc[both.change.idxmin()]
-        span = f"{worst.change:+.2f} [{worst.change_low:+.2f}, {worst.change_high:+.2f}]"
-        text += f", and the worst change is {span} points (scope {worst.scope}, K = {worst.k:,})"
+        text += f". The worst of them (scope {worst.scope}, K = {worst.k:,}) shows {_said(worst)}"
     return f"{text}. Cells gone: {gone:,}; new: {new:,}."
 
 
@@ -119,6 +117,11 @@ def write(path: Path, table: pd.DataFrame, sentences: Sequence[str], *, before: 
     _reports.write_page(files.expanded(path), "changes", table=text, **values)
 
 
+def _said(row) -> str:
+    """Return a change as a sentence's object."""
+    return _accuracy.in_words(-row.change, -row.change_high, -row.change_low, int(row.images))
+
+
 def _called(row) -> str:
     return f"{row.model} on {row.data}, scope {row.scope}, K = {row.k:,}, {row.method}, seed {row.seed}"
 
@@ -126,10 +129,12 @@ def _called(row) -> str:
 def _readable(table: pd.DataFrame) -> pd.DataFrame:
     """Return what `compare` found as text for readers."""
     spans = zip(table.change, table.change_low, table.change_high, strict=True)
-    columns = _columns.named(table) | {
+    columns = {
+        "clustering": _columns.clusterings(table),
         "change (points)": [
             "–" if pd.isna(x) else f"{x:+.2f} [{low:+.2f}, {high:+.2f}]" for x, low, high in spans
         ],
+        **_columns.varied(table),
         "p": _columns.p_values(table.p_value),
         "images": table.paired.map({True: "the same", False: "others"}).where(table.change.notna(), "–"),
     }
@@ -146,6 +151,7 @@ def _row(before: pd.Series | None, after: pd.Series | None) -> dict:
     for name, cell in (("before", before), ("after", after)):
         row[f"top1_{name}"] = np.nan if cell is None else float(cell.top1)
         row[f"bytes_{name}"] = np.nan if cell is None else float(cell.bytes)
+    row["images"] = np.nan if after is None else after.images
     names = ("change", "change_low", "change_high", "p_value", "paired")
     if before is None or after is None:
         return row | dict(zip(names, (*[np.nan] * 4, False), strict=True))

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -18,67 +18,17 @@ import pandas as pd
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from PIL import Image
+from pygments.formatters import HtmlFormatter
 
 from kclib import plots
 from kclib._util import files
 from kclib.errors import DamagedFileError, MissingFileError, reason
 from kclib.experiments import tables
+from kclib.experiments.reports import HEADLINE
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _LINES = 200  # of printed text that a page shows of one output
-_FOLDED = """
-{%- extends 'lab/index.html.j2' -%}
-{%- block input_group -%}
-<details class="folded-code"><summary>code</summary>{{ super() }}</details>
-{%- endblock input_group -%}
-"""
-_STYLE = """<style>
-.folded-code > summary { cursor: pointer; color: #777; font-size: 0.75rem; }
-th[aria-sort] { cursor: pointer; }
-th[aria-sort="ascending"]::after { content: " ▲"; }
-th[aria-sort="descending"]::after { content: " ▼"; }
-</style>"""
-
-
-def sorter() -> str:
-    """Return the style and the script that let readers sort pandas' tables by any column."""
-    script = resources.files("kclib.experiments").joinpath("tables.js").read_text(encoding="utf-8")
-    return f"{_STYLE}\n<script>\n{script}</script>"
-
-
-def to_html(notebook: NotebookNode, *, title: str) -> str:
-    """Return a page with folded code, without progress bars or widgets; it needs nothing from the network."""
-    readable = copy.deepcopy(notebook)
-    readable.metadata.pop("widgets", None)  # the state of widgets that are not shown
-    for cell in readable.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [_cut(o) for o in cell.outputs if not _is_noise(o)]
-    exporter = HTMLExporter(raw_template=_FOLDED, exclude_input_prompt=True, exclude_output_prompt=True)
-    for script in ("mathjax", "require_js", "jquery", "mermaid_js", "mermaid_layout_elk_js"):
-        setattr(exporter, f"{script}_url", "")
-    page, _ = exporter.from_notebook_node(readable, {"metadata": {"name": title}})
-    head, end, rest = page.rpartition("</body>")
-    return f"{head}{sorter()}{end}{rest}"
-
-
-def _is_noise(output: NotebookNode) -> bool:
-    return _WIDGET in output.get("data", ()) or output.get("name") == "stderr"
-
-
-def _cut(output: NotebookNode) -> NotebookNode:
-    """Return an output with the middle of very long printed text left out."""
-    if output.output_type != "stream":
-        return output
-    lines = re.sub(r"[^\n]*\r(?!\n)", "", output.text).splitlines()
-    if len(lines) > _LINES:
-        left_out = len(lines) - _LINES
-        note = f"... {left_out:,} lines are left out here; the executed notebook has them ..."
-        lines[_LINES // 2 : _LINES // 2 + left_out] = [note]
-    long = [line if len(line) <= 2000 else line[:2000] + " ..." for line in lines]
-    return NotebookNode(output | {"text": "\n".join(long) + "\n"})
-
-
-HEADLINE = "application/vnd.kclib.headline+json"
+_STYLES = {"light": "default", "dark": "github-dark"}  # of Pygments, for code
 _LOG = logging.getLogger(__name__)
 
 
@@ -92,16 +42,19 @@ class Chapter:
         File name without its ending.
     status : {"done", "failed", "interrupted", "not run"}
     headline, error : str
+        Its answer; what went wrong.
     main : bool
         Whether its headline opens the report.
-    thumbnail : str
-        A ``data:`` URL of a PNG, or empty.
+    thumbnail, thumbnail_alt : str
+        A ``data:`` URL of a PNG, and what is seen on it; or empty.
     seconds : float
         Wall time; 0 if it left no executed notebook.
     traceback : str
         Of the error, if there is one.
     parameters : mapping of str to object
         What it was run with.
+    question : str
+        Its title.
     """
 
     stem: str
@@ -113,6 +66,8 @@ class Chapter:
     seconds: float = 0.0
     traceback: str = ""
     parameters: Mapping[str, object] = field(default_factory=dict)
+    question: str = ""
+    thumbnail_alt: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,19 +116,137 @@ class Report:
     picture: str = ""
 
 
+def to_html(
+    notebook: NotebookNode,
+    chapter: Chapter,
+    *,
+    before: Chapter | None = None,
+    after: Chapter | None = None,
+) -> str:
+    """Return a notebook's page: its question, its answer, then how it came about, with folded code.
+
+    Progress bars and widgets are left out; the page needs nothing from the network.
+
+    Parameters
+    ----------
+    notebook : NotebookNode
+        Executed; unchanged.
+    chapter : Chapter
+        Of this notebook.
+    before, after : Chapter, optional
+        What the page links to as the previous and the next one.
+    """
+    readable = copy.deepcopy(notebook)
+    readable.metadata.pop("widgets", None)  # the state of widgets that are not shown
+    for cell in readable.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [_cut(o) for o in cell.outputs if not _is_noise(o)]
+    _describe_pictures(readable)
+    _drop_title(readable)
+    exporter = HTMLExporter(
+        template_name="basic",
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        exclude_anchor_links=True,
+    )
+    body, _ = exporter.from_notebook_node(readable)
+    values = {"chapter": chapter, "before": before, "after": after}
+    return _page("page", body=body, highlighting=_highlighting(), **values)
+
+
+def read_question(notebook: NotebookNode) -> str:
+    """Return the question that a notebook begins with: its title."""
+    title = re.match(r"# (.+)", notebook.cells[0].source) if notebook.cells else None
+    return title[1].strip() if title else ""
+
+
+def _drop_title(notebook: NotebookNode) -> None:
+    """Remove the title, which the page shows above the answer."""
+    if read_question(notebook):
+        notebook.cells[0].source = notebook.cells[0].source.partition("\n")[2]
+
+
+def _describe_pictures(notebook: NotebookNode) -> None:
+    """Give the pictures that have no alternative text the heading that they are under."""
+    heading = read_question(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            heading = (re.findall(r"^#+ (.+)", cell.source, re.MULTILINE) or [heading])[-1]
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", ()):
+                about = output.metadata.setdefault("image/png", NotebookNode())
+                about.setdefault("alt", f"Picture: {heading}")
+
+
+def _highlighting() -> str:
+    """Return the style of code, on light and on dark ground."""
+    light, dark = (HtmlFormatter(style=x).get_style_defs(".highlight") for x in _STYLES.values())
+    return f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
+
+
+def _sorter() -> str:
+    """Return the script that lets readers sort pandas' tables by any column."""
+    script = resources.files("kclib.experiments").joinpath("tables.js").read_text(encoding="utf-8")
+    return f"<script>\n{script}</script>"
+
+
+def _is_noise(output: NotebookNode) -> bool:
+    return _WIDGET in output.get("data", ()) or output.get("name") == "stderr"
+
+
+def _cut(output: NotebookNode) -> NotebookNode:
+    """Return an output with the middle of very long printed text left out."""
+    if output.output_type != "stream":
+        return output
+    lines = re.sub(r"[^\n]*\r(?!\n)", "", output.text).splitlines()
+    if len(lines) > _LINES:
+        left_out = len(lines) - _LINES
+        note = f"... {left_out:,} lines are left out here; the executed notebook has them ..."
+        lines[_LINES // 2 : _LINES // 2 + left_out] = [note]
+    long = [line if len(line) <= 2000 else line[:2000] + " ..." for line in lines]
+    return NotebookNode(output | {"text": "\n".join(long) + "\n"})
+
+
 def read_headline(notebook: NotebookNode) -> str | None:
     """Return the headline an executed notebook recorded, or None if it never came so far."""
     return _recorded(notebook).get("text")
 
 
-def render(notebook: NotebookNode, folder: Path, chapter: Chapter) -> Chapter:
-    """Write a notebook's HTML for readers into `folder`; return its chapter with headline and thumbnail."""
-    page = to_html(notebook, title=chapter.stem)
+def render(notebook: NotebookNode, folder: Path, chapter: Chapter, among: Sequence[Chapter] = ()) -> Chapter:
+    """Write a notebook's page into `folder`; return its chapter with question, headline and thumbnail.
+
+    Parameters
+    ----------
+    notebook : NotebookNode
+        Executed.
+    folder : Path
+    chapter : Chapter
+    among : sequence of Chapter
+        The chapters that have pages, in their order, for the links to the previous and the next.
+    """
+    said, (thumbnail, alt) = _recorded(notebook), _thumbnail(notebook)
+    chapter = replace(
+        chapter,
+        question=read_question(notebook),
+        headline=said.get("text", ""),
+        main=said.get("main", False),
+        thumbnail=thumbnail,
+        thumbnail_alt=alt,
+    )
+    before, after = _neighbours(chapter, among)
     with files.replacing(folder / f"{chapter.stem}.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    said = _recorded(notebook)
-    main, text = said.get("main", False), said.get("text", "")
-    return replace(chapter, headline=text, main=main, thumbnail=_thumbnail(notebook))
+        temporary.write_text(to_html(notebook, chapter, before=before, after=after), encoding="utf-8")
+    return chapter
+
+
+def _neighbours(chapter: Chapter, among: Sequence[Chapter]) -> tuple[Chapter | None, Chapter | None]:
+    """Return the chapters before and after one."""
+    stems = [x.stem for x in among]
+    if chapter.stem not in stems:
+        return None, None
+    place = stems.index(chapter.stem)
+    before, after = among[max(0, place - 1) : place], among[place + 1 : place + 2]
+    return (before[0] if before else None), (after[0] if after else None)
 
 
 def read(folder: Path, name: str) -> Report:
@@ -222,10 +295,12 @@ def rebuild(folder: Path, name: str) -> Path:
     report = read(folder, name)
     if not report.chapters and report.results is None:
         raise MissingFileError(f"{folder} has no report; kclib batch or kclib sweep makes one.")
-    chapters = []
-    for chapter in report.chapters:
-        path = folder / f"{chapter.stem}.ipynb"
-        chapters.append(render(_read_notebook(path), folder, chapter) if path.is_file() else chapter)
+    paths = {x.stem: folder / f"{x.stem}.ipynb" for x in report.chapters}
+    notebooks = {stem: _read_notebook(path) for stem, path in paths.items() if path.is_file()}
+    asked = {stem: read_question(notebook) for stem, notebook in notebooks.items()}
+    named = [replace(x, question=asked.get(x.stem, x.question)) for x in report.chapters]
+    pages = [x for x in named if x.stem in notebooks]
+    chapters = [render(notebooks[x.stem], folder, x, pages) if x in pages else x for x in named]
     return write(folder, replace(report, chapters=tuple(chapters)))
 
 
@@ -250,7 +325,7 @@ def picture(results: pd.DataFrame) -> str:
         plots.accuracy_curve(rows.assign(scope=names), x="bytes_removed", ax=ax)
         ax.set_title(f"{model} on {data}", fontsize=10)
     file = io.BytesIO()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=200)  # twice as many as a page shows
     plt.close(figure)
     return _data_url(file.getvalue())
 
@@ -268,7 +343,7 @@ def _data_url(png: bytes) -> str:
 def _page(template: str, **values: object) -> str:
     loader = jinja2.PackageLoader("kclib.experiments", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(f"{template}.html.jinja").render(sorter=sorter(), **values)
+    return environment.get_template(f"{template}.html.jinja").render(sorter=_sorter(), **values)
 
 
 def _html(results: pd.DataFrame | None) -> str:
@@ -284,28 +359,28 @@ def _read_notebook(path: Path) -> NotebookNode:
         raise DamagedFileError(f"{path} is not a whole notebook ({reason(error)}).") from error
 
 
-def _data(notebook: NotebookNode):
-    """Yield (cell, MIME bundle) of every rich output."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            if "data" in output:
-                yield cell, output["data"]
-
-
 def _recorded(notebook: NotebookNode) -> dict:
-    found = [data[HEADLINE] for _, data in _data(notebook) if HEADLINE in data]
-    return found[-1] if found else {}
+    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", ())]
+    headlines = [data[HEADLINE] for data in shown if HEADLINE in data]
+    return headlines[-1] if headlines else {}
 
 
-def _thumbnail(notebook: NotebookNode, width: int = 480) -> str:
-    """Return the picture of the cell tagged ``thumbnail``, else the first picture, made small."""
-    pictures = [(cell, data["image/png"]) for cell, data in _data(notebook) if "image/png" in data]
+def _thumbnail(notebook: NotebookNode, width: int = 576) -> tuple[str, str]:
+    """Return the picture of the cell tagged ``thumbnail``, else the first, made small; and its text."""
+    described = copy.deepcopy(notebook)
+    _describe_pictures(described)
+    pictures = [
+        (cell, output)
+        for cell in described.cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", ())
+    ]
     if not pictures:
-        return ""
-    tagged = [png for cell, png in pictures if "thumbnail" in cell.metadata.get("tags", ())]
-    png = (tagged or [pictures[0][1]])[0]
-    image = Image.open(io.BytesIO(base64.b64decode(png)))
+        return "", ""
+    tagged = [output for cell, output in pictures if "thumbnail" in cell.metadata.get("tags", ())]
+    output = (tagged or [pictures[0][1]])[0]
+    image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
     image.thumbnail((width, width))
     small = io.BytesIO()
     image.save(small, "PNG")
-    return _data_url(small.getvalue())
+    return _data_url(small.getvalue()), output.metadata["image/png"].alt

@@ -7,7 +7,8 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from kclib._util import files
-from kclib.experiments import _reports
+
+HEADLINE = "application/vnd.kclib.headline+json"  # the MIME type of what `headline` records
 
 
 def headline(text: str, *, main: bool = False) -> None:
@@ -20,7 +21,7 @@ def headline(text: str, *, main: bool = False) -> None:
         Whether the report opens with it. If no notebook's is, the last one's does.
     """
     recorded = {"text": text, "main": main}
-    display({_reports.HEADLINE: recorded, "text/markdown": f"**{text}**", "text/plain": text}, raw=True)
+    display({HEADLINE: recorded, "text/markdown": f"**{text}**", "text/plain": text}, raw=True)
 
 
 def keep(made: pd.DataFrame | Figure, path: str | Path) -> Path:

@@ -1,5 +1,5 @@
 // Tables of pandas, styled or not, are sorted by the column whose head is clicked; again, the other way round.
-for (const table of document.querySelectorAll("table.dataframe, .jp-OutputArea-output table")) {
+for (const table of document.querySelectorAll("table.dataframe, .output_html table")) {
   const body = table.tBodies[0], head = table.tHead && table.tHead.rows[0];
   if (!head || !body || table.tHead.rows.length > 1 || body.querySelector("[rowspan]")) continue;
   const key = (row, i) => {

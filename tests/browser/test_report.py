@@ -1,4 +1,6 @@
-"""What a reader can do with a report's pages: sort tables, unfold code."""
+"""What a reader can do with a report's pages: sort tables, show code, read them in the dark and on paper."""
+
+import re
 
 import pandas as pd
 import pytest
@@ -27,11 +29,11 @@ def page(request, chromium, tmp_path_factory):
     """A page with one table, as pandas shows it."""
     html = TABLE.to_html(index=False) if request.param == "plain" else TABLE.style.hide().to_html()
     output = v4.new_output("display_data", {"text/html": html, "text/plain": "a table"})
-    notebook = v4.new_notebook(cells=[v4.new_code_cell("show(table)", outputs=[output])])
-    path = tmp_path_factory.mktemp("page") / "page.html"
-    path.write_text(_reports.to_html(notebook, title="page"), encoding="utf-8")
+    cells = [v4.new_code_cell("show(table)", outputs=[output]), v4.new_code_cell("show(picture)")]
+    folder = tmp_path_factory.mktemp("page")
+    _reports.render(v4.new_notebook(cells=cells), folder, _reports.Chapter("page", "done"))
     opened = chromium.new_page()
-    opened.goto(path.as_uri())
+    opened.goto((folder / "page.html").as_uri())
     yield opened
     opened.close()
 
@@ -49,8 +51,32 @@ def test_a_click_sorts_by_a_column_and_another_the_other_way_round(page, column)
     assert page.locator("th[aria-sort=descending]").count() == 1
 
 
-def test_code_is_folded_until_it_is_asked_for(page):
-    code = page.get_by_text("show(table)")
-    assert not code.is_visible()
-    page.get_by_text("code", exact=True).click()
-    assert code.is_visible()
+def test_one_switch_shows_all_code(page):
+    switch = page.get_by_label("show the code")
+    for shown in (False, True, False):
+        switch.set_checked(shown)
+        for code in ("show(table)", "show(picture)"):
+            assert page.get_by_text(code).is_visible() == shown
+
+
+def test_a_dark_screen_gets_light_text_on_a_dark_ground_and_paper_does_not(page):
+    grounds = {}
+    for scheme, media in (("light", "screen"), ("dark", "screen"), ("dark", "print")):
+        page.emulate_media(color_scheme=scheme, media=media)
+        style = page.evaluate(
+            "(({color, backgroundColor}) => [color, backgroundColor])(getComputedStyle(document.body))"
+        )
+        text, ground = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in style)
+        grounds[scheme, media] = text < ground
+    page.emulate_media(color_scheme="light", media="screen")
+    assert grounds == {("light", "screen"): True, ("dark", "screen"): False, ("dark", "print"): True}
+
+
+@pytest.mark.parametrize("media", ["screen", "print"])
+def test_the_second_column_is_on_an_800_pixel_page(page, media):
+    page.set_viewport_size({"width": 800, "height": 600})
+    page.emulate_media(media=media)
+    box = page.locator("thead th").nth(1).bounding_box()
+    assert box["x"] + box["width"] < 800
+    assert page.evaluate("document.documentElement.scrollWidth") <= 800, "only the table scrolls"
+    page.emulate_media(media="screen")

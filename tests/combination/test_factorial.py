@@ -11,7 +11,7 @@ from kclib import evaluation
 from kclib.combination import Cluster, Prune, Quantize, Train, _pipeline, _pruning, factorial, orthogonality
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.evaluation import _intervals
+from kclib.evaluation import _accuracy, _intervals
 from kclib.models import Model
 from kclib.store import Store
 from kclib.training import Recipe
@@ -337,6 +337,29 @@ def test_what_is_lost_beyond_the_sum_is_the_excess_with_its_paired_interval():
     assert (row.low, row.high) == pytest.approx((100 * ends[0], 100 * ends[1]))
     assert row.order == "prune first"
     assert found.loc["none", "excess"] == pytest.approx(-10)
+
+
+def test_orders_are_compared_in_pairs_of_the_same_combination():
+    rows = [
+        answered(0.5, "4 layer", "int4", wrong(0, 1), "prune first"),
+        answered(0.5, "4 layer", "int4", wrong(0, 2, 3, 4), "cluster first"),
+        answered(0.5, "4 global", "none", wrong(0), "prune first"),  # is not there the other way round
+    ]
+    found = orthogonality.orders(pd.DataFrame([*ALONE, *rows]))
+    (row,) = found.to_dict("records")
+    cell = [row[x] for x in ("pruned", "sparsity", "clustering", "precision")]
+    assert cell == ["kernels", 0.5, "4 layer", "int4"]
+    assert (row["prune first"], row["cluster first"], row["difference"]) == pytest.approx((20, 40, -20))
+    # 1 image is lost by pruning first alone and 3 by clustering first alone
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx(_paired(lost=1, won=3, images=10))
+    assert orthogonality.orders(pd.DataFrame(ALONE)).empty
+
+
+def _paired(lost, won, images):
+    lost = np.arange(images) < lost
+    won = np.arange(images) >= images - won
+    points = _accuracy.paired(~won, ~lost).points
+    return points.low, points.high
 
 
 def test_the_sum_is_of_what_the_kind_of_pruning_loses_alone():

@@ -27,7 +27,8 @@ def test_a_network_is_timed_packed_and_dense_at_each_batch():
     network = small_network().eval()
     table = latency.of_network(compress(network, cluster(extract(network), 3)), (3, 8, 8), (1, 3))
     assert (table.index.name, table.index.tolist()) == ("batch", [1, 3])
-    assert table.columns.tolist() == ["dense", "packed", "ratio"]
+    assert table.columns.tolist() == ["dense", "packed", "ratio", "ratio_low", "ratio_high"]
+    assert (table.ratio_low <= table.ratio_high).all()
     assert ((table > 0) & (table < 1000)).to_numpy().all()
     np.testing.assert_allclose(table.ratio, table.packed / table.dense)
 
@@ -35,7 +36,7 @@ def test_a_network_is_timed_packed_and_dense_at_each_batch():
 def test_both_networks_see_the_same_images_of_the_seed(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        latency, "_alternating", lambda calls: {x: call().numel() for x, call in calls.items()}
+        latency, "_alternating", lambda calls: {x: [call().numel()] for x, call in calls.items()}
     )
     network = compress(small_network().eval(), cluster(extract(small_network()), 3))
     network.register_forward_pre_hook(lambda module, inputs: seen.append((module, inputs[0])))
@@ -45,6 +46,14 @@ def test_both_networks_see_the_same_images_of_the_seed(monkeypatch):
     assert packed == [False, True] * 3
     assert [images.shape for _, images in seen] == [(2, 3, 8, 8)] * 6
     assert [torch.equal(seen[0][1], images) for _, images in seen] == [True] * 4 + [False] * 2
+
+
+def test_a_ratio_is_of_medians_and_has_the_least_and_the_most_of_its_turns(monkeypatch):
+    turns = {"dense": [2.0, 4.0, 3.0], "packed": [2.0, 12.0, 3.0]}
+    monkeypatch.setattr(latency, "_alternating", lambda calls: turns)
+    network = compress(small_network().eval(), cluster(extract(small_network()), 3))
+    found = latency.of_network(network, (3, 8, 8), [2]).loc[2]
+    assert found.tolist() == [3, 3, 1, 1, 3]
 
 
 def test_calls_are_timed_in_milliseconds_and_in_turn(monkeypatch):
@@ -58,7 +67,7 @@ def test_calls_are_timed_in_milliseconds_and_in_turn(monkeypatch):
 
     monkeypatch.setattr("torch.utils.benchmark.Timer", timer)
     times = latency._alternating({"a": lambda: order.append("a"), "b": lambda: order.append("b")})
-    assert times == {"a": pytest.approx(2), "b": pytest.approx(600)}
+    assert times == {"a": pytest.approx([1, 4, 2]), "b": pytest.approx([500, 600, 9000])}
     assert order == ["a", "b"] * 3
 
 

@@ -130,6 +130,34 @@ def test_losing_every_image_is_significant():
     assert lost.p_value == pytest.approx(2 * 0.5**10)
 
 
+FEW_WRONG = [0] * 10 + [1] * 190
+MORE_WRONG = [1] * 5 + [0] * 25 + [1] * 170
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (FEW_WRONG, MORE_WRONG, "a loss of 7.50 points [2.82, 12.82] on 200 images"),
+        (MORE_WRONG, FEW_WRONG, "a gain of 7.50 points [2.82, 12.82] on 200 images"),
+        ([1] * 2000, [1] * 2000, "no loss that 2,000 images can show (at most 0.19 points)"),
+        ([1], [0], "no loss that 1 image can show (at most 100.00 points)"),
+    ],
+)
+def test_a_drop_says_no_more_than_its_interval_shows(before, after, said):
+    assert str(evaluation.drop(answers(before), answers(after))) == said
+
+
+def test_what_holds_zero_is_neither_loss_nor_gain_whatever_was_measured():
+    for drop in (-0.10, 0.10):
+        told = evaluation.in_words(drop, -0.6, 0.4, 2000)
+        assert told == "no loss that 2,000 images can show (at most 0.40 points)"
+    assert evaluation.in_words(-1.25, -3.13, 0.27, 400, sought="gain") == (
+        "no gain that 400 images can show (at most 3.13 points)"
+    )
+    assert evaluation.in_words(6, 3.26, 9.19, 400, sought="gain").startswith("a loss of 6.00 points")
+    assert evaluation.in_words(np.nan, np.nan, np.nan, 400) == "no drop that 400 images could measure"
+
+
 def test_a_drop_between_different_images_is_refused():
     with pytest.raises(InvalidValueError, match="different images"):
         evaluation.drop(answers([1, 0]), answers([1, 0, 1]))

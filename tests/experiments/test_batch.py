@@ -1,3 +1,5 @@
+import base64
+import io
 import os
 import re
 import signal
@@ -16,6 +18,7 @@ import tiny
 import yaml
 from disks import full_disk
 from nbformat import v4
+from PIL import Image
 
 from kclib import errors, experiments
 from kclib.experiments import _batch, _profiles, _reports
@@ -23,10 +26,14 @@ from kclib.store import Store
 
 PARAMETERS = 'greeting: str = "hello"  # what to say\ncount: int = 1  # how many\nreport_dir: str = ""'
 PICTURE = 'import sys, PIL.Image\nprint("halfway", file=sys.stderr)\ndisplay(PIL.Image.new("L", (900, 90)))'
+FIGURE = """from matplotlib.figure import Figure
+figure = Figure(figsize=(4, 2), dpi=100)
+figure.subplots().set(title="a line", xlabel="x", ylabel="y")
+figure"""
 HEADLINE = 'from kclib.experiments import reports\nreports.headline(f"{greeting} {count}: {report_dir}")'
-FOLDED = '<details class="folded-code">.*?</details>'
+FOLDED = '<div class="input">.*?</pre>'
 NOTEBOOKS = {
-    "good": [PARAMETERS, PICTURE, HEADLINE],
+    "good": [PARAMETERS, PICTURE, FIGURE, HEADLINE],
     "other": ['greeting: str = "hello"', "import kclib.experiments.reports as r\nr.headline(greeting)"],
     "broken": ["x = 0", "1 / x", "y = 1"],
     "exits": ["x = 0", "import os\nos._exit(0)", "y = 1"],
@@ -120,6 +127,15 @@ def test_the_page_for_readers_shows_results_without_code_or_progress(finished):
         r"headline\(|Image\.new|what to say|halfway", re.sub(FOLDED, "", page, flags=re.DOTALL)
     )
     assert "what to say" in page, "the code is there, folded"
+
+
+def test_figures_are_shown_at_twice_the_dots_with_what_they_show(finished):
+    _, figure = (x for x in outputs(finished / "good.ipynb") if "image/png" in x.get("data", {}))
+    about = figure.metadata["image/png"]
+    with Image.open(io.BytesIO(base64.b64decode(figure.data["image/png"]))) as picture:
+        assert (picture.width // 2, picture.height // 2) == (about.width, about.height)
+    assert about.width == pytest.approx(400, abs=40)
+    assert 'alt="a line: y against x"' in (finished / "good.html").read_text()
 
 
 def test_the_notebooks_themselves_stay_without_outputs(finished, folder):
@@ -234,7 +250,7 @@ def test_a_million_printed_lines_are_kept_and_cut_on_the_page(folder, tmp_path):
 
 def test_a_disk_that_is_full_is_named_and_no_half_page_is_left(folder, tmp_path):
     profile = _profiles.load(profile_file(folder, {"other": None}))
-    with full_disk(), pytest.raises(errors.StorageError, match=r"could not be written"):
+    with full_disk(10_000), pytest.raises(errors.StorageError, match=r"other.html could not be written"):
         _batch.run(profile, tmp_path)
     assert not [x for x in (tmp_path / "tiny").iterdir() if x.suffix == ".html" and x.stem == "other"]
     assert not [x for x in (tmp_path / "tiny").iterdir() if x.name.startswith(".")]

@@ -38,7 +38,9 @@ def test_a_run_against_itself_moves_nothing(table):
     assert (found.p_value == 1).all()
     assert found.paired.all()
     assert _compare.broken(found, 0) == []
-    assert _compare.answer(found).startswith("5 cells are in both runs; 0 of them moved beyond chance")
+    told = _compare.answer(found)
+    assert told.startswith("5 cells are in both runs; 0 of them moved beyond chance. The worst of them ")
+    assert "shows no loss that" in told
 
 
 def test_the_same_images_are_compared_in_pairs():
@@ -63,13 +65,13 @@ def test_other_images_are_compared_as_independent():
 def test_a_gate_names_what_lost_more_than_it_may_and_what_is_gone():
     right = [1] * 50 + [0] * 50
     before = pd.concat([row(right, k=k) for k in (2, 3, 4)])
-    after = pd.concat([row([0] * 3 + right[3:], k=2), row([0, *right[1:]], k=3), row(right, k=9)])
+    after = pd.concat([row([0] * 6 + right[6:], k=2), row([0, *right[1:]], k=3), row(right, k=9)])
     found = _compare.compare(before, after)
     lost, gone = _compare.broken(found, 2)
-    assert lost.startswith("m on d, scope layer, K = 2, plain, seed 0: lost 3.00 points [")
-    assert lost.endswith("from 50.00 to 47.00 %.")
+    assert lost.startswith("m on d, scope layer, K = 2, plain, seed 0: from 50.00 to 44.00 %, a loss of 6.00")
+    assert lost.endswith("] on 100 images.")
     assert gone == "m on d, scope layer, K = 4, plain, seed 0: is missing in the second run."
-    assert _compare.broken(found, 3) == [gone], "a drop of just so much is allowed"
+    assert _compare.broken(found, 6) == [gone], "a drop of just so much is allowed"
     assert _compare.answer(found).endswith("Cells gone: 1; new: 1.")
 
 
@@ -87,7 +89,7 @@ def test_as_many_points_as_may_be_lost_may_be_lost_whatever_the_rounding():
     change = 100 * (0.930 - 0.937)  # -0.7 and a little
     assert change < -0.7
     cell = {"model": "m", "data": "d", "scope": "layer", "k": 2, "method": "plain", "seed": 0}
-    rates = {"top1_before": 93.7, "top1_after": 93.0, "change_low": -1.0, "change_high": 0.0}
+    rates = {"top1_before": 93.7, "top1_after": 93.0, "change_low": -1.0, "change_high": 0.0, "images": 1000}
     table = pd.DataFrame([cell | rates | {"change": change}])
     assert _compare.broken(table, 0.7) == []
     assert len(_compare.broken(table, 0.69)) == 1

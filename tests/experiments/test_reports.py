@@ -3,6 +3,7 @@ import io
 import re
 from importlib import metadata
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -39,30 +40,67 @@ def page():
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "HBox(children"}
     return _reports.to_html(
         notebook(
-            v4.new_markdown_cell("# How many would do?\n\nSee [the report](https://example.org)."),
+            v4.new_markdown_cell("# How many would do?\n\nFirst, see [the report](https://example.org)."),
             v4.new_code_cell("secret_code(1)", outputs=stream),
             shows({"image/png": png(5, 5, "red")}, {"text/html": "<table><tr><td>85.6</td></tr></table>"}),
             shows(widget, {HEADLINE: {"text": "Few"}, "text/markdown": "**Few would do**"}),
         ),
-        title="04-clustering",
+        Chapter("04-clustering", "done", "Few would do", question="How many would do?"),
+        before=Chapter("03-embedding", "done", question="Islands?"),
+        after=Chapter("05-accuracy", "not run"),
     )
 
 
 def test_a_page_shows_prose_pictures_tables_and_printed_text(page):
-    assert "<title>04-clustering</title>" in page
-    assert "How many would do?" in page
+    assert "<title>How many would do?</title>" in page
     assert "said on stdout" in page
     assert "<td>85.6</td>" in page
     assert re.search(r'<img[^>]*src="data:image/png;base64,', page)
     assert re.search(r"<strong>Few would do</strong>|\*\*Few would do\*\*", page)
 
 
-def test_a_page_has_its_code_folded(page):
-    before, folded, after = re.split(r'<details class="folded-code">(.*?)</details>', page, flags=re.DOTALL)[
-        :3
+def test_a_page_opens_with_its_question_then_its_answer_then_the_rest(page):
+    assert page.count("<h1") == 1
+    parts = ("<h1>How many would do?</h1>", '<p class="answer">Few would do</p>', "First, see")
+    places = [page.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_a_page_leads_to_the_index_and_to_its_neighbours(page):
+    assert re.findall(r'<a href="([^"]*html)"[^>]*>(.*?)</a>', page.partition("<h1")[0]) == [
+        ("index.html", "All questions"),
+        ("03-embedding.html", "← Islands?"),
+        ("05-accuracy.html", "05-accuracy →"),
     ]
+
+
+def test_a_page_without_an_answer_says_so_in_its_place():
+    made = _reports.to_html(notebook(), Chapter("n", "failed", error="a < b"))
+    assert '<p class="answer failed">The notebook has no answer: a &lt; b.</p>' in made
+
+
+def test_a_page_has_its_code_where_the_switch_hides_it(page):
+    before, folded, after = re.split(r'<div class="input">(.*?)</pre>', page, flags=re.DOTALL)[:3]
     assert "secret_code" in folded
     assert "secret_code" not in before + after
+    assert "body:not(:has(#code:checked)) .input { display: none; }" in before
+    assert page.count('<input type="checkbox" id="code"') == 1
+
+
+def test_pictures_have_the_text_of_their_figure_or_else_their_heading():
+    described = v4.new_output(
+        "display_data", {"image/png": png(5, 5, "red")}, metadata={"image/png": {"alt": "y against x"}}
+    )
+    cells = [
+        v4.new_markdown_cell("# Why?"),
+        shows({"image/png": png(5, 5, "red")}),
+        v4.new_markdown_cell("## The curve\n\n### In <detail>\n\nA line."),
+        shows({"image/png": png(5, 5, "red")}),
+        v4.new_code_cell("", outputs=[described]),
+    ]
+    page = _reports.to_html(notebook(*cells), Chapter("n", "done"))
+    texts = re.findall(r'alt="(.*?)"', page)
+    assert texts == ["Picture: Why?", "Picture: In &lt;detail&gt;", "y against x"]
 
 
 @pytest.mark.parametrize("noise", ["on stderr", "HBox(", "model_id", "In [", "In&nbsp;"])
@@ -73,7 +111,7 @@ def test_a_page_shows_no_prompts_progress_or_widgets(page, noise):
 def test_long_printed_text_is_cut_and_lines_that_were_drawn_over_are_left_out():
     text = "".join(f"line {i}\n" for i in range(1000)) + "10 %\r20 %\rdone\n" + "x" * 9000
     stream = v4.new_output("stream", name="stdout", text=text)
-    page = _reports.to_html(notebook(v4.new_code_cell("x", outputs=[stream])), title="t")
+    page = _reports.to_html(notebook(v4.new_code_cell("x", outputs=[stream])), Chapter("t", "done"))
     assert "line 99\n... 802 lines are left out here" in page
     assert "line 100\n" not in page
     assert "20 %" not in page
@@ -95,7 +133,7 @@ def test_a_page_needs_nothing_from_the_network(page):
 
 def test_making_a_page_leaves_the_notebook_alone():
     made = notebook(v4.new_code_cell("x", outputs=[v4.new_output("stream", name="stderr", text="bar")]))
-    _reports.to_html(made, title="t")
+    _reports.to_html(made, Chapter("t", "done"))
     assert made.cells[0].outputs[0].text == "bar"
 
 
@@ -123,9 +161,9 @@ def thumbnail(folder, *cells) -> np.ndarray:
 
 
 def test_the_thumbnail_is_the_first_picture_made_small(tmp_path):
-    first, second = ({"image/png": png(960, 200, colour)} for colour in [(9, 8, 7), "red"])
+    first, second = ({"image/png": png(1152, 240, colour)} for colour in [(9, 8, 7), "red"])
     found = thumbnail(tmp_path, shows(first), shows(second))
-    assert found.shape == (100, 480, 3)
+    assert found.shape == (120, 576, 3)
     assert (found == (9, 8, 7)).all()
 
 
@@ -137,16 +175,36 @@ def test_a_tagged_cells_picture_is_the_thumbnail_in_its_own_size(tmp_path):
 
 
 def test_rendering_writes_the_page_and_tells_the_chapter(tmp_path):
-    made = notebook(shows({HEADLINE: {"text": "Few"}}))
+    made = notebook(v4.new_markdown_cell("# Why?\nSo."), shows({HEADLINE: {"text": "Few"}}))
     found = _reports.render(made, tmp_path, Chapter("n", "done", seconds=2.5))
-    assert found == Chapter("n", "done", "Few", seconds=2.5)
-    assert "<title>n</title>" in (tmp_path / "n.html").read_text()
+    assert found == Chapter("n", "done", "Few", seconds=2.5, question="Why?")
+    assert "<title>Why?</title>" in (tmp_path / "n.html").read_text()
+
+
+def test_a_rebuilt_report_links_only_pages_that_are_there(tmp_path):
+    stems = ("01-a", "02-b", "03-c")
+    for stem in stems[::2]:
+        nbformat.write(notebook(v4.new_markdown_cell(f"# {stem}?")), tmp_path / f"{stem}.ipynb")
+    _reports.write(tmp_path, Report("x", chapters=tuple(Chapter(stem, "done") for stem in stems)))
+    index = _reports.rebuild(tmp_path, "x").read_text()
+    assert [x.question for x in _reports.read(tmp_path, "x").chapters] == ["01-a?", "", "03-c?"]
+    assert "01-a?" in index
+    assert '<a href="03-c.html" rel="next">03-c? →</a>' in (tmp_path / "01-a.html").read_text()
+    assert not (tmp_path / "02-b.html").exists()
 
 
 @pytest.fixture
 def index(tmp_path):
     chapters = [
-        Chapter("01-done", "done", "K < N & more", thumbnail="data:image/png;base64,AAAA", seconds=61.2),
+        Chapter(
+            "01-done",
+            "done",
+            "K < N & more",
+            thumbnail="data:image/png;base64,AAAA",
+            seconds=61.2,
+            question="How <many>?",
+            thumbnail_alt="y of x",
+        ),
         Chapter("02-failed", "failed", error="<lambda> broke", seconds=3),
         Chapter("03-late", "not run"),
     ]
@@ -162,10 +220,17 @@ def index(tmp_path):
 def test_the_index_tells_each_chapters_state(index):
     blocks = re.findall("<article>.*?</article>", index, re.DOTALL)
     assert len(blocks) == 3
-    assert re.search('href="01-done.html"><img src="data:image/png;base64,AAAA".*61 s', blocks[0], re.DOTALL)
+    assert re.search(
+        'href="01-done.html"><img src="data:image/png;base64,AAAA" alt="y of x".*61 s', blocks[0], re.DOTALL
+    )
     assert re.search('href="02-failed.html".*"failed">failed: .*href="02-failed.ipynb"', blocks[1], re.DOTALL)
     assert '"not run">not run<' in blocks[2]
     assert "href" not in blocks[2]
+
+
+def test_the_index_lists_questions_and_names_files_only_where_there_is_none(index):
+    questions = re.findall(r"<h2>\s*(?:<a href=.*?>)?(.*?)(?:</a>)?\s*</h2>", index)
+    assert questions == ["How &lt;many&gt;?", "02-failed", "03-late"]
 
 
 def test_the_index_escapes_what_it_is_given(index):

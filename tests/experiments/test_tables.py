@@ -3,7 +3,7 @@ import pandas as pd
 from kclib.experiments import tables
 
 
-def test_a_table_for_readers_has_columns_for_what_varies():
+def test_a_table_for_readers_opens_with_the_drop_and_names_what_varies():
     row = {
         "model": "a", "data": "b", "scope": "global", "k": 4096, "clusters": 4096, "method": "plain",
         "seed": 0, "top5": 99.55,
@@ -13,14 +13,17 @@ def test_a_table_for_readers_has_columns_for_what_varies():
     }  # fmt: skip
     dense = row | {"scope": "dense", "method": "dense", "k": 0, "drop": 0.0, "p_value": 1.0}
     one = tables.readable(pd.DataFrame([dense, row]))
-    assert one.codebook.tolist() == ["dense", "for all"]
-    assert one.K.tolist() == ["–", "4,096"]
+    assert one.columns[:2].tolist() == ["clustering", "drop (points)"]
+    assert one.clustering.tolist() == ["dense", "4,096 for all"]
     assert one["drop (points)"].tolist()[1] == "8.85 [7.38, 10.32]"
+    assert one["kernels removed (%)"].tolist()[1] == "> 99.99", "not all of them"
+    assert one["bytes removed (%)"].tolist()[1] == "95.56"
     assert one.p.tolist() == ["1.000", "< 0.001"]
     assert one.seconds.tolist() == ["7", "7"]
     two = tables.readable(pd.DataFrame([dense, row, row | {"method": "turned", "scope": "layer"}]))
-    assert two.columns.tolist() == ["method", *one.columns]
-    assert two.codebook.tolist()[2] == "a layer"
+    first, second, *rest = one.columns
+    assert two.columns.tolist() == [first, second, "method", *rest]
+    assert two.clustering.tolist()[2] == "4,096 a layer"
 
 
 def test_bytes_are_told_in_a_unit_that_leaves_digits():
