@@ -286,9 +286,15 @@ def picture(results: pd.DataFrame) -> str:
         names = rows.scope.where(rows.method.isin(["dense", "plain"]), rows.scope + ", " + rows.method)
         plots.accuracy_curve(rows.assign(scope=names), x="bytes_removed", ax=ax)
         ax.set_title(f"{model} on {data}", fontsize=10)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=120)
+    url = as_url(figure)
     plt.close(figure)
+    return url
+
+
+def as_url(figure: Figure) -> str:
+    """Return a figure as a ``data:`` URL of a PNG, which a page holds in itself."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
     return _data_url(file.getvalue())
 
 
