@@ -70,7 +70,7 @@ class Trial:
         rows = {
             "top-1 (%)": (str(self.before.top1), str(self.after.top1)),
             "drop (points)": ("", str(self.lost.points)),
-            "different kernels": (f"{of:,}", f"{kept:,}"),
+            "kernels stored": (f"{of:,}", f"{kept:,}"),
             "kernels removed (%)": ("", f"{100 * self.clusters.kernels_removed:.2f}"),
         }
         for where, (dense, small) in self.n_bytes.iterrows():
@@ -82,7 +82,7 @@ class Trial:
     def answer(self) -> str:
         """The whole in one sentence."""
         return (
-            f"With {self.clusters.kernels_removed:.2%} of its kernels removed, {self.model} answers "
+            f"With {100 * self.clusters.kernels_removed:.2f} % of its kernels removed, {self.model} answers "
             f"{self.after.top1.estimate:.2f} % of {len(self.before.correct):,} images rightly, in place of "
             f"{self.before.top1.estimate:.2f} %, and its file is "
             f"{self.n_bytes.dense['in a file'] / self.n_bytes.clustered['in a file']:.1f} times smaller."

@@ -1,0 +1,23 @@
+"""Cluster points: k-means for millions of small points, at any K.
+
+This room knows nothing of kernels or networks. `fit` makes one clustering of an array, `ladder` makes one for
+each of several K, and the same seed gives the same result for any number of threads. The modules hold the
+parts: starts, rounds, exact nearest centres, points up to scale or turns, a price for indices, and points
+beyond one machine's memory.
+
+Examples
+--------
+>>> import kclib, numpy as np
+>>> points = np.array([[0, 0], [0, 1], [9, 9], [9, 8]], np.float32)
+>>> found = kclib.kmeans.fit(points, 2)
+>>> sorted(found.centres.tolist()), found.inertia
+([[0.0, 0.5], [9.0, 8.5]], 1.0)
+>>> [rung.inertia for rung in kclib.kmeans.ladder(points, [1, 2, 4]).rungs]
+[146.0, 1.0, 0.0]
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"_fitting": ["fit", "ladder", "Ladder"], "_settings": ["KMeans", "Options"]}
+)

@@ -1,0 +1,110 @@
+"""What a k-means fit is given and what comes of it: values, their checks, and progress."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kclib._util import checks
+from kclib._util import threads as util_threads
+from kclib.errors import InvalidValueError
+
+FLAT = 256  # up to this K, centres are drawn from all points at once and rounds are exact
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """A partition of n points into K non-empty clusters.
+
+    Attributes
+    ----------
+    centres : numpy.ndarray
+        float32 ``(K, d)``, all distinct.
+    labels : numpy.ndarray
+        int32 ``(n,)``: the index of each point's nearest centre, exact to float32 rounding.
+    inertia : float
+        Weighted sum of squared distances of the points to their centres, summed in float64.
+    iterations : int
+        Times that the centres were moved to their points' means, over all points.
+    converged : bool
+        Whether the last of these lowered the inertia by no more than `tol` of it. False if the rounds or the
+        caller's patience ended before.
+    search : str
+        How the labels were found: ``pruned`` (by the triangle inequality), ``streamed`` (so too, block by
+        block), or the name of a torch device (every centre compared there). All are exact.
+    """
+
+    centres: np.ndarray
+    labels: np.ndarray
+    inertia: float
+    iterations: int
+    converged: bool
+    search: str = "pruned"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a fit is made; the parameters of `_fitting.fit` that have no part in what is fitted."""
+
+    max_iter: int
+    tol: float | None
+    reach: float | None
+    seed: int
+    n_threads: int | None
+
+    def __post_init__(self):
+        object.__setattr__(self, "max_iter", checks.check_whole("max_iter", self.max_iter, 0))
+        if self.tol is not None:
+            checks.check_real("tol", self.tol, lambda x: x >= 0, "a share of the inertia, at least 0")
+        if self.reach is not None:
+            checks.check_real("reach", self.reach, lambda x: x > 0, "above 0, or None for exact rounds")
+        object.__setattr__(self, "seed", checks.check_seed(self.seed))
+        if self.n_threads is not None:
+            checks.check_whole("n_threads", self.n_threads, 1)
+
+    def tolerance(self, n_clusters: int) -> float:
+        """Return the share of the inertia that a round must gain; by default more where it costs more."""
+        return self.tol if self.tol is not None else 2e-3 if n_clusters <= FLAT else 1e-2
+
+    @property
+    def threads(self) -> int:
+        """Number of threads; all processors if not given."""
+        return util_threads.threads(self.n_threads)
+
+
+def check_k(n_clusters: int, n: int) -> int:
+    """Return K as Python's own number; raise InvalidValueError unless it is a whole one from 1 to n."""
+    return checks.check_whole("n_clusters", n_clusters, 1, n, "the number of kernels")
+
+
+def checked_points(points) -> np.ndarray:
+    """Return points as contiguous float32 ``(n, d)``; raise InvalidValueError if they are not finite such."""
+    points = checks.floats("the points", points)
+    if points.ndim != 2 or not points.shape[1]:
+        raise InvalidValueError(f"the points have shape {points.shape}; it must be (n, d).")
+    if not all(np.isfinite(points[part]).all() for part in util_threads.blocks(len(points))):
+        raise InvalidValueError("the points hold NaN or infinite values; they must be finite.")
+    return points
+
+
+def checked_weights(weights, n: int) -> np.ndarray | None:
+    """Return weights as float32 ``(n,)``, None if none are given; raise InvalidValueError if out of range."""
+    if weights is None:
+        return None
+    weights = checks.floats("weights", weights)
+    if weights.shape != (n,):
+        raise InvalidValueError(f"weights have shape {weights.shape}; it must be ({n},).")
+    if not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
+        raise InvalidValueError("weights must be finite, at least 0, and not all 0.")
+    return weights
+
+
+def counted(weights: np.ndarray | None) -> np.ndarray | None:
+    """Return the weights of a group's points; None, so that all count alike, where all of them are 0."""
+    return None if weights is None or not weights.any() else weights
+
+
+def required_weights(weights, n: int) -> np.ndarray:
+    """Return weights as `checked_weights` does; raise InvalidValueError also if none are given."""
+    if weights is None:
+        raise InvalidValueError("weights is None; give what errors cost, such as sensitivity.weights.")
+    return checked_weights(weights, n)
