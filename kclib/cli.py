@@ -239,7 +239,7 @@ def _show_written(contents, model, out: Path) -> None:
 
 @_command(
     "kclib inspect small.safetensors",
-    "kclib compress resnet18 --clusters 512 -o a.safetensors && kclib inspect a.safetensors",
+    "kclib inspect reports/try/small.safetensors",
 )
 def inspect(file: _FILE) -> None:
     """Show what a compressed file holds, without its network."""
