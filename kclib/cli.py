@@ -599,9 +599,7 @@ def batch(
     from kclib.experiments import _profiles
 
     changes = dict(_assignment(text) for text in change or ())
-    found = _profiles.load(profile, changes=changes)
-    typer.echo(runner.summary(found, out), err=True)
-    index = runner.run(found, out)
+    index = runner.run(_profiles.load(profile, changes=changes), out)
     typer.echo(f"report: {index.resolve()}")
     if show and sys.stdout.isatty():
         typer.launch(str(index.resolve()))

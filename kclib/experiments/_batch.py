@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -67,7 +68,8 @@ def summary(profile: Profile, out: Path) -> str:
     seconds = sum(expected(profile, out).values())
     unit = "minutes:seconds" if seconds < 3600 else "hours:minutes:seconds"
     time = tqdm.format_interval(round(seconds))
-    return f"{len(profile.seconds):,} notebooks; they take about {time} ({unit})."
+    n = len(profile.seconds)
+    return f"{n:,} notebook{'' if n == 1 else 's'} to run, in about {time} ({unit})."
 
 
 def _as_given(parameters: Mapping[str, object]) -> dict[str, object]:
@@ -77,6 +79,7 @@ def _as_given(parameters: Mapping[str, object]) -> dict[str, object]:
 
 def _run(profile: Profile, folder: Path) -> Path:
     seconds = expected(profile, folder.parent)
+    print(summary(profile, folder.parent), file=sys.stderr)
     chapters = [Chapter(stem, "not run", parameters=given) for stem, given in profile.parameters.items()]
     about = _provenance.stamp() | _hashes(profile)
     index = _write(folder, profile, chapters, about)
