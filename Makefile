@@ -1,19 +1,32 @@
-# Every target first makes the environment in .venv; `make run` and `make test` are all a newcomer needs.
+# Every target first makes the environment in .venv, and those that test add what tests need; `make try`,
+# `make run` and `make test` are all a newcomer needs.
 PYTHON ?= python3
 PROFILE ?= smoke
 BIN := .venv/bin
+# Most of torch's modules are never imported, so each is compiled when it first is; tests, where the warnings
+# of compiling would be errors, compile all beforehand.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab dashboard test faults fuzz lint bench tables docs linkcheck soak train clean clean-all
+.PHONY: help setup try run lab dashboard test faults fuzz lint bench tables docs linkcheck soak train clean clean-all
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-setup: .venv/ready  ## Make the environment in .venv
+setup: .venv/ready  ## Make the environment in .venv (on Linux 7 GB, most of it torch with its GPU libraries)
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo "Installing kclib and what it needs into .venv takes minutes, most of them for torch."
+	$(INSTALL) .
 	touch $@
+
+.venv/tested: .venv/ready
+	$(INSTALL) '.[test]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	touch $@
+
+try: setup  ## Show in a minute what clustering the shipped model saves and costs
+	$(BIN)/kclib try
 
 run: setup  ## Compute the sweep, run all notebooks and write the report (PROFILE=smoke|full|imagenet)
 	$(BIN)/kclib sweep $(PROFILE)
@@ -25,27 +38,27 @@ lab: setup  ## Open JupyterLab on the notebooks
 dashboard: setup  ## Serve notebook 04's explorer alone, as a page (Voila)
 	$(BIN)/voila notebooks/04-clustering.ipynb --Voila.config_file_paths=notebooks/dashboard
 
-test: setup  ## Run the tests: browsers' alone, then a file of them to a processor, the longest first
+test: .venv/tested  ## Run the tests: browsers' alone, then a file of them to a processor, the longest first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --ignore=tests/browser
 
-soak: setup  ## What is too long for every day: 200 kills, whole profiles on the shipped model (at most 30 minutes)
+soak: .venv/tested  ## What is too long for every day: 200 kills, whole profiles on the shipped model (at most 30 minutes)
 	SOAK=1 OMP_NUM_THREADS=1 timeout --kill-after=30 30m $(BIN)/python -m pytest -n logical --maxprocesses=4 \
 		--dist=loadfile --no-loadscope-reorder tests/test_survival.py tests/test_embedding.py tests/test_notebooks*.py
 
-faults: setup  ## Try every fault and write docs/what-happens-if.md from what is seen (as root)
+faults: .venv/tested  ## Try every fault and write docs/what-happens-if.md from what is seen (as root)
 	WRITE_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0
 
-fuzz: setup  ## Damage files at random and read them, 30,000 times a test
+fuzz: .venv/tested  ## Damage files at random and read them, 30,000 times a test
 	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
-lint: setup  ## Check style, import order, and that notebooks carry no outputs
+lint: .venv/tested  ## Check style, import order, and that notebooks carry no outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/lint-imports
 
-bench: setup  ## Measure what the tables show (WEIGHTS=a safetensors file of other kernels; four hours, resumable)
+bench: .venv/tested  ## Measure what the tables show (WEIGHTS=a safetensors file of other kernels; four hours, resumable)
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.sweeps

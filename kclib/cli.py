@@ -2,42 +2,102 @@
 
 import contextlib
 import functools
+import os
+import re
+import shlex
 import sys
-from collections.abc import Callable
+import webbrowser
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import yaml
+from typer.core import TyperCommand
 
 import kclib
 from kclib._util import files, progress_bars
 from kclib.errors import FailedRunError, InvalidValueError, KclibError, SweepError
 from kclib.models import _factories
 
-_PROFILE = Annotated[str, typer.Argument(help="smoke, full, imagenet, or the path of a YAML file.")]
-_OUT = Annotated[Path, typer.Option(help="Folder of the reports.")]
+
+class _Command(TyperCommand):
+    """A command whose help names arguments as the usage line does; what they are, it says in words."""
+
+    def format_options(self, ctx, formatter) -> None:
+        """Write the arguments and the options, each kind in a section."""
+        sections = {"argument": [], "option": []}
+        for parameter in self.get_params(ctx):
+            name, text = parameter.get_help_record(ctx)
+            sections[parameter.param_type_name].append((re.sub(r" <[^>]*>$", "", name), text))
+        for kind, rows in sections.items():
+            if rows:
+                with formatter.section(f"{kind.title()}s"):
+                    formatter.write_dl(rows)
+
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Cluster the 2D kernels of a CNN and see what it saves and costs.",
 )  # fmt: skip
 _debug = False  # whether errors end in a traceback: an option before the command
 
+
+def _command(*examples: str, name: str | None = None) -> Callable[[Callable], Callable]:
+    """Add a function as a command, with examples at the end of its help."""
+    lines = "\n".join(f"  {example}" for example in examples)
+    return app.command(name, cls=_Command, epilog=f"\b\nExamples:\n{lines}")
+
+
+def _at_least_one(text: str | int) -> int:
+    """Return a whole number from the command line, or a default, 1 or more."""
+    text = str(text)
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is not a whole number, 1 or more.")
+    return int(text)
+
+
+_PROFILE = Annotated[
+    str, typer.Argument(metavar="PROFILE", help="smoke, full, imagenet, or the path of a YAML file.")
+]
+_OUT = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the reports.")]
+_NAMED_MODEL = "A name kclib.load_model knows, such as resnet18, or package.module:factory."
+_MODEL = Annotated[str, typer.Argument(metavar="MODEL", help=_NAMED_MODEL)]
+_FILE = Annotated[Path, typer.Argument(metavar="FILE", help="A file that compress wrote.")]
+_ARCHITECTURE = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Its architecture, if the file names none or package.module:factory."),
+]
+_NAMED_DATA = "A name kclib.load_data knows, such as fashion-mnist, or folder:PATH."
+_K = {"metavar": "NUMBER", "parser": _at_least_one}
 _CLASSES = Annotated[
     str,
     typer.Option(
-        help="Names of the network's outputs in their order, by commas; or 'by position', the data set's."
+        metavar="NAMES",
+        help="Names of the network's outputs in their order, by commas; or 'by position', the data set's.",
     ),
 ]
 _SHAPE = Annotated[
     tuple[int, int, int] | None,
-    typer.Option(help="Channels, height, width of an input, where no preprocessing says so."),
+    typer.Option(
+        metavar="CHANNELS HEIGHT WIDTH", help="Shape of an input, where no preprocessing says what it is."
+    ),
 ]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kclib {kclib.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
 ) -> None:
     """Cluster the 2D kernels of a CNN and see what it saves and costs."""
     global _debug
@@ -56,21 +116,275 @@ def _aside(command: Callable) -> Callable:
     return run
 
 
-@app.command()
+@_command(
+    "kclib compress vgg16-fashion --clusters 4096 --data fashion-mnist -o small.safetensors",
+    "kclib compress package.module:factory --weights checkpoint.pt --clusters 256 -o small.safetensors",
+)
+@_aside
+def compress(
+    model: _MODEL,
+    clusters: Annotated[int, typer.Option(help="K, the clusters of a codebook: 1 or more.", **_K)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            parser=files.output,
+            help="The safetensors file to write; - is standard output.",
+        ),
+    ],
+    scope: Annotated[
+        str, typer.Option(metavar="SCOPE", help="layer or global: what shares a codebook.")
+    ] = "layer",
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights in place of the model's own.")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="Of codebooks: fp32, fp16, bf16, int8 or int4; the model's own by default.",
+        ),
+    ] = None,
+    linear: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="Of linear layers' weights in the file: int8 or int4; by default they stay.",
+        ),
+    ] = None,
+    indices: Annotated[
+        str, typer.Option(metavar="CODING", help="entropy or fixed: how indices are coded.")
+    ] = "entropy",
+    scaled: Annotated[bool, typer.Option("--scaled", help="Each kernel has a scale.")] = False,
+    turned: Annotated[bool, typer.Option("--turned", help="Kernels may be flipped and rotated.")] = False,
+    seed: Annotated[int, typer.Option(metavar="NUMBER", help="Of the clustering.")] = 0,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Evaluate both networks on this data set, and keep the accuracy in the file."
+        ),
+    ] = None,
+    classes: _CLASSES = "",
+    shape: _SHAPE = None,
+) -> None:
+    """Cluster a model's kernels and write it as a compressed file."""
+    files.check_output(out, binary=True)
+    with _step("loading the model"):
+        loaded = kclib.load_model(model, weights=weights, input_shape=shape)
+        images = kclib.load_data(data) if data else None
+        bank = kclib.extract(loaded)
+    result = kclib.cluster(bank, clusters, scope=scope, scaled=scaled, turned=turned, seed=seed)
+    for note in result.notes:
+        typer.echo(note)
+    with _step("packing"):
+        small = kclib.compress(loaded, result, precision=precision, linear=linear)
+    accuracy, write = (
+        None,
+        functools.partial(kclib.save, small, out, architecture=model, indices=indices),
+    )
+    if not files.is_stream(out):  # which is written to once
+        with _step("writing"):
+            contents = write()
+        _show_written(contents, loaded, out)
+    try:
+        accuracy = (
+            _accuracy(small, images, "cpu", classes, dense=loaded) if data else None
+        )  # other people's code, that may fail
+    finally:
+        if files.is_stream(out):
+            _show_written(write(accuracy=accuracy), loaded, out)
+        elif accuracy is not None:
+            write(accuracy=accuracy)
+    if not data:
+        typer.echo(_not_measured(model, out, classes, shape))
+
+
+@contextlib.contextmanager
+def _step(what: str) -> Iterator[None]:
+    """Show how long a part of the work has taken, from two seconds on, where nothing tells how far it is."""
+    form = "{desc}: {elapsed}"
+    with (
+        progress_bars.tqdm(desc=what, delay=2, leave=False, bar_format=form) as bar,
+        progress_bars.ticking(bar),
+    ):
+        yield
+
+
+def _not_measured(model: str, out: Path, classes: str, shape: tuple[int, int, int] | None) -> str:
+    """Return the sentence that says how the accuracy of a file is measured."""
+    if files.is_stream(out):
+        return "its accuracy was not measured; --data DATA does it"
+    data = "fashion-mnist" if model == "vgg16-fashion" else "DATA"
+    command = ["kclib", "evaluate", str(out), "--data", data]
+    command += ["--model", model] if ":" in model else []
+    command += ["--classes", classes] if classes else []
+    command += ["--shape", *map(str, shape)] if shape else []
+    where = "" if data != "DATA" else " (DATA: folder:PATH of its test images, or a name such as imagenet)"
+    return f"its accuracy was not measured; this does it{where}:\n  {shlex.join(command)}"
+
+
+def _show_written(contents, model, out: Path) -> None:
+    """Print a file's bytes, part by part, beside those of the dense network, and where it is."""
+    from kclib.compression import byte_counts
+
+    dense = byte_counts.dense_bytes(model)
+    _show_bytes(contents)
+    typer.echo(
+        f"{dense / contents.bytes.sum():.2f} times smaller than the {dense:,} bytes of the dense weights"
+    )
+    typer.echo(files.named(out))
+
+
+@_command(
+    "kclib inspect small.safetensors",
+    "kclib inspect reports/try/small.safetensors",
+)
+def inspect(file: _FILE) -> None:
+    """Show what a compressed file holds, without its network."""
+    from kclib.compression import _container
+
+    contents = _container.inspect(file)
+    about = contents.description
+    accuracy = "unknown" if about["accuracy"] is None else f"{about['accuracy']:.2f} %"
+    typer.echo(
+        f"architecture {about['architecture']}, accuracy {accuracy}, written by kclib {about['kclib']}"
+    )
+    typer.echo(f"SHA-256 of the contents {contents.sha256}")
+    layers = contents.layers
+    if (layers.same_as == layers.index).all():
+        layers = layers.drop(columns="same_as")
+    typer.echo(f"\n{contents.groups.to_string()}\n\n{layers.to_string()}\n")
+    _show_bytes(contents)
+
+
+@_command(
+    "kclib evaluate small.safetensors --limit 1000",
+    "kclib evaluate small.safetensors --model package.module:factory --data folder:images",
+)
+def evaluate(
+    file: _FILE,
+    data: Annotated[str, typer.Option(metavar="DATA", help=_NAMED_DATA)] = "fashion-mnist",
+    limit: Annotated[
+        int | None, typer.Option(metavar="NUMBER", help="So many images only, the same each time.")
+    ] = None,
+    model: _ARCHITECTURE = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, mps.")] = "cpu",
+    classes: _CLASSES = "",
+    shape: _SHAPE = None,
+) -> None:
+    """Evaluate a compressed file's accuracy; its weights stay packed."""
+    from kclib.models import _model
+
+    with _step("loading"):
+        loaded = _model.told(kclib.load(file, architecture=model, device=device), input_shape=shape)
+        images = kclib.load_data(data, limit=limit)
+    _accuracy(loaded, images, device, classes)
+
+
+@_command(
+    "kclib export small.safetensors small.onnx", "kclib export small.safetensors dense.pt2 --shape 3 224 224"
+)
+@_aside
+def export(
+    file: _FILE,
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            parser=files.output,
+            help="An .onnx file, or .pt2 for torch.export (dense); - is standard output, as ONNX.",
+        ),
+    ],
+    dense: Annotated[bool, typer.Option("--dense", help="Dense weights in the ONNX file.")] = False,
+    shape: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(metavar="CHANNELS HEIGHT WIDTH", help="Shape of an input; the model's own by default."),
+    ] = None,
+    model: _ARCHITECTURE = None,
+) -> None:
+    """Write a compressed file for other runtimes."""
+    with _step("exporting"):
+        from kclib.compression import _exporting  # which takes seconds to import
+
+        _exporting.kind_of(out)
+        files.check_output(out, binary=True)
+        loaded = kclib.load(file, architecture=model)
+        kclib.export(loaded, out, shape=shape, dense=dense)
+    typer.echo(
+        files.named(out) if files.is_stream(out) else f"{files.named(out)}: {out.stat().st_size:,} bytes"
+    )
+
+
+@_command(
+    "kclib try",
+    "kclib try package.module:factory --data folder:images",
+    name="try",
+)
+def first_try(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_NAMED_MODEL)] = "vgg16-fashion",
+    data: Annotated[str, typer.Option(metavar="DATA", help=_NAMED_DATA)] = "fashion-mnist",
+    clusters: Annotated[int, typer.Option(help="K, for each layer: 1 or more.", **_K)] = 1024,
+    limit: Annotated[int, typer.Option(help="Images to evaluate on: 1 or more.", **_K)] = 1000,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights in place of the model's own.")
+    ] = None,
+    classes: _CLASSES = "",
+    shape: _SHAPE = None,
+    out: _OUT = Path("reports"),
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+) -> None:
+    """Show in a minute what clustering a model saves and costs.
+
+    By default it is the shipped one, on the shipped images.
+    """
+    with _step("starting"):
+        from kclib.experiments import _first_try
+
+        loaded = kclib.load_model(model, weights=weights, input_shape=shape)
+        images = kclib.load_data(data)
+    result, page = _first_try.run(
+        loaded, images, out / "try", n_clusters=clusters, limit=limit, classes=_names(classes)
+    )
+    for note in result.notes:
+        typer.echo(note)
+    typer.echo(f"\n{result.table.to_string()}\n\n{result.answer}\npage: {page.resolve()}\n\nGo further:")
+    for command, what in _first_try.NEXT.items():
+        typer.echo(f"  {command:<55}{what}")
+    if show:
+        _open(page)
+
+
+def _open(page: Path) -> None:
+    """Open a page in a browser that has windows; where there is none, nothing is done."""
+    windows = sys.platform in ("darwin", "win32") or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
+    if windows and sys.stdout.isatty():
+        with contextlib.suppress(OSError, webbrowser.Error):
+            webbrowser.open(page.resolve().as_uri())
+
+
+@_command("kclib sweep smoke --dry-run", "kclib sweep my.yaml --jobs 4")
 def sweep(
     profile: _PROFILE,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the cells and what they take; compute none.")
     ] = False,
-    jobs: Annotated[int, typer.Option(help="Cells side by side.")] = 1,
-    backend: Annotated[str, typer.Option(help="Of joblib: loky, dask or ray.")] = "loky",
+    jobs: Annotated[int, typer.Option(help="Cells side by side: 1 or more.", metavar="NUMBER")] = 1,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="Of joblib: loky, dask or ray.")] = "loky",
     scheduler: Annotated[
-        str, typer.Option(help="Address of a Dask scheduler or a Ray cluster; else one is started here.")
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="Of a Dask scheduler or a Ray cluster; else one is started here."
+        ),
     ] = "",
     rerun: Annotated[bool, typer.Option("--rerun", help="Compute again what is stored.")] = False,
     out: _OUT = Path("reports"),
 ) -> None:
-    """Compute the cells of a profile's sweep that the store does not have, and write their report."""
+    """Compute a sweep and write its report.
+
+    What the store has of its cells is not computed again.
+    """
     from kclib.experiments import _grid
     from kclib.experiments._pool import Workers
     from kclib.store import Store
@@ -94,9 +408,12 @@ def sweep(
         )
 
 
-@app.command()
+@_command("kclib report smoke", "kclib report my.yaml --out elsewhere")
 def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
-    """Write a profile's report anew, from the store and the executed notebooks; compute nothing."""
+    """Write a profile's report anew, computing nothing.
+
+    It is made from the store and the executed notebooks.
+    """
     from kclib.experiments import _grid, _profiles, _reports
     from kclib.store import Store
 
@@ -111,24 +428,32 @@ def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
     typer.echo(f"report: {index.resolve()}")
 
 
-@app.command()
+@_command('kclib results --where "k == 4096"', "kclib results clustering --csv found.csv")
 @_aside
 def results(
     kind: Annotated[
-        str, typer.Argument(help="What is stored: evaluation, clustering, curve ...")
+        str, typer.Argument(metavar="KIND", help="What is stored: evaluation, clustering, curve ...")
     ] = "evaluation",
     where: Annotated[
-        str, typer.Option(help="A pandas query over the columns, such as \"scope == 'global' and k > 99\".")
+        str,
+        typer.Option(
+            metavar="QUERY", help="A pandas query over the columns, such as \"scope == 'global' and k > 99\"."
+        ),
     ] = "",
-    columns: Annotated[str, typer.Option(help="Names of the columns to show, by commas; all if empty.")] = "",
+    columns: Annotated[
+        str, typer.Option(metavar="NAMES", help="Names of the columns to show, by commas; all if empty.")
+    ] = "",
     csv: Annotated[
         Path | None,
         typer.Option(
-            parser=files.output, help="Write them all as CSV in place of showing them; - prints it."
+            metavar="FILE",
+            parser=files.output,
+            help="Write them all as CSV in place of showing them; - prints it.",
         ),
     ] = None,
     parquet: Annotated[
-        Path | None, typer.Option(parser=files.output, help="Write them all as parquet; - as for CSV.")
+        Path | None,
+        typer.Option(metavar="FILE", parser=files.output, help="Write them all as parquet; - as for CSV."),
     ] = None,
 ) -> None:
     """List what the store has, filtered."""
@@ -147,13 +472,18 @@ def results(
         typer.echo(_text(table) if len(table) else f"{store.root} has nothing like that.")
 
 
-@app.command()
+@_command("kclib gc --dry-run", "kclib gc --days 90 --yes")
 def gc(
-    days: Annotated[float | None, typer.Option(help="Remove entries older than this too.")] = None,
+    days: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="Remove entries older than so many days too.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; remove nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it without asking.")] = False,
 ) -> None:
-    """Remove from the store what nobody will ask for: damaged, of earlier versions, left by killed runs."""
+    """Remove from the store what nobody will ask for.
+
+    That is damaged, of earlier versions, or left by killed runs.
+    """
     from kclib.store import Store
 
     def agree(garbage) -> bool:
@@ -170,20 +500,29 @@ def gc(
         typer.echo(f"{len(garbage):,} files, {garbage.bytes.sum():,} bytes removed")
 
 
-@app.command()
+@_command(
+    "kclib compare reports/before reports/smoke", "kclib compare before.parquet after.parquet --max-drop 0.5"
+)
 @_aside
 def compare(
-    before: Annotated[Path, typer.Argument(help="results.parquet of a sweep, or its report's folder.")],
-    after: Annotated[Path, typer.Argument(help="Of another run.")],
+    before: Annotated[
+        Path, typer.Argument(metavar="BEFORE", help="results.parquet of a sweep, or its report's folder.")
+    ],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="Of another run.")],
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Fail (exit code 1) if a cell lost more points than this, or is gone."),
+        typer.Option(
+            metavar="POINTS", help="Fail (exit code 1) if a cell lost more points than this, or is gone."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(parser=files.output, help="The page to write; - prints it.")] = Path(
-        "changes.html"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", parser=files.output, help="The page to write; - prints it.")
+    ] = Path("changes.html"),
 ) -> None:
-    """Show what moved between two runs of a sweep, with intervals; a gate for CI."""
+    """Show what moved between two runs of a sweep.
+
+    Changes have intervals; --max-drop makes it a gate for CI.
+    """
     from kclib.experiments import _compare as experiments_compare
 
     files.check_output(out)
@@ -240,19 +579,22 @@ def _filtered(table, where: str, columns: list[str]):
     return table[columns] if columns and len(table) else table
 
 
-@app.command()
+@_command(
+    "kclib batch --profile smoke --set limit=500",
+    "kclib batch --set model=package.module:factory --set data=folder:images",
+)
 def batch(
     profile: Annotated[
-        str, typer.Option(help="smoke, full, imagenet, or the path of a YAML file.")
+        str, typer.Option(metavar="PROFILE", help="smoke, full, imagenet, or the path of a YAML file.")
     ] = "smoke",
-    out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("reports"),
+    out: _OUT = Path("reports"),
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", help="name=value: replace a parameter; repeatable."),
+        typer.Option("--set", metavar="NAME=VALUE", help="Replace a parameter; repeatable."),
     ] = None,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the report when done.")] = True,
 ) -> None:
-    """Run the notebooks of a profile in order and write a report."""
+    """Run a profile's notebooks and write a report."""
     from kclib.experiments import _batch as runner
     from kclib.experiments import _profiles
 
@@ -261,148 +603,6 @@ def batch(
     typer.echo(f"report: {index.resolve()}")
     if show and sys.stdout.isatty():
         typer.launch(str(index.resolve()))
-
-
-@app.command()
-@_aside
-def compress(
-    model: Annotated[str, typer.Argument(help="A name kclib.load_model knows, or package.module:factory.")],
-    clusters: Annotated[int, typer.Option(min=1, help="K, clusters a group.")],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", parser=files.output, help="The safetensors file to write; - is standard output."
-        ),
-    ],
-    scope: Annotated[str, typer.Option(help="layer or global: what shares a codebook.")] = "layer",
-    weights: Annotated[Path | None, typer.Option(help="Weights in place of the model's own.")] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(help="Of codebooks: fp32, fp16, bf16, int8 or int4; the model's own by default."),
-    ] = None,
-    linear: Annotated[
-        str | None,
-        typer.Option(help="Of linear layers' weights in the file: int8 or int4; by default they stay."),
-    ] = None,
-    indices: Annotated[str, typer.Option(help="entropy or fixed: how indices are coded.")] = "entropy",
-    scaled: Annotated[bool, typer.Option("--scaled", help="Each kernel has a scale.")] = False,
-    turned: Annotated[bool, typer.Option("--turned", help="Kernels may be flipped and rotated.")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Evaluate both networks on this data set, and keep the accuracy in the file."),
-    ] = None,
-    classes: _CLASSES = "",
-    shape: _SHAPE = None,
-) -> None:
-    """Cluster a model's kernels and write it as a compressed file."""
-
-    files.check_output(out, binary=True)
-    loaded = kclib.load_model(model, weights=weights, input_shape=shape)
-    images = kclib.load_data(data) if data else None
-    result = kclib.cluster(
-        kclib.extract(loaded), clusters, scope=scope, scaled=scaled, turned=turned, seed=seed
-    )
-    for note in result.notes:
-        typer.echo(note)
-    small = kclib.compress(loaded, result, precision=precision, linear=linear)
-    accuracy, write = (
-        None,
-        functools.partial(kclib.save, small, out, architecture=model, indices=indices),
-    )
-    if not files.is_stream(out):  # which is written to once
-        _show_written(write(), loaded, out)
-    try:
-        accuracy = (
-            _accuracy(small, images, "cpu", classes, dense=loaded) if data else None
-        )  # other people's code, that may fail
-    finally:
-        if files.is_stream(out):
-            _show_written(write(accuracy=accuracy), loaded, out)
-        elif accuracy is not None:
-            write(accuracy=accuracy)
-
-
-def _show_written(contents, model, out: Path) -> None:
-    """Print a file's bytes, part by part, beside those of the dense network, and where it is."""
-    from kclib.compression import byte_counts
-
-    dense = byte_counts.dense_bytes(model)
-    _show_bytes(contents)
-    typer.echo(
-        f"{dense / contents.bytes.sum():.2f} times smaller than the {dense:,} bytes of the dense weights"
-    )
-    typer.echo(files.named(out))
-
-
-@app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="A file that compress wrote.")]) -> None:
-    """Show what a compressed file holds, without its network."""
-    from kclib.compression import _container
-
-    contents = _container.inspect(file)
-    about = contents.description
-    accuracy = "unknown" if about["accuracy"] is None else f"{about['accuracy']:.2f} %"
-    typer.echo(
-        f"architecture {about['architecture']}, accuracy {accuracy}, written by kclib {about['kclib']}"
-    )
-    typer.echo(f"SHA-256 of the contents {contents.sha256}")
-    layers = contents.layers
-    if (layers.same_as == layers.index).all():
-        layers = layers.drop(columns="same_as")
-    typer.echo(f"\n{contents.groups.to_string()}\n\n{layers.to_string()}\n")
-    _show_bytes(contents)
-
-
-@app.command()
-def evaluate(
-    file: Annotated[Path, typer.Argument(help="A file that compress wrote.")],
-    data: Annotated[str, typer.Option(help="A name kclib.load_data knows.")] = "fashion-mnist",
-    limit: Annotated[int | None, typer.Option(help="So many images only, the same each time.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Its architecture, if the file names none or package.module:factory.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
-    classes: _CLASSES = "",
-    shape: _SHAPE = None,
-) -> None:
-    """Evaluate a compressed file's accuracy; its weights stay packed."""
-
-    from kclib.models import _model
-
-    loaded = _model.told(kclib.load(file, architecture=model, device=device), input_shape=shape)
-    _accuracy(loaded, kclib.load_data(data, limit=limit), device, classes)
-
-
-@app.command()
-@_aside
-def export(
-    file: Annotated[Path, typer.Argument(help="A file that compress wrote.")],
-    out: Annotated[
-        Path,
-        typer.Argument(
-            parser=files.output,
-            help="An .onnx file, or .pt2 for torch.export (dense); - is standard output, as ONNX.",
-        ),
-    ],
-    dense: Annotated[bool, typer.Option("--dense", help="Dense weights in the ONNX file.")] = False,
-    shape: Annotated[
-        tuple[int, int, int] | None, typer.Option(help="Channels, height, width; the model's own by default.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Its architecture, if the file names none or package.module:factory.")
-    ] = None,
-) -> None:
-    """Write a compressed file for other runtimes."""
-    from kclib.compression import _exporting
-
-    _exporting.kind_of(out)
-    files.check_output(out, binary=True)
-    loaded = kclib.load(file, architecture=model)
-    kclib.export(loaded, out, shape=shape, dense=dense)
-    typer.echo(
-        files.named(out) if files.is_stream(out) else f"{files.named(out)}: {out.stat().st_size:,} bytes"
-    )
 
 
 def main() -> None:
@@ -436,9 +636,7 @@ def _at_home(argument: str) -> str:
 
 def _accuracy(model, images, device: str, classes: str, dense=None) -> float:
     """Evaluate and print top-1 accuracy and, from a dense model, the drop; return the accuracy in percent."""
-
-    named = classes if classes in ("", "by position") else [name.strip() for name in classes.split(",")]
-    options = {"device": device, "classes": named or None}
+    options = {"device": device, "classes": _names(classes)}
     answers = kclib.evaluate(model, images, **options)
     typer.echo(f"top-1 {answers.top1} % of {answers.known.sum():,} images, in {answers.seconds:.0f} s")
     if dense is not None:
@@ -447,6 +645,12 @@ def _accuracy(model, images, device: str, classes: str, dense=None) -> float:
     for note in answers.notes:
         typer.echo(note)
     return answers.top1.estimate
+
+
+def _names(classes: str) -> str | list[str] | None:
+    """Return names of classes, as `kclib.evaluate` takes them, from the command line."""
+    named = classes if classes in ("", "by position") else [name.strip() for name in classes.split(",")]
+    return named or None
 
 
 def _show_bytes(contents) -> None:

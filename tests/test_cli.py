@@ -1,18 +1,22 @@
 import importlib
 import re
+import shlex
 import subprocess
 import sys
+import webbrowser
 from pathlib import Path
 
 import nbformat
 import onnx
 import pytest
 import torch
+import typer
 from nbformat import v4
 from PIL import Image
 from safetensors.torch import save_file
 from sentences import is_one_sentence
 
+from kclib import __version__ as version
 from kclib import cli, compression, datasets, evaluation, loading
 from kclib.compression import _container, expand
 from kclib.errors import InvalidValueError, NotebookError
@@ -171,6 +175,89 @@ def test_without_a_command_the_commands_are_listed(kclib):
         assert command in out + said
 
 
+def test_compress_comes_first_in_the_list_of_commands(kclib):
+    listed = kclib("--help")[1].partition("Commands:")[2].split("\n")
+    names = [line.split()[0] for line in listed if line.strip()]
+    assert names[0] == "compress"
+    assert {*names} >= {"try", "inspect", "evaluate", "export", "sweep", "batch"}
+    assert "..." not in "".join(listed)  # no sentence is cut
+
+
+def test_the_version_is_shown(kclib):
+    code, out, said = kclib("--version")
+    assert (code, out, said) == (0, f"kclib {version}\n", "")
+
+
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(cli.app).commands))
+def test_help_has_two_examples_and_types_in_words(kclib, command):
+    code, out, _ = kclib(command, "--help")
+    assert code == 0
+    text, _, examples = out.partition("Examples:\n")
+    examples = examples.strip().splitlines()
+    assert len(examples) == 2
+    for example in examples:
+        assert example.strip().startswith(f"kclib {command}")
+    assert not re.search(r"<\w+|x>=|\bTEXT\b|\bINTEGER\b", text)
+
+
+def test_inspecting_loads_no_torch(made):
+    _, path = made()
+    code = f"import sys; sys.argv = ['kclib', 'inspect', {str(path)!r}]; from kclib import cli"
+    code += (
+        "\ntry: cli.main()\nexcept SystemExit: print(sorted({'torch', 'numba', 'sklearn'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("bytes in all\n[]\n")
+
+
+@pytest.fixture
+def tried(kclib, factories, tmp_path):
+    """Try a network of the factories; answer exit code, what was printed, and the folder."""
+
+    def run(*options):
+        given = ("--limit", 50, "--clusters", 5, "--out", tmp_path)
+        code, out, said = kclib("try", f"{factories}:make", *given, *options)
+        return code, out, said, tmp_path / "try"
+
+    return run
+
+
+def test_a_first_try_shows_what_was_lost_and_saved(tried, factories):
+    code, out, said, folder = tried("--no-open")
+    assert (code, said) == (0, "")
+    model, images = loading.load_model(f"{factories}:make"), datasets.load_data(limit=50)
+    small = compression.load(folder / "small.safetensors", architecture=f"{factories}:make")
+    before, after = (evaluation.evaluate(x, images, progress=False) for x in (model, small))
+    rows = {row[:27].strip(): row[27:].split("  ") for row in out.splitlines()}
+    page = (folder / "index.html").read_text()
+    for text in (str(before.top1), str(after.top1), str(evaluation.drop(before, after).points)):
+        assert text in out
+        assert text in page
+    assert f"{(folder / 'small.safetensors').stat().st_size:,}" in rows["bytes in a file"][-1]
+    assert rows["kernels stored"][-1].strip() == "10"
+    assert [line.split("  ")[1] for line in out.splitlines()[-3:]] == [
+        "kclib try package.module:factory --data folder:images", "make run", "make lab"
+    ]  # fmt: skip
+    assert 'src="data:image/png;base64,' in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+@pytest.mark.parametrize("error", [webbrowser.Error("none"), OSError("none"), None])
+def test_a_first_try_ends_well_where_no_browser_opens(tried, monkeypatch, error):
+    opened = []
+
+    def refuse(address):
+        opened.append(address)
+        if error:
+            raise error
+
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(webbrowser, "open", refuse)
+    code, *_, folder = tried()
+    assert (code, opened) == (0, [(folder / "index.html").as_uri()])
+
+
 @pytest.fixture
 def factories(monkeypatch, tmp_path):
     """The name of a module of tiny networks that can be imported."""
@@ -226,7 +313,24 @@ def test_compressing_writes_a_file_and_says_what_its_bytes_are(made, options):
     assert printed.get("scales", 0) == (2 * (8 * 3 + 10 * 8) if options else 0)
     dense = 4 * (8 * 3 * 9 + 8 + 10 * 8 * 9 + 10)
     assert f"{dense / whole:.2f} times smaller than the {dense:,} bytes of the dense weights" in out
-    assert out.splitlines()[-1] == str(path.resolve())
+    assert out.splitlines()[-3] == str(path.resolve())
+
+
+def test_without_data_compressing_ends_with_the_command_that_measures(kclib, made, factories):
+    out, path = made()
+    *_, said, command = out.splitlines()
+    assert said.startswith("its accuracy was not measured; this does it (DATA: folder:PATH")
+    assert shlex.split(command) == [
+        "kclib",
+        "evaluate",
+        str(path),
+        "--data",
+        "DATA",
+        "--model",
+        f"{factories}:make",
+    ]
+    code, out, _ = kclib(*shlex.split(command.replace("DATA", "fashion-mnist"))[1:], "--limit", 20)
+    assert (code, out.startswith("top-1 ")) == (0, True)
 
 
 def test_a_shared_weight_counts_once_among_the_dense_bytes(made):

@@ -598,7 +598,7 @@ WRONG_COMMANDS = [
     (["batch", "--set", "kk=3"], "unknown parameter 'kk'"),
     (["batch", "--set", "k=!!python/object/apply:os.getcwd []"], "is not plain YAML"),
     (["compress", "vgg16-fashin", "--clusters", "5", "-o", "{folder}/x"], "did you mean 'vgg16-fashion'"),
-    (["compress", "vgg16-fashion", "--clusters", "0", "-o", "{folder}/x"], "greater than or equal to 1"),
+    (["compress", "vgg16-fashion", "--clusters", "0", "-o", "{folder}/x"], "is not a whole number, 1 or more"),
     (["compress", "vgg16-fashion", "--clusters", "5", "-o", "{folder}/x", "--scope", "laye"], "did you mean 'layer'"),
     (["inspect", "{folder}/absent"], "absent"),
     (["inspect", "{folder}"], "{folder}"),

@@ -22,9 +22,19 @@ _LINKS = 40  # that the system follows at most
 _GARBLED = "it is a terminal, and the content is binary; redirect it"
 
 
+def checkout() -> Path | None:
+    """Return the checkout that this package runs from, or None if it was installed alone."""
+    folder = Path(__file__).parents[2]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
 def data_dir() -> Path:
-    """Return the folder of models and data sets: ``$KCLIB_DATA``, else ``data/`` of the checkout."""
-    return expanded(os.environ.get("KCLIB_DATA") or Path(__file__).parents[2] / "data").absolute()
+    """Return the folder of models and data sets.
+
+    That is ``$KCLIB_DATA``, else ``data`` of the checkout, else ``kclib/data`` in the user's own cache.
+    """
+    home = checkout() or places.user_cache() / "kclib"
+    return expanded(os.environ.get("KCLIB_DATA") or home / "data").absolute()
 
 
 def expanded(path: str | os.PathLike) -> Path:
@@ -86,6 +96,11 @@ def sha256(path: Path) -> str:
 
 def shipped(path: Path, expected: str) -> Path:
     """Return the path of a shipped file whose SHA-256 is as `expected`."""
+    if not path.is_file() and not checkout():
+        raise MissingFileError(
+            f"{path} is missing, for the shipped model and images come with the repository of kclib and not "
+            "with the installed package; set KCLIB_DATA to the repository's folder data."
+        )
     if not path.is_file():
         raise MissingFileError(
             f"{path} is missing; restore it from the repository, or set KCLIB_DATA to where it lies."

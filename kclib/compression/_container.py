@@ -5,17 +5,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError, deserialize
 
 from kclib import __version__
 from kclib._util import files
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, reason
-from kclib.models import _checkpoint_files
+
+if TYPE_CHECKING:  # torch takes seconds to import, and what a file holds is told without it
+    from torch import Tensor
 
 # 1 knew neither int4, nor tensors in a precision of their own; 2 no extra state; 3 no entropy-coded weights
 FORMAT = 4
@@ -30,6 +30,30 @@ _PARTS = {
     "steps": "other parameters and buffers",
     "extra": "other parameters and buffers",
 }
+# What torch calls the types of safetensors.
+_TYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a file holds it.
+
+    Attributes
+    ----------
+    dtype : str
+        As torch names it, such as ``float32``.
+    shape : tuple of int
+    content : bytes
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    content: bytes
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,7 @@ class Contents:
         return pd.DataFrame.from_dict(self.description["layers"], orient="index")
 
 
-def write(path: Path, description: dict, tensors: Mapping[str, Tensor]) -> Contents:
+def write(path: Path, description: dict, tensors: "Mapping[str, Tensor]") -> Contents:
     """Write tensors and what they are.
 
     Raises
@@ -73,18 +97,21 @@ def write(path: Path, description: dict, tensors: Mapping[str, Tensor]) -> Conte
     StorageError
         It could not be written; an older file of this name is then still whole.
     """
+    from safetensors.torch import save_file
+
     description = {"format": FORMAT, "kclib": __version__} | description
     tensors, text = _apart(tensors), json.dumps(description)
-    digest = _digest(text, tensors)
+    held = {name: _stored(value) for name, value in tensors.items()}
+    digest = _digest(text, held)
     with files.replacing(path) as temporary:
         # one entry, for safetensors writes several in an order of its own
         save_file(tensors, temporary, metadata={"kclib": f"{digest} {text}"})
         n_bytes = temporary.stat().st_size
-    return _contents(path, description, digest, tensors, n_bytes)
+    return _contents(path, description, digest, held, n_bytes)
 
 
 def inspect(path: str | Path) -> Contents:
-    """Return what a file holds, without its network.
+    """Return what a file holds, without its network, and without torch.
 
     Raises
     ------
@@ -92,11 +119,11 @@ def inspect(path: str | Path) -> Contents:
         As in `read`.
     """
     path = files.expanded(path)
-    description, digest, tensors = read(path)
-    return _contents(path, description, digest, tensors, path.stat().st_size)
+    description, digest, held = _checked(path)
+    return _contents(path, description, digest, held, path.stat().st_size)
 
 
-def read(path: Path) -> tuple[dict, str, dict[str, Tensor]]:
+def read(path: Path) -> "tuple[dict, str, dict[str, Tensor]]":
     """Return a file's description, hash and tensors, once they agree.
 
     Raises
@@ -107,16 +134,33 @@ def read(path: Path) -> tuple[dict, str, dict[str, Tensor]]:
     InvalidValueError
         It was written by a newer version.
     """
+    import torch
+
+    def tensor(stored: Stored) -> "Tensor":
+        dtype = getattr(torch, stored.dtype)
+        if not stored.content:
+            return torch.empty(stored.shape, dtype=dtype)
+        return torch.frombuffer(bytearray(stored.content), dtype=torch.uint8).view(dtype).view(stored.shape)
+
+    description, digest, held = _checked(path)
+    return description, digest, {name: tensor(held.pop(name)) for name in list(held)}
+
+
+def _checked(path: Path) -> tuple[dict, str, dict[str, Stored]]:
+    """Return a file's description, hash and what it holds, once they agree."""
     if not path.is_file():
         raise MissingFileError(
             f"{path} does not exist or is not a file; it must be one that `kclib compress` wrote."
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        if _checkpoint_files.is_torchs(path):
+        content = path.read_bytes()
+        held = {
+            name: Stored(_TYPES[x["dtype"]], tuple(x["shape"]), bytes(x["data"]))
+            for name, x in deserialize(content)
+        }
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, OSError, ValueError, LookupError, RuntimeError) as error:
+        if _is_torchs(path):
             raise DamagedFileError(
                 f"{path} is no safetensors file but a checkpoint; `kclib compress --weights {path}` takes it."
             ) from error
@@ -134,36 +178,49 @@ def read(path: Path) -> tuple[dict, str, dict[str, Tensor]]:
             f"{path} has format {version!r}, and this kclib ({__version__}) reads up to {FORMAT}; "
             "use the version that wrote it, or a newer one."
         )
-    digest = _digest(text, tensors)
+    digest = _digest(text, held)
     if stated != digest:
         raise DamagedFileError(
             f"the contents of {path} do not have the SHA-256 it states; it was changed after it was written."
         )
-    return description, digest, tensors
+    return description, digest, held
+
+
+def _is_torchs(path: Path) -> bool:
+    from kclib.models import _checkpoint_files  # which imports torch
+
+    return _checkpoint_files.is_torchs(path)
 
 
 def _contents(
-    path: Path, description: dict, digest: str, tensors: Mapping[str, Tensor], n_bytes: int
+    path: Path, description: dict, digest: str, held: Mapping[str, Stored], n_bytes: int
 ) -> Contents:
     parts = dict.fromkeys(_PARTS.values(), 0)
-    for name, value in tensors.items():
+    for name, value in held.items():
         part = _PARTS.get(name.split(" ")[0], "unknown to this version")
-        parts[part] = parts.get(part, 0) + value.nbytes
+        parts[part] = parts.get(part, 0) + len(value.content)
     parts["header"] = n_bytes - sum(parts.values())
     return Contents(path, description, digest, pd.Series(parts, dtype="int64", name="bytes"))
 
 
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+def _digest(text: str, held: Mapping[str, Stored]) -> str:
     digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        if value.numel():
-            digest.update(value.flatten().view(torch.uint8).numpy())
+    for name in sorted(held):
+        value = held[name]
+        digest.update(f"{name} torch.{value.dtype} {value.shape}".encode())
+        digest.update(value.content)
     return digest.hexdigest()
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _stored(value: "Tensor") -> Stored:
+    """Return a tensor from `_apart` as a file holds it."""
+    import torch
+
+    content = value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    return Stored(str(value.dtype).removeprefix("torch."), tuple(value.shape), content)
+
+
+def _apart(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """Return tensors as safetensors wants them: on the CPU, contiguous, none in another's memory."""
     result, seen = {}, set()
     for name, value in tensors.items():

@@ -4,9 +4,10 @@ import contextlib
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,12 +49,42 @@ def run(profile: Profile, out: Path) -> Path:
         return _run(profile, folder)
 
 
+def expected(profile: Profile, out: Path) -> dict[str, float]:
+    """Return about how many seconds each notebook takes.
+
+    That is what it took in the last run of this report with the same parameters, or what the profile says.
+    """
+    folder = files.expanded(out) / profile.name
+    took = {
+        x.stem: x.seconds
+        for x in _reports.read(folder, profile.name).chapters
+        if x.status == "done" and _as_given(x.parameters) == _as_given(profile.parameters.get(x.stem, {}))
+    }
+    return {stem: took.get(stem, seconds) for stem, seconds in profile.seconds.items()}
+
+
+def summary(profile: Profile, out: Path) -> str:
+    """Return in one sentence what a batch takes."""
+    seconds = sum(expected(profile, out).values())
+    unit = "minutes:seconds" if seconds < 3600 else "hours:minutes:seconds"
+    time = tqdm.format_interval(round(seconds))
+    n = len(profile.seconds)
+    return f"{n:,} notebook{'' if n == 1 else 's'} to run, in about {time} ({unit})."
+
+
+def _as_given(parameters: Mapping[str, object]) -> dict[str, object]:
+    """Return the parameters of a notebook without the folder that a batch adds."""
+    return {name: value for name, value in parameters.items() if name != "report_dir"}
+
+
 def _run(profile: Profile, folder: Path) -> Path:
+    seconds = expected(profile, folder.parent)
+    print(summary(profile, folder.parent), file=sys.stderr)
     chapters = [_planned(profile, stem) for stem in profile.parameters]
     about = _provenance.stamp() | _hashes(profile)
     index = _write(folder, profile, chapters, about)
     with tqdm(
-        total=sum(profile.seconds.values()),
+        total=sum(seconds.values()),
         desc=f"batch {profile.name}",
         bar_format="{desc}{percentage:3.0f} %|{bar}| {elapsed} elapsed, about {remaining} left",
     ) as bar:
@@ -66,7 +97,7 @@ def _run(profile: Profile, folder: Path) -> Path:
                 raise
             finally:
                 _write(folder, profile, chapters, about)
-            bar.update(profile.seconds[stem])
+            bar.update(seconds[stem])
     _check(chapters, folder, index)
     return index
 

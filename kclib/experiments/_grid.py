@@ -26,7 +26,8 @@ from kclib.store import Entry, Store
 # Seconds of clustering 1,634,496 kernels at K = 4,096 on 2 cores; they grow with the number of kernels, and
 # with K from there on, by these powers (docs/kmeans-vgg16-fashion.json): where the store has none of these.
 _SECONDS, _N, _K, _BY_N, _BY_K = 1.1, 1_634_496, 4096, 0.83, 0.65
-_PROBE = 64  # images that are evaluated to know the rate where the store has none
+_PROBE = 128  # images that are evaluated to know the rate where the store has none
+_LATEST = 5  # evaluations of the store that tell the rate: a machine is not as busy today as it was last week
 _IMPORTS = 400 << 20  # bytes that a process takes before it has a model
 _LOG = logging.getLogger(__name__)
 _ORIGIN = ["made", "versions", "commit", "machine", "model", "weights", "data", "images_hash"]
@@ -69,9 +70,9 @@ class Task:
 def plan(grid: Grid, store: Store, *, estimated: bool = True, rerun: bool = False) -> list[Task]:
     """Return the cells of a sweep, the longest first.
 
-    Times are those of cells like it in the store, where there are some: seconds an image of this model, and
-    seconds of clustering these kernels at the nearest K. Else a few images are evaluated to know, and
-    clustering takes what `make bench` measured.
+    Times are those of cells like it in the store, where there are some: seconds an image of this model,
+    lately, and seconds of clustering these kernels at the nearest K. Else a few images are evaluated to know,
+    and clustering takes what `make bench` measured.
 
     Parameters
     ----------
@@ -231,7 +232,8 @@ class Rates:
     @cached_property
     def _an_image(self) -> float:
         if len(self.evaluations):
-            return float((self.evaluations.evaluate_seconds / self.evaluations.images).median())
+            latest = self.evaluations.sort_values("made").tail(_LATEST)
+            return float((latest.evaluate_seconds / latest.images).median())
         return _probed(self.subject)
 
     def _clustering(self, cell: Cell) -> float:
@@ -251,9 +253,14 @@ class Rates:
 
 
 def _probed(subject: Subject) -> float:
-    """Return the seconds an image takes, from a few of them."""
+    """Return the seconds an image takes, from a few of them.
+
+    They are evaluated twice and timed the second time: the first also makes threads and takes memory, which
+    costs as much as hundreds of images.
+    """
     few, options = _few(subject.data, _PROBE), {"precision": subject.precision, "device": subject.device}
-    probe = evaluation.evaluate(subject.model, few, progress=False, **options)
+    for _ in range(2):
+        probe = evaluation.evaluate(subject.model, few, progress=False, **options)
     return probe.seconds / len(few)
 
 

@@ -132,6 +132,11 @@ def load(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
     """
     path = files.expanded(name)
     if path.suffix not in (".yaml", ".yml"):
+        if not names():
+            raise MissingFileError(
+                f"profile {name!r} and its notebooks come with the repository of kclib and not with the "
+                "installed package; run in a checkout of it, or give the path of a YAML file."
+            )
         if name not in names():
             raise UnknownNameError("profile", name, names())
         path = NOTEBOOKS / "profiles" / f"{name}.yaml"

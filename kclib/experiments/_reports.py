@@ -15,6 +15,7 @@ import jinja2
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
+from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from PIL import Image
@@ -324,9 +325,15 @@ def picture(results: pd.DataFrame) -> str:
         names = rows.scope.where(rows.method.isin(["dense", "plain"]), rows.scope + ", " + rows.method)
         plots.accuracy_curve(rows.assign(scope=names), x="bytes_removed", ax=ax)
         ax.set_title(f"{model} on {data}", fontsize=10)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=200)  # twice as many as a page shows
+    url = as_url(figure)
     plt.close(figure)
+    return url
+
+
+def as_url(figure: Figure) -> str:
+    """Return a figure as a ``data:`` URL of a PNG, which a page holds in itself."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=200)  # twice as many as a page shows
     return _data_url(file.getvalue())
 
 

@@ -256,7 +256,7 @@ def test_whatever_the_reader_behind_it_raises_is_damage(path, monkeypatch):
         def failing(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(_container, "safe_open", failing)
+        monkeypatch.setattr(_container, "deserialize", failing)
         with pytest.raises(DamagedFileError, match=f"{path.name} is truncated"):
             read(path)
 

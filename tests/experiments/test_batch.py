@@ -22,6 +22,7 @@ from PIL import Image
 
 from kclib import errors, experiments
 from kclib.experiments import _batch, _profiles, _reports
+from kclib.experiments._profiles import Profile
 from kclib.store import Store
 
 PARAMETERS = 'greeting: str = "hello"  # what to say\ncount: int = 1  # how many\nreport_dir: str = ""'
@@ -313,3 +314,17 @@ def test_an_interrupted_batch_leaves_an_index_with_its_finished_part(folder, tmp
     index = (tmp_path / "tiny" / "index.html").read_text()
     assert "<p>forty-two</p>" in index
     assert re.findall('<p class="(interrupted|not run)">', index) == ["interrupted", "not run"]
+
+
+def test_a_batch_is_expected_to_take_what_its_last_run_took(tmp_path):
+    given = {"a": {"k": 3}, "b": {}, "c": {}}
+    profile = Profile("tiny", "", tmp_path, given, {"a": 60.0, "b": 50.0, "c": 40.0}, {})
+    assert _batch.summary(profile, tmp_path) == "3 notebooks to run, in about 02:30 (minutes:seconds)."
+    chapters = (
+        _reports.Chapter("a", "done", seconds=20.0, parameters={"k": 3, "report_dir": "elsewhere"}),
+        _reports.Chapter("b", "failed", seconds=1.0),
+        _reports.Chapter("c", "done", seconds=7.0, parameters={"k": 4}),
+    )
+    _reports.write(tmp_path / "tiny", _reports.Report("tiny", chapters=chapters))
+    assert _batch.expected(profile, tmp_path) == {"a": 20.0, "b": 50.0, "c": 40.0}
+    assert "about 01:50 (minutes:seconds)" in _batch.summary(profile, tmp_path)

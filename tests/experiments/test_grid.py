@@ -195,6 +195,41 @@ def test_estimates_come_from_what_was_measured_of_like_cells(store):
     assert new.seconds <= expected + 2 * max(nearest, *clusterings.seconds)
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Let evaluations take what a list of costs says: seconds an image, and once, at the start, seconds."""
+    genuine, costs = evaluation.evaluate, {"image": 0.004, "start": 0.0}
+
+    def evaluate(model, data, **options):
+        found = genuine(model, data, **options)
+        start = costs["start"] if len(data) > 1 else 0.0  # one image alone does not warm up
+        costs["start"] -= start
+        return replace(found, seconds=start + costs["image"] * len(data))
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    return costs
+
+
+def test_the_estimate_is_near_what_comes_though_the_first_batch_is_slow(store, clock):
+    clock["start"] = 1.0
+    planned = _grid.plan(levels(), store)
+    assert clock["start"] == 0
+    _grid.run(planned, Workers(), progress=False)
+    came = _grid.table(planned, store).evaluate_seconds.sum()
+    assert came == pytest.approx(17 * 40 * 0.004)
+    assert sum(x.seconds for x in planned) == pytest.approx(came, rel=1 / 3)
+
+
+def test_the_estimate_follows_how_busy_the_machine_was_lately(store, clock):
+    for image in (0.04, 0.004):  # ten times as busy at first
+        clock["image"] = image
+        _grid.run(_grid.plan(levels(seeds=(int(1 / image),)), store), Workers(), progress=False)
+    planned = [x for x in _grid.plan(levels(seeds=(7,)), store) if not x.stored]
+    clusterings = store.table("clustering").seconds
+    evaluating = len(planned) * 40 * 0.004
+    assert evaluating <= sum(x.seconds for x in planned) <= 4 / 3 * evaluating + 16 * 2 * clusterings.max()
+
+
 def test_the_sentence_of_a_plan_shares_its_time_among_the_workers():
     source = _cell.Source(ModelSource("m"), "d", ".", 0, "fp32", "cpu", "")
     planned = [

@@ -114,7 +114,7 @@ def test_a_terminal(here, seen, monkeypatch, capfd):
 
 def test_devices(run, seen):
     code, out, _ = run(*COMPRESS, "/dev/null")
-    assert (code, out.splitlines()[-1]) == (0, "/dev/null")
+    assert (code, out.splitlines()[-2]) == (0, "/dev/null")
     assert Path("/dev/null").is_char_device()
     seen(KIND, "it is `/dev/null`", "written to; the device stays")
     code, _, said = run("results", "--csv", "/dev/full")
