@@ -28,8 +28,7 @@ setup: .venv/ready  ## Make the environment in .venv (on Linux 7 GB, most of it 
 try: setup  ## Show in a minute what clustering the shipped model saves and costs
 	$(BIN)/kclib try
 
-run: setup  ## Compute the sweep, run all notebooks and write the report (PROFILE=smoke|full|imagenet)
-	$(BIN)/kclib sweep $(PROFILE)
+run: setup  ## Run all notebooks and write the report (PROFILE=smoke|full|imagenet)
 	$(BIN)/kclib batch --profile $(PROFILE)
 
 lab: setup  ## Open JupyterLab on the notebooks

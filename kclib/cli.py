@@ -415,15 +415,9 @@ def report(profile: _PROFILE, out: _OUT = Path("reports")) -> None:
     It is made from the store and the executed notebooks.
     """
     from kclib.experiments import _grid, _profiles, _reports
-    from kclib.store import Store
 
-    loaded, store = _profiles.load(profile), Store()
-    if loaded.sweep is not None:
-        tasks = _grid.plan(loaded.sweep, store, estimated=False)
-        if any(task.stored for task in tasks):
-            missing = {str(task) for task in tasks if not task.stored}
-            failures = _reports.read(out / loaded.name, loaded.name).failures
-            _grid.report(loaded, tasks, store, [x for x in failures if x.what in missing], out)
+    loaded = _profiles.load(profile)
+    _grid.report_stored(loaded, out)
     index = _reports.rebuild(out / loaded.name, loaded.name)
     typer.echo(f"report: {index.resolve()}")
 

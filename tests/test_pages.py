@@ -76,7 +76,6 @@ def test_the_workflow_publishes_what_make_docs_builds():
     )
     assert [x["run"] for x in steps if "run" in x] == [
         "make setup",
-        ".venv/bin/kclib sweep smoke",
         ".venv/bin/kclib batch --profile smoke --no-open",
         "make docs",
     ]

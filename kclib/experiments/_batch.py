@@ -1,6 +1,7 @@
 """Run notebooks in order by papermill, under a profile of parameters, into a folder of reports."""
 
 import contextlib
+import logging
 import os
 import re
 import subprocess
@@ -19,8 +20,8 @@ from traitlets.config import Config
 
 from kclib._util import files, progress_bars
 from kclib._util.progress_bars import tqdm
-from kclib.errors import NotebookError, StorageError, reason
-from kclib.experiments import _pictures, _profiles, _provenance, _reports
+from kclib.errors import KclibError, NotebookError, StorageError, reason
+from kclib.experiments import _grid, _pictures, _profiles, _provenance, _reports
 from kclib.experiments._profiles import Profile
 from kclib.experiments._reports import Chapter
 from kclib.models import _factories
@@ -28,6 +29,7 @@ from kclib.models import _factories
 _LONGEST = 70  # bytes of a folder's path, so that a socket's in it stays below what systems allow, 103 or 107
 _START = 600  # seconds that a notebook's process may take to start, among many
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
+_LOG = logging.getLogger(__name__)
 
 
 def run(profile: Profile, out: Path) -> Path:
@@ -35,7 +37,8 @@ def run(profile: Profile, out: Path) -> Path:
 
     Under ``out/<profile>/`` each notebook leaves its executed ``.ipynb`` and an ``.html`` for readers;
     ``index.html`` is written anew after each, so an interrupted batch leaves its finished part readable.
-    What a sweep wrote there is kept. Any number of batches may run side by side, each into its own folder.
+    What the store has of the profile's sweep is shown too. Any number of batches may run side by side, each
+    into its own folder.
 
     Raises
     ------
@@ -98,8 +101,17 @@ def _run(profile: Profile, folder: Path) -> Path:
             finally:
                 _write(folder, profile, chapters, about)
             bar.update(seconds[stem])
+    _show_cells(profile, folder)
     _check(chapters, folder, index)
     return index
+
+
+def _show_cells(profile: Profile, folder: Path) -> None:
+    """Add what notebooks left in the store of the profile's sweep, unless it has none that can be read."""
+    try:
+        _grid.report_stored(profile, folder.parent)
+    except KclibError as error:  # which the notebook that needed it has said already
+        _LOG.warning("the report has no table of the sweep: %s", error)
 
 
 @contextlib.contextmanager

@@ -162,6 +162,21 @@ def report(
     return _reports.write(folder, described)
 
 
+def report_stored(profile: Profile, out: Path) -> None:
+    """Write what the store has of a profile's sweep, if it has one, into the profile's report.
+
+    Nothing is computed; failures of cells that are stored by now are dropped.
+    """
+    if profile.sweep is None:
+        return
+    store = Store()
+    tasks = plan(profile.sweep, store, estimated=False)
+    if any(task.stored for task in tasks):
+        missing = {str(task) for task in tasks if not task.stored}
+        failures = _reports.read(files.expanded(out) / profile.name, profile.name).failures
+        report(profile, tasks, store, [x for x in failures if x.what in missing], out)
+
+
 def summary(tasks: Sequence[Task], workers: Workers) -> str:
     """Return in one sentence what a plan takes."""
     missing = [task for task in tasks if not task.stored]

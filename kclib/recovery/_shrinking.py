@@ -1,5 +1,6 @@
 """Make a network small within a number of bytes, without training: `shrink`."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import nn
 from kclib import datasets, kernels, models
 from kclib.models import _model
 from kclib.recovery import _sequential, allocation, sensitivity
-from kclib.recovery.allocation import Allocation
+from kclib.recovery.allocation import KS, Allocation
 
 _KINDS = ("output", "input", "uniform")  # of sensitivity, the first that is not 0 for all kernels
 
@@ -21,6 +22,7 @@ def shrink(
     *,
     sample_weight: np.ndarray | None = None,
     dense: models.Model | nn.Module | None = None,
+    ks: Iterable[int] = KS,
     precision: str = "fp16",
     coding: str = "entropy",
     seed: int = 0,
@@ -48,6 +50,8 @@ def shrink(
         `sensitivity.importance` of the model's kernels, if they are there already.
     dense : torch.nn.Module, optional
         As in `_sequential.correct`.
+    ks : iterable of int
+        Numbers of clusters that a layer may get, as in `allocation.allocate`.
     precision, coding
         Of codebooks and indices as they will be stored.
     seed, device, progress
@@ -87,7 +91,7 @@ def shrink(
         return corrected.network, corrected.clustering
 
     best = allocation.allocate(
-        model, held_back, bank, sample_weight, n_bytes=n_bytes, scopes=("layer",), precision=precision,
+        model, held_back, bank, sample_weight, n_bytes=n_bytes, scopes=("layer",), ks=ks, precision=precision,
         coding=coding, build=build, uniform=False, **options,
     )  # fmt: skip
     return replace(best, model=models.like(given, best.network))
