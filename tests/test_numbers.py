@@ -12,7 +12,8 @@ from kclib import clustering, combination, datasets, evaluation, experiments, ke
 from kclib.combination import factorial
 from kclib.compression import _formats, _packing, latency
 from kclib.errors import InvalidValueError
-from kclib.experiments import _cell, _pool
+from kclib.experiments import _cell
+from kclib.experiments._pool import Workers
 from kclib.kernels import KernelBank
 from kclib.kmeans import symmetric
 from kclib.models import _state_dicts
@@ -67,7 +68,7 @@ WHOLE = {
     "factorial, seed": (lambda g, x: factorial.cells([0], [3], ["layer"], [None], factorial.ORDERS, [x]), 3),
     "Cluster": (lambda g, x: combination.Cluster(x), 64),
     "Cluster, K of a group": (lambda g, x: combination.Cluster({"0": x}), 64),
-    "Workers": (lambda g, x: _pool.Workers(x), 2),
+    "Workers": (lambda g, x: Workers(x), 2),
     "batches": (lambda g, x: list(datasets.batches(g.data, g.model.preprocess, x)), 9),
     "batches, workers": (lambda g, x: list(datasets.batches(g.data, g.model.preprocess, 40, workers=x)), 0),
     "limit": (lambda g, x: datasets.limited(g.data, x), 9),
@@ -114,8 +115,8 @@ def test_what_is_no_list_is_no_list_of_one_digit_numbers(given, ks, seen):
 
 CALLS = {
     "kclib.sweep(model, data, [2.7])": lambda g: experiments.sweep(g.model, g.data, [2.7], store=g.store),
-    "_pool.Workers(1.5)": lambda g: _pool.Workers(1.5),
-    "_pool.Workers(True)": lambda g: _pool.Workers(True),
+    "Workers(1.5)": lambda g: Workers(1.5),
+    "Workers(True)": lambda g: Workers(True),
     'combination.Cluster("64")': lambda g: combination.Cluster("64"),
     "combination.Cluster(0)": lambda g: combination.Cluster(0),
     "kclib.insert of 1e9 into a float16 network": lambda g: kernels.insert(

@@ -67,6 +67,7 @@ from kclib.experiments import (
     _cell,
     _compare,
     _documents,
+    _first_try,
     _grid,
     _pool,
     _profiles,
@@ -415,7 +416,7 @@ WRONG_INPUTS = [
     (_moments.measure, lambda g: _moments.measure(g.network, g.network, _moments.LayerMoments("0", 1, None), lambda: iter([torch.full((2, 3, 8, 8), NAN)]), n_images=2), WRONG, "the inputs of layer 0 are not finite"),
     (restoration.restore_worst, lambda g: restoration.restore_worst(g.model, g.clustering, -1), WRONG, "budget is -1"),
     (damage.by_cluster, lambda g: damage.by_cluster(kernels.extract(g.other), g.clustering), WRONG, "layer"),
-    (damage.restored, lambda g: damage.restored(g.model, g.clustering, pd.DataFrame()), WRONG, "no column 'group'"),
+    (damage._restored, lambda g: damage._restored(g.model, g.clustering, pd.DataFrame()), WRONG, "no column 'group'"),
     (_clustering.dense_kernels, lambda g: _clustering.dense_kernels(g.other, g.clustering), WRONG, "use the architecture"),
     (_pruning.prune, lambda g: _pruning.prune(g.model, 1), WRONG, "sparsity is 1"),
     (_pruning.sparse_bytes, lambda g: _pruning.sparse_bytes(g.network, precision="x"), UNKNOWN, "'x'"),
@@ -562,6 +563,7 @@ WRONG_INPUTS = [
     (_compare.broken, lambda g: _compare.broken(g.table(), -1), WRONG, "max_drop is -1"),
     (reports.keep, lambda g: reports.keep(pd.DataFrame(), g.folder), STORAGE, "could not be written"),
     (_reports.rebuild, lambda g: _reports.rebuild(g.folder, "x"), MISSING, "has no report"),
+    (_first_try.run, lambda g: _first_try.run(g.model, g.data, g.path("file"), progress=False), STORAGE, "could not be written"),
     (_batch.run, lambda g: _batch.run(replace(_profiles.load("smoke"), name="x"), g.path("file")), STORAGE, "could not be written"),
 ]  # fmt: skip
 

@@ -52,7 +52,7 @@ def by_cluster(
     return table.sort_values("damage", ascending=False, kind="stable", ignore_index=True)
 
 
-def restored(model: Model | nn.Module, clustering: Clustering, worst: pd.DataFrame) -> Model:
+def _restored(model: Model | nn.Module, clustering: Clustering, worst: pd.DataFrame) -> Model:
     """Return a clustered model in which the kernels of some representatives are their own dense ones again.
 
     Parameters
@@ -113,7 +113,7 @@ def won_back(
     for n in counts:
         checks.check_whole("clusters to restore", n, 0, len(table))
     answers = [
-        _accuracy.evaluate(restored(model, clustering, table.head(n)), data, **options) for n in (0, *counts)
+        _accuracy.evaluate(_restored(model, clustering, table.head(n)), data, **options) for n in (0, *counts)
     ]
     rows = []
     for n, after in zip(counts, answers[1:], strict=True):

@@ -25,9 +25,8 @@ from kclib import plots
 from kclib._util import files
 from kclib.errors import DamagedFileError, MissingFileError, reason
 from kclib.experiments import tables
-from kclib.experiments.reports import HEADLINE
+from kclib.experiments._mime import HEADLINE, WIDGET
 
-_WIDGET = "application/vnd.jupyter.widget-view+json"
 _LINES = 200  # of printed text that a page shows of one output
 _STYLES = {"light": "default", "dark": "github-dark"}  # of Pygments, for code
 _LOG = logging.getLogger(__name__)
@@ -192,7 +191,7 @@ def _sorter() -> str:
 
 
 def _is_noise(output: NotebookNode) -> bool:
-    return _WIDGET in output.get("data", ()) or output.get("name") == "stderr"
+    return WIDGET in output.get("data", ()) or output.get("name") == "stderr"
 
 
 def _cut(output: NotebookNode) -> NotebookNode:

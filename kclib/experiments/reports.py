@@ -7,8 +7,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from kclib._util import files
-
-HEADLINE = "application/vnd.kclib.headline+json"  # the MIME type of what `headline` records
+from kclib.experiments._mime import HEADLINE
 
 
 def headline(text: str, *, main: bool = False) -> None:

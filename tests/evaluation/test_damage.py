@@ -70,7 +70,7 @@ def test_restored_kernels_are_the_dense_ones_and_the_others_are_clustered(scaled
     table = damage.by_cluster(bank, made)
     chosen = {(row.group, row.cluster) for row in table.head(3).itertuples()}
     own = np.concatenate([[(g.name, k) in chosen for k in g.indices] for g in made.groups])
-    found = kernels.extract(damage.restored(model, made, table.head(3)).network).kernels
+    found = kernels.extract(damage._restored(model, made, table.head(3)).network).kernels
     np.testing.assert_array_equal(
         found, np.where(own[:, None, None], bank.kernels, _clustering.quantized(made))
     )

@@ -25,9 +25,9 @@ import sys
 import numpy as np
 import torch
 from kclib import cli
-from kclib.compression._replacement import packing
+from kclib.compression import _packing
 from kclib.store import Entry, Store
-packing.unpack(torch.from_numpy(packing.pack(np.arange(4), 2)), 2, 0, 4)  # compiles
+_packing.unpack(torch.from_numpy(_packing.pack(np.arange(4), 2)), 2, 0, 4)  # compiles
 Store().put(Entry({"kind": "evaluation", "k": 2}, {"images": 9}, {}))
 for command in ("results --columns k", "gc", "inspect absent", "results --csv found.csv"):
     sys.argv = ["kclib", *command.split()]
