@@ -42,6 +42,7 @@ for command in ("results --columns k", "gc", "inspect absent", "results --csv fo
 def installed(open_folder):
     """The package where nobody else may write, and nothing that was compiled before."""
     shutil.copytree(ROOT / "kclib", open_folder / "kclib", ignore=shutil.ignore_patterns("__pycache__"))
+    (open_folder / "pyproject.toml").touch()  # as in a checkout
     (open_folder / "own").mkdir()
     os.chown(open_folder / "own", NOBODY, NOBODY) if os.geteuid() == 0 else None
     return open_folder
