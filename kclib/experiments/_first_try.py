@@ -82,11 +82,11 @@ class Trial:
     @property
     def answer(self) -> str:
         """The whole in one sentence."""
+        smaller = self.n_bytes.dense["in a file"] / self.n_bytes.clustered["in a file"]
         return (
-            f"With {100 * self.clusters.kernels_removed:.2f} % of its kernels removed, {self.model} answers "
-            f"{self.after.top1.estimate:.2f} % of {len(self.before.correct):,} images rightly, in place of "
-            f"{self.before.top1.estimate:.2f} %, and its file is "
-            f"{self.n_bytes.dense['in a file'] / self.n_bytes.clustered['in a file']:.1f} times smaller."
+            f"With {100 * self.clusters.kernels_removed:.2f} % of its kernels removed, the file of {self.model} "
+            f"is {smaller:.1f} times smaller, with {self.lost}, from {self.before.top1.estimate:.2f} % top-1 "
+            "accuracy."
         )
 
 
