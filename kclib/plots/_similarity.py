@@ -7,10 +7,20 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap
 from matplotlib.ticker import LogLocator
 
 from kclib._util import checks
 from kclib.similarity import PairHistogram
+
+_DASHES = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (6, 1.5, 1, 1.5)),
+    (0, (1.2, 1.2)),
+)  # neighbours in depth differ
+_NAMED = 20  # layers that a legend has room for
 
 
 def distance_histograms(
@@ -22,28 +32,72 @@ def distance_histograms(
     ----------
     histograms : mapping of str to PairHistogram
         All with the same edges, of equal width on the axis they are drawn on. Up to four are told apart as
-        kinds, the first filled; more as an order, from dark to bright.
+        kinds, the first filled; more as layers in their order, without bands, over the bins that hold pairs.
     xlabel : str
     legend : bool
     """
     ax = ax or plt.gca()
     few = len(histograms) <= 4
-    colours = sns.color_palette() if few else sns.color_palette("viridis", len(histograms))
+    styles = (
+        [{"color": colour} for colour in sns.color_palette("colorblind")]
+        if few
+        else _by_depth(len(histograms))
+    )
     for i, (name, histogram) in enumerate(histograms.items()):
         shares, band = 100 * histogram.shares, 200 * histogram.error
-        ax.stairs(shares, histogram.edges, color=colours[i], label=name, linewidth=1.3)
+        ax.stairs(shares, histogram.edges, label=name, linewidth=1.3, **styles[i])
         if few and i == 0:
-            ax.stairs(shares, histogram.edges, color=colours[i], fill=True, alpha=0.15)
-        if band.any():
+            ax.stairs(shares, histogram.edges, fill=True, alpha=0.15, **styles[i])
+        if few and band.any():
             low, high = (np.append(x, x[-1]) for x in (shares - band, shares + band))
-            strength = 0.2 if few else 0.1
-            ax.fill_between(
-                histogram.edges, low, high, step="post", color=colours[i], alpha=strength, linewidth=0
-            )
+            ax.fill_between(histogram.edges, low, high, step="post", alpha=0.2, linewidth=0, **styles[i])
     edges = histogram.edges
+    used = np.flatnonzero(np.sum([x.counts for x in histograms.values()], axis=0))
+    if not few and len(used):
+        edges = edges[used[0] : used[-1] + 2]
     ax.set(xlabel=xlabel, ylabel="pairs in each bin (%)", xlim=(edges[0], edges[-1]), ylim=(0, None))
     if legend:
-        ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        _key(ax, list(histograms))
+    return ax
+
+
+def layer_curves(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    xscale: str = "log",
+    yscale: str = "linear",
+    mark: tuple[float, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a curve a layer, told apart by colour (first dark, last bright) and by dashes.
+
+    Parameters
+    ----------
+    curves : mapping of str to (numpy.ndarray, numpy.ndarray)
+        What is drawn of each layer: ``(n,)`` along x and along y.
+    xlabel, ylabel, xscale, yscale : str
+    mark : (float, str), optional
+        A place on the x axis that a line marks, and what to call it.
+    """
+    ax = ax or plt.gca()
+    marker = "." if xscale == "linear" else ""
+    for (name, (x, y)), style in zip(curves.items(), _by_depth(len(curves)), strict=True):
+        ax.plot(x, y, label=name, linewidth=1.4, marker=marker, **style)
+    if mark:
+        ax.axvline(mark[0], color="k", linewidth=1)
+        ax.annotate(mark[1], (mark[0], 0.98), xycoords=("data", "axes fraction"), xytext=(-4, 0),
+                    textcoords="offset points", ha="right", va="top", fontsize=9)  # fmt: skip
+    ax.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+    ax.margins(x=0.02, y=0.01)
+    for axis in (ax.xaxis, ax.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
+    ax.grid(alpha=0.3)
+    _key(ax, list(curves))
     return ax
 
 
@@ -72,10 +126,14 @@ def closeness(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def layers_by_layers(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw how well each codebook describes each layer, as `_similarity.explained` returns it, in percent."""
+    """Draw how well each codebook describes each layer, as `_similarity.explained` returns it, in percent.
+
+    Colours begin at the worst that is shown, rounded down to tens, so that near numbers are told apart.
+    """
     ax = ax or plt.gca()
+    worst = 10 * np.floor(np.nanmin(table.to_numpy()) / 10)
     sns.heatmap(
-        table, annot=True, fmt=".0f", annot_kws={"fontsize": 7}, cmap="viridis", vmin=0, vmax=100, ax=ax,
+        table, annot=True, fmt=".0f", annot_kws={"fontsize": 7}, cmap="viridis", vmin=worst, vmax=100, ax=ax,
         cbar_kws={"label": "squared weight described (%)"},
     )  # fmt: skip
     ax.set(xlabel="kernels of", ylabel="codebook of")
@@ -126,6 +184,24 @@ def embedding(
         dots = ax.scatter(x, y, c=colour, s=size, linewidths=0, cmap="magma", rasterized=True)
         ax.figure.colorbar(dots, ax=ax, label=label, shrink=0.6)
     return _as_map(ax, layout if limits is None else limits)
+
+
+def _by_depth(n: int) -> list[dict]:
+    """Return colour and dashes of each of n layers, from dark to bright; none is as pale as the paper."""
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, n))
+    return [{"color": colour, "linestyle": _DASHES[i % len(_DASHES)]} for i, colour in enumerate(colours)]
+
+
+def _key(ax: Axes, names: list[str]) -> None:
+    """Name the curves beside the axes: one by one, or a colour bar by depth where they are too many."""
+    if len(names) <= _NAMED:
+        ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), handlelength=3.2)
+        return
+    colours = ListedColormap([style["color"] for style in _by_depth(len(names))])
+    shown = np.unique(np.linspace(0, len(names) - 1, 10).round().astype(int))
+    bar = ax.figure.colorbar(ScalarMappable(cmap=colours), ax=ax)
+    bar.set_ticks((shown + 0.5) / len(names), labels=[names[i] for i in shown], fontsize=8)
+    bar.ax.invert_yaxis()
 
 
 def _as_map(ax: Axes, limits: np.ndarray) -> Axes:

@@ -48,6 +48,7 @@ DRAW = {
     "distance_histograms": lambda ax: plots.distance_histograms(
         {"a": histogram([1, 2, 1], 0.1)}, xlabel="x", ax=ax
     ),
+    "layer_curves": lambda ax: plots.layer_curves(curves(2), xlabel="x", ylabel="y", mark=(2, "here"), ax=ax),
     "closeness": lambda ax: plots.closeness(CLOSENESS, ax=ax),
     "layers_by_layers": lambda ax: plots.layers_by_layers(LAYERS, ax=ax),
     "density": lambda ax: plots.density(np.eye(2), ax=ax),
@@ -57,6 +58,10 @@ DRAW = {
     "accuracy_curve": lambda ax: plots.accuracy_curve(TABLE, ax=ax),
     "byte_bars": lambda ax: plots.byte_bars(LEDGER, ax=ax),
 }
+
+
+def curves(n):
+    return {f"conv{i}": (np.arange(1, 4) + i, np.array([0, 50, 100])) for i in range(n)}
 
 
 def legend(ax):
@@ -189,6 +194,39 @@ def test_more_than_four_distance_curves_go_from_dark_to_bright_and_none_is_fille
     assert ax.get_legend() is None
 
 
+def test_curves_of_layers_differ_in_colour_and_neighbours_in_dashes():
+    ax = plots.layer_curves(curves(13), xlabel="length (%)", ylabel="shorter (%)", ax=plt.figure().gca())
+    lines = ax.lines
+    assert lines[2].get_xydata().tolist() == [[3, 0], [4, 50], [5, 100]]
+    assert len({tuple(line.get_color()) for line in lines}) == 13
+    assert max(np.dot(line.get_color()[:3], (0.2126, 0.7152, 0.0722)) for line in lines) < 0.8
+    dashes = [str(line._dash_pattern) for line in lines]
+    assert all(len(set(dashes[i : i + 4])) == 4 for i in range(10))
+    assert legend(ax) == list(curves(13))
+    ax.figure.canvas.draw()
+    assert {"1", "2", "5", "10"} <= {x.get_text() for x in ax.get_xticklabels()}
+    low, high = ax.get_xlim()
+    assert 0.9 < low < 1
+    assert 15 < high < 17  # the axis keeps to what is drawn
+
+
+def test_curves_of_more_layers_than_a_legend_holds_have_a_colour_bar():
+    ax = plots.layer_curves(curves(40), xlabel="x", ylabel="y", ax=plt.figure().gca())
+    assert ax.get_legend() is None
+    (bar,) = (other for other in ax.figure.axes if other is not ax)
+    names = [x.get_text() for x in bar.get_yticklabels()]
+    assert (names[0], names[-1], len(names)) == ("conv0", "conv39", 10)
+    assert bar.yaxis_inverted()  # the first layer on top, as in a legend
+
+
+def test_distances_by_layer_leave_out_the_bins_that_hold_no_pair():
+    edges, counts = np.arange(11.0), np.zeros((6, 10), int)
+    counts[:, 4], counts[5, 6] = 3, 1
+    found = {str(i): PairHistogram(edges, x, int(x.sum()), np.zeros(10)) for i, x in enumerate(counts)}
+    ax = plots.distance_histograms(found, xlabel="x", ax=plt.figure().gca())
+    assert ax.get_xlim() == (4, 7)
+
+
 def test_distance_curve_of_a_layer_with_no_pairs_in_range_is_flat():
     for pairs in (0, 7):
         found = {"far": histogram([0, 0, 0], pairs=pairs)}
@@ -237,7 +275,7 @@ def test_layers_by_layers_writes_each_percentage_where_codebook_and_kernels_meet
     ax.figure.canvas.draw()
     (mesh,) = ax.collections
     np.testing.assert_array_equal(np.asarray(mesh.get_array()).reshape(values.shape), values)
-    assert mesh.get_clim() == (0, 100)
+    assert mesh.get_clim() == (10 * np.floor(values.min() / 10), 100)
     assert [label.get_text() for label in ax.get_xticklabels()] == names
     assert [label.get_text() for label in ax.get_yticklabels()] == table.index.tolist()
     written = {text.get_position(): text.get_text() for text in ax.texts}
