@@ -1,9 +1,12 @@
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox
 
 from kclib import plots
 from kclib.similarity import PairHistogram
@@ -294,8 +297,10 @@ def test_density_counts_the_kernels_of_each_cell():
     assert sorted(cells.get_array()) == [7, 9, 100]
     assert cells.norm(7) == pytest.approx(0)
     assert cells.norm(np.sqrt(700)) == pytest.approx(0.5)  # halfway on a logarithmic scale
-    assert ax.get_xlim() == pytest.approx((-0.3, 10.3))
-    assert ax.get_ylim() == pytest.approx((-0.6, 20.6))
+    left, right = ax.get_xlim()
+    low, high = ax.get_ylim()
+    assert right - left == pytest.approx(high - low)  # a square
+    assert low < 0 < 20 < high
     assert ax.get_aspect() == 1
     assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == ["kernels in a cell"]
 
@@ -304,10 +309,48 @@ def test_a_part_of_a_map_is_drawn_in_the_extent_of_the_whole():
     whole = np.array([[0.0, 0], [10, 20], [5, 5]])
     for colour in (np.array([1.0]), np.array([1]), pd.Categorical(["a"])):
         ax = plots.embedding(whole[2:], colour, label="x", limits=whole, ax=plt.figure().gca())
-        assert ax.get_xlim() == pytest.approx((-0.3, 10.3))
         assert ax.get_ylim() == pytest.approx((-0.6, 20.6))
+        assert ax.get_xlim() == pytest.approx((-5.6, 15.6))  # as wide, the map in the midst
         alone = plots.embedding(whole, np.repeat(colour, 3), label="x", ax=plt.figure().gca())
         assert (alone.get_xlim(), alone.get_ylim()) == (ax.get_xlim(), ax.get_ylim())
+
+
+def test_a_few_far_kernels_are_drawn_at_the_rim_and_do_not_squeeze_a_map():
+    layout = np.vstack([np.random.default_rng(0).uniform(0, 1, (500, 2)), [[100, 0.5], [0.5, -70]]])
+    ax = plots.embedding(layout, np.arange(502.0), label="norm", ax=plt.figure().gca())
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    assert 1 < right - left < 3
+    assert right - left == pytest.approx(high - low)
+    dots, crosses = ax.collections
+    np.testing.assert_allclose(dots.get_offsets()[:500], layout[:500])
+    np.testing.assert_allclose(crosses.get_offsets(), [[right, 0.5], [0.5, low]])
+    assert [text.get_text() for text in ax.texts] == ["× 2 of 502 farther out"]
+    near = plots.embedding(layout[:500], np.arange(500.0), label="norm", ax=plt.figure().gca())
+    assert len(near.collections) == 1
+    assert not near.texts
+
+
+def test_thumbnails_are_kernels_at_their_places_and_none_hides_another():
+    layout = np.random.default_rng(0).uniform(0, 1, (3000, 2))
+    kernels = np.random.default_rng(1).normal(size=(3000, 3, 3))
+    values = np.ones(3000)
+    ax = plots.embedding(layout, values, label="x", kernels=kernels, ax=plt.figure(figsize=(8, 6)).gca())
+    ax.figure.canvas.draw()
+    boxes = [x for x in ax.artists if isinstance(x, AnnotationBbox)]
+    assert len(boxes) > 40
+    for box in boxes:
+        i = np.flatnonzero((layout == box.xy).all(axis=1)).item()
+        shown = plt.get_cmap("RdBu_r")((kernels[i] / np.abs(kernels[i]).max() + 1) / 2)
+        np.testing.assert_array_equal(box.offsetbox.get_data(), shown)
+    extents = [box.get_window_extent() for box in boxes]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(extents, 2))
+
+
+def test_maps_in_a_row_need_what_their_colours_mean_once():
+    for colour in (CATEGORIES, np.array([1.0, 2, 3])):
+        ax = plots.embedding(np.eye(3)[:, :2], colour, label="x", key=False, ax=plt.figure().gca())
+        assert ax.get_legend() is None
+        assert ax.figure.axes == [ax]
 
 
 def test_map_by_label_gives_neighbouring_labels_unlike_colours_and_no_colour_bar():
