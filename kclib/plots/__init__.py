@@ -35,7 +35,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "density",
             "embedding",
         ],
-        "_bytes": ["byte_bars", "index_bits", "memory_traces"],
+        "_bytes": ["byte_bars", "index_bits", "latency_bars", "memory_traces"],
         "_damage": ["damage_by_layer", "damage_by_cluster", "damage_by_class", "flipped_images"],
         "_combination": ["interactions", "excess"],
     },

@@ -444,13 +444,38 @@ def test_byte_bars_stack_to_the_models_megabytes():
 
 def test_index_bits_show_width_code_and_entropy_of_each_layer():
     table = pd.DataFrame({"layer": ["a", "b"], "fixed": [8, 8], "coded": [9.5, 7], "entropy": [5, 6.5]})
-    ax = plots.index_bits(table, ax=plt.figure().gca())
-    heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
-    assert heights == [[8, 8], [9.5, 7]]
+    ax = plots.index_bits(table.assign(stored=["fixed", "coded"]), ax=plt.figure().gca())
+    bars = {x.get_label(): x for x in ax.containers}
+    heights = [[bar.get_height() for bar in x] for x in bars.values()]
+    assert heights == [[8, 8], [7], [9.5]]
+    coded, spared = (x[0] for x in list(bars.values())[1:])
+    assert coded.get_facecolor()[3] == 1
+    assert spared.get_facecolor()[3] == 0  # the file does not have it
+    assert "keeps fixed width" in legend(ax)[-1]
+    assert spared.get_x() < coded.get_x()
     assert ax.lines[0].get_ydata().tolist() == [5, 6.5]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b"]
-    assert ax.get_ylim()[1] > 1.1 * 9.5  # the legend lies above the bars
     assert ax.get_ylabel() == "bits a kernel"
+
+
+def test_what_exceeds_fixed_width_in_a_file_is_marked():
+    table = pd.DataFrame({"layer": ["a", "b"], "fixed": [8, 8], "coded": [9.5, 7], "entropy": [5, 6.5]})
+    ax = plots.index_bits(table.assign(stored="coded"), ax=plt.figure().gca())
+    (over,) = next(x for x in ax.containers if "more than fixed width" in x.get_label())
+    assert (over.get_y(), over.get_height()) == (8, 1.5)
+    assert over.get_x() + over.get_width() / 2 == 0
+
+
+def test_latency_bars_are_milliseconds_an_image_with_how_many_times_over_them():
+    times = {"dense": [10.0, 64], "packed": [25.0, 80], "ratio": [2.5, 1.25], "ratio_low": [2, 1.2]}
+    table = pd.DataFrame(times | {"ratio_high": [3, 1.5]}, index=[1, 16])
+    ax = plots.latency_bars(table, ax=plt.figure().gca())
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in ax.containers}
+    assert heights == {"dense": [10, 4], "packed": [25, 5]}
+    assert [x.get_text() for x in ax.get_xticklabels()] == ["1", "16"]
+    assert [x.get_text() for x in ax.texts] == ["2.50×\n[2.00, 3.00]", "1.25×\n[1.20, 1.50]"]
+    assert "ms" in ax.get_ylabel()
+    assert ax.get_ylim()[1] > 25
 
 
 def test_memory_traces_are_lines_in_megabytes_shaded_while_answering():
