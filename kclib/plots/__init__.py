@@ -26,7 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "layer_sensitivities",
             "allocated_clusters",
         ],
-        "_kernels": ["kernel_sheet", "cluster_sizes", "norm_histogram"],
+        "_kernels": ["kernel_sheet", "codebook_tree", "cluster_sizes", "norm_histogram"],
         "_similarity": [
             "distance_histograms",
             "layer_curves",

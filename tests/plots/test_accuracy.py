@@ -7,6 +7,7 @@ import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox
+from scipy.cluster import hierarchy
 
 from kclib import plots
 from kclib.similarity import PairHistogram
@@ -46,6 +47,7 @@ def histogram(counts, error=0.0, pairs=None):
 CATEGORIES = pd.Categorical(["b", "a", "b"], categories=["b", "a"])
 DRAW = {
     "kernel_sheet": lambda ax: plots.kernel_sheet(np.ones((5, 3, 3)), ax=ax),
+    "codebook_tree": lambda ax: plots.codebook_tree(np.array([[0, 1, 2.0, 2]]), np.ones((2, 3, 3)), ax=ax),
     "cluster_sizes": lambda ax: plots.cluster_sizes(np.array([5, 1]), ax=ax),
     "norm_histogram": lambda ax: plots.norm_histogram({"a": np.ones(3)}, ax=ax),
     "distance_histograms": lambda ax: plots.distance_histograms(
@@ -136,6 +138,24 @@ def test_kernel_sheet_writes_counts_in_at_most_four_characters(count, about):
     short = ax.texts[0].get_text()
     assert float(short.replace("k", "e3").replace("M", "e6")) == pytest.approx(about, rel=0.05)
     assert len(short) <= 4
+
+
+def test_a_tree_has_each_representative_in_the_midst_below_its_leaf():
+    values = np.array([1.0, 9, 2, 12])
+    kernels = values[:, None, None] * np.array([[1, 0.5, 0], [0, 0, 0], [0, 0, 0.25]]) - np.eye(3) * values[1]
+    merges = hierarchy.linkage(values[:, None], "ward")
+    fig, ax = plt.subplots(figsize=(8, 5))
+    plots.codebook_tree(merges, kernels, counts=np.array([10, 20, 30, 40]), ax=ax)
+    fig.canvas.draw()
+    order = hierarchy.leaves_list(merges)
+    for i, (leaf, sheet) in enumerate(zip(order, ax.child_axes, strict=True)):
+        drawn = np.ma.filled(sheet.images[0].get_array(), np.nan)[:3, :3]
+        np.testing.assert_allclose(drawn, kernels[leaf] / np.abs(kernels[leaf]).max())
+        assert [text.get_text() for text in sheet.texts] == [f"{10 * (leaf + 1)}"]
+        middle = sheet.transData.transform((1, 0))[0]
+        assert middle == pytest.approx(ax.transData.transform((5 + 10 * i, 0))[0], abs=1)
+    heights = np.max([[y for _, y in path.vertices] for c in ax.collections for path in c.get_paths()])
+    assert heights == pytest.approx(merges[-1, 2])
 
 
 def test_cluster_sizes_are_drawn_by_rank_on_log_axes():
