@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "accuracy_curve",
             "REPORT_POINT",
             "equal_bytes",
+            "pareto_front",
             "gains",
             "layer_sensitivities",
             "allocated_clusters",

@@ -45,8 +45,15 @@ def index_bits(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     dearer = ((table.coded > table.fixed) & (table.stored == "coded")).to_numpy()
     if dearer.any():
         more = (table.coded - table.fixed)[dearer]
-        ax.bar(places[dearer], more, 0.5, bottom=table.fixed[dearer], color=sns.color_palette("colorblind")[1],
-               edgecolor=colour, label="of it, more than fixed width")  # fmt: skip
+        style = {"color": sns.color_palette("colorblind")[1], "edgecolor": colour}
+        ax.bar(
+            places[dearer],
+            more,
+            0.5,
+            bottom=table.fixed[dearer],
+            label="of it, more than fixed width",
+            **style,
+        )
     ax.plot(places, table.entropy, "k_", markersize=16, label="entropy of the layer's indices")
     ax.set_xticks(places, table.layer, rotation=90)
     ax.set(ylabel="bits a kernel", ylim=(0, 1.05 * table[["fixed", "coded"]].to_numpy().max()))
@@ -57,8 +64,8 @@ def index_bits(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def latency_bars(times: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Draw the milliseconds an image that the dense and the packed network take, by batch.
 
-    `times` is that of `latency.of_network`; over each pair stands how many times as long the packed one takes,
-    with the least and the most of its turns.
+    `times` is that of `latency.of_network`. Over each pair stands how many times as long the packed one
+    takes, with the least and the most of its turns.
     """
     ax = ax or plt.gca()
     places, each = np.arange(len(times)), times[["dense", "packed"]].div(times.index, axis=0)
