@@ -88,10 +88,6 @@ def layer_curves(
     marker = "." if xscale == "linear" else ""
     for (name, (x, y)), style in zip(curves.items(), _by_depth(len(curves)), strict=True):
         ax.plot(x, y, label=name, linewidth=1.4, marker=marker, **style)
-    if mark:
-        ax.axvline(mark[0], color="k", linewidth=1)
-        ax.annotate(mark[1], (mark[0], 0.98), xycoords=("data", "axes fraction"), xytext=(-4, 0),
-                    textcoords="offset points", ha="right", va="top", fontsize=9)  # fmt: skip
     ax.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
     ax.margins(x=0.02, y=0.01)
     for axis in (ax.xaxis, ax.yaxis):
@@ -99,6 +95,12 @@ def layer_curves(
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("")
+    if mark:
+        ax.axvline(mark[0], color="k", linewidth=1)
+        at_left = ax.transAxes.inverted().transform(ax.transData.transform((mark[0], 1)))[0] < 0.3
+        side = {"xytext": (4, 0), "ha": "left"} if at_left else {"xytext": (-4, 0), "ha": "right"}
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+        ax.annotate(mark[1], (mark[0], 0.98), fontsize=9, **place, **side)
     ax.grid(alpha=0.3)
     _key(ax, list(curves))
     return ax

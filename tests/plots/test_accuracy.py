@@ -233,6 +233,18 @@ def test_curves_of_layers_differ_in_colour_and_neighbours_in_dashes():
     assert 15 < high < 17  # the axis keeps to what is drawn
 
 
+@pytest.mark.parametrize(("place", "side"), [(1, "left"), (10, "right")])
+def test_what_a_marked_place_is_called_stands_on_the_side_that_has_room(place, side):
+    mark = (place, "near zero")
+    ax = plots.layer_curves(curves(13), xlabel="x", ylabel="y", mark=mark, ax=plt.figure().gca())
+    (text,) = ax.texts
+    assert (text.get_text(), text.get_ha()) == ("near zero", side)
+    ax.figure.canvas.draw()
+    left, right = (ax.transAxes.inverted().transform(x)[0] for x in text.get_window_extent().get_points())
+    assert left > 0
+    assert right < 1
+
+
 def test_curves_of_more_layers_than_a_legend_holds_have_a_colour_bar():
     ax = plots.layer_curves(curves(40), xlabel="x", ylabel="y", ax=plt.figure().gca())
     assert ax.get_legend() is None
