@@ -278,7 +278,8 @@ def index_bits_by_layer(network: Model | nn.Module) -> pd.DataFrame:
     -------
     pandas.DataFrame
         ``layer``; ``fixed``, ceil(log2 K); ``coded``, entropy-coded, with the layer's table of frequencies or
-        its share by kernels of the group's; ``entropy``, of the layer's indices alone.
+        its share by kernels of the group's; ``entropy``, of the layer's indices alone; ``stored``, ``fixed``
+        or ``coded``, what takes a file fewer bytes, for all layers of a codebook together.
     """
     network = models.network_of(network)
     rows = []
@@ -288,12 +289,13 @@ def index_bits_by_layer(network: Model | nn.Module) -> pd.DataFrame:
             m.n_kernels for m, table in zip(members.values(), coded.tables, strict=True) if not table.size
         ]
         shared = coded.table.nbytes / max(1, sum(alike))
+        stored = "fixed" if _checkpoint.coded(codebook, members) is None else "coded"
         for (name, module), words, table in zip(members.items(), coded.words, coded.tables, strict=True):
             n = module.n_kernels
             entropy = entropy_bytes(counts(module.members(), codebook.n_members))
             n_bytes = (words.nbytes + table.nbytes) / n + shared * (table.size == 0)
-            rows.append((name, codebook.bits, 8 * n_bytes, 8 * entropy / n))
-    return pd.DataFrame(rows, columns=["layer", "fixed", "coded", "entropy"])
+            rows.append((name, codebook.bits, 8 * n_bytes, 8 * entropy / n, stored))
+    return pd.DataFrame(rows, columns=["layer", "fixed", "coded", "entropy", "stored"])
 
 
 def clustered_bytes(

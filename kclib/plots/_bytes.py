@@ -28,15 +28,57 @@ def byte_bars(ledger: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def index_bits(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the bits that each layer's indices take, as `byte_counts.index_bits_by_layer` returns them."""
+    """Draw the bits that each layer's indices take, as `byte_counts.index_bits_by_layer` returns them.
+
+    Entropy-coded bars are full where a file has them, what exceeds fixed width in another colour, and empty
+    where it keeps fixed width.
+    """
     ax = ax or plt.gca()
-    places = np.arange(len(table))
-    ax.bar(places, table.fixed, width=0.8, color="0.88", label="fixed width")
-    ax.bar(places, table.coded, width=0.5, label="entropy-coded, tables of frequencies included")
+    places, colour = np.arange(len(table)), sns.color_palette("colorblind")[0]
+    ax.bar(places, table.fixed, width=0.8, color="0.85", label="fixed width")
+    looks = {"coded": ("entropy-coded, with its table of frequencies", colour),
+             "fixed": ("entropy-coded, but the file keeps fixed width", "none")}  # fmt: skip
+    for stored, (label, face) in looks.items():
+        these = (table.stored == stored).to_numpy()
+        if these.any():
+            ax.bar(places[these], table.coded[these], 0.5, color=face, edgecolor=colour, label=label)
+    dearer = ((table.coded > table.fixed) & (table.stored == "coded")).to_numpy()
+    if dearer.any():
+        more = (table.coded - table.fixed)[dearer]
+        style = {"color": sns.color_palette("colorblind")[1], "edgecolor": colour}
+        ax.bar(
+            places[dearer],
+            more,
+            0.5,
+            bottom=table.fixed[dearer],
+            label="of it, more than fixed width",
+            **style,
+        )
     ax.plot(places, table.entropy, "k_", markersize=16, label="entropy of the layer's indices")
     ax.set_xticks(places, table.layer, rotation=90)
-    ax.set(ylabel="bits a kernel", ylim=(0, 1.2 * table[["fixed", "coded"]].to_numpy().max()))
-    ax.legend(frameon=False, ncol=3, loc="upper left", fontsize=9)
+    ax.set(ylabel="bits a kernel", ylim=(0, 1.05 * table[["fixed", "coded"]].to_numpy().max()))
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    return ax
+
+
+def latency_bars(times: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw the milliseconds an image that the dense and the packed network take, by batch.
+
+    `times` is that of `latency.of_network`. Over each pair stands how many times as long the packed one
+    takes, with the least and the most of its turns.
+    """
+    ax = ax or plt.gca()
+    places, each = np.arange(len(times)), times[["dense", "packed"]].div(times.index, axis=0)
+    for i, (name, colour) in enumerate(zip(each, ("0.7", sns.color_palette("colorblind")[0]), strict=True)):
+        ax.bar(places + 0.4 * (i - 0.5), each[name], 0.4, color=colour, label=name)
+    for place, top, row in zip(places, each.max(axis=1), times.itertuples(), strict=True):
+        said = f"{row.ratio:.2f}×\n[{row.ratio_low:.2f}, {row.ratio_high:.2f}]"
+        ax.annotate(said, (place + 0.2, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    ax.set_xticks(places, times.index)
+    ax.set(xlabel="images a forward (batch)", ylabel="time (ms an image)")
+    ax.set_ylim(0, 1.25 * each.to_numpy().max())
+    ax.grid(axis="y", alpha=0.3)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return ax
 
 

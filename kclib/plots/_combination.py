@@ -33,18 +33,18 @@ def interactions(table: pd.DataFrame, *, axes: np.ndarray | None = None) -> np.n
         axes = plt.subplots(len(kinds), len(precisions), **options)[1]
     axes = np.asarray(axes).ravel()
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lines)))
-    colours[lines == "none"] = to_rgba("tab:red")
+    colours[lines == "none"] = to_rgba("black")
     for ax, (kind, precision) in zip(axes, itertools.product(kinds, precisions), strict=True):
         shown = table[table.pruned.isin([kind, "none"]) & (table.precision == precision)]
-        for line, colour in zip(lines, colours, strict=True):
+        for line, colour, marker in zip(lines, colours, itertools.cycle("oDs^v<>P"), strict=False):
             means = (
                 shown[shown.clustering == line].groupby("sparsity")[["drop", "drop_low", "drop_high"]].mean()
             )
             bars = [means["drop"] - means.drop_low, means.drop_high - means["drop"]]
-            style = {"color": colour, "marker": "o", "markersize": 4, "capsize": 2, "label": line}
-            ax.errorbar(means.index, means["drop"], bars, **style)
+            style = {"color": colour, "marker": marker, "markersize": 5, "capsize": 2, "label": line}
+            ax.errorbar(100 * means.index, means["drop"], bars, **style)
         ax.axhline(0, color="0.4", linestyle="--", linewidth=1)
-        ax.set(title=f"precision: {precision}", xlabel=f"share of {kind} pruned")
+        ax.set(title=f"precision: {precision}", xlabel=f"{kind} pruned (%)")
         ax.grid(alpha=0.3)
     for ax in axes[:: len(precisions)]:
         ax.set_ylabel("drop (accuracy points)")
@@ -83,8 +83,8 @@ def excess(orthogonality: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     labels = [f"{name}\n{share:.0%}{kind}" for (name, share, _), kind in zip(names, of, strict=True)]
     ax.set_xticks(range(len(names)), labels, fontsize=8)
     ax.set_yticks(range(len(shown)), shown.index)
-    ax.set(xlabel=f"precision, share of {' or '.join(kinds)} pruned", ylabel="clusters")
-    ax.figure.colorbar(image, ax=ax, label="excess of the drop (points)")
+    ax.set(xlabel=f"precision, percent of {' or '.join(kinds)} pruned", ylabel="clusters")
+    ax.figure.colorbar(image, ax=ax, label="drop beyond the sum (points)")
     return ax
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from scipy.cluster import hierarchy
 
 from kclib._util import checks
 from kclib.errors import InvalidValueError
@@ -58,6 +59,32 @@ def kernel_sheet(
                     fontsize=7)  # fmt: skip
     ax.imshow(sheet, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     ax.set_axis_off()
+    return ax
+
+
+def codebook_tree(
+    merges: np.ndarray, kernels: np.ndarray, *, counts: np.ndarray | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw how representatives merge, a tree, with each representative below its leaf.
+
+    Parameters
+    ----------
+    merges : numpy.ndarray
+        ``(m - 1, 4)``, as `scipy.cluster.hierarchy.linkage` returns them.
+    kernels : numpy.ndarray
+        ``(m, kh, kw)``, the leaves; some forty are legible.
+    counts : numpy.ndarray, optional
+        int ``(m,)``, how many kernels each stands for, written under it.
+    """
+    ax = ax or plt.gca()
+    options = {"no_labels": True, "color_threshold": 0, "above_threshold_color": "0.3"}
+    leaves = hierarchy.dendrogram(merges, ax=ax, **options)["leaves"]
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    share = 1 / len(leaves)
+    for i, leaf in enumerate(leaves):
+        below = ax.inset_axes(((i + 0.1) * share, -0.27, 0.8 * share, 0.25))
+        kernel_sheet(kernels[[leaf]], counts=None if counts is None else counts[[leaf]], ax=below)
+        below.set(anchor="N", xlim=(-0.5, kernels.shape[2] - 0.5))
     return ax
 
 

@@ -7,10 +7,23 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap
+from matplotlib.lines import Line2D
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import LogLocator
 
 from kclib._util import checks
 from kclib.similarity import PairHistogram
+
+_DASHES = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (6, 1.5, 1, 1.5)),
+    (0, (1.2, 1.2)),
+)  # neighbours in depth differ
+_NAMED = 20  # layers that a legend has room for
+_THUMBNAILS = 9  # kernels that may be drawn along either side of a map
 
 
 def distance_histograms(
@@ -22,28 +35,74 @@ def distance_histograms(
     ----------
     histograms : mapping of str to PairHistogram
         All with the same edges, of equal width on the axis they are drawn on. Up to four are told apart as
-        kinds, the first filled; more as an order, from dark to bright.
+        kinds, the first filled; more as layers in their order, without bands, over the bins that hold pairs.
     xlabel : str
     legend : bool
     """
     ax = ax or plt.gca()
     few = len(histograms) <= 4
-    colours = sns.color_palette() if few else sns.color_palette("viridis", len(histograms))
+    styles = (
+        [{"color": colour} for colour in sns.color_palette("colorblind")]
+        if few
+        else _by_depth(len(histograms))
+    )
     for i, (name, histogram) in enumerate(histograms.items()):
         shares, band = 100 * histogram.shares, 200 * histogram.error
-        ax.stairs(shares, histogram.edges, color=colours[i], label=name, linewidth=1.3)
+        ax.stairs(shares, histogram.edges, label=name, linewidth=1.3, **styles[i])
         if few and i == 0:
-            ax.stairs(shares, histogram.edges, color=colours[i], fill=True, alpha=0.15)
-        if band.any():
+            ax.stairs(shares, histogram.edges, fill=True, alpha=0.15, **styles[i])
+        if few and band.any():
             low, high = (np.append(x, x[-1]) for x in (shares - band, shares + band))
-            strength = 0.2 if few else 0.1
-            ax.fill_between(
-                histogram.edges, low, high, step="post", color=colours[i], alpha=strength, linewidth=0
-            )
+            ax.fill_between(histogram.edges, low, high, step="post", alpha=0.2, linewidth=0, **styles[i])
     edges = histogram.edges
+    used = np.flatnonzero(np.sum([x.counts for x in histograms.values()], axis=0))
+    if not few and len(used):
+        edges = edges[used[0] : used[-1] + 2]
     ax.set(xlabel=xlabel, ylabel="pairs in each bin (%)", xlim=(edges[0], edges[-1]), ylim=(0, None))
     if legend:
-        ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        _key(ax, list(histograms))
+    return ax
+
+
+def layer_curves(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    xscale: str = "log",
+    yscale: str = "linear",
+    mark: tuple[float, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a curve a layer, told apart by colour (first dark, last bright) and by dashes.
+
+    Parameters
+    ----------
+    curves : mapping of str to (numpy.ndarray, numpy.ndarray)
+        What is drawn of each layer: ``(n,)`` along x and along y.
+    xlabel, ylabel, xscale, yscale : str
+    mark : (float, str), optional
+        A place on the x axis that a line marks, and what to call it.
+    """
+    ax = ax or plt.gca()
+    marker = "." if xscale == "linear" else ""
+    for (name, (x, y)), style in zip(curves.items(), _by_depth(len(curves)), strict=True):
+        ax.plot(x, y, label=name, linewidth=1.4, marker=marker, **style)
+    ax.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+    ax.margins(x=0.02, y=0.01)
+    for axis in (ax.xaxis, ax.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
+    if mark:
+        ax.axvline(mark[0], color="k", linewidth=1)
+        at_left = ax.transAxes.inverted().transform(ax.transData.transform((mark[0], 1)))[0] < 0.3
+        side = {"xytext": (4, 0), "ha": "left"} if at_left else {"xytext": (-4, 0), "ha": "right"}
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+        ax.annotate(mark[1], (mark[0], 0.98), fontsize=9, **place, **side)
+    ax.grid(alpha=0.3)
+    _key(ax, list(curves))
     return ax
 
 
@@ -72,10 +131,14 @@ def closeness(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def layers_by_layers(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw how well each codebook describes each layer, as `_similarity.explained` returns it, in percent."""
+    """Draw how well each codebook describes each layer, as `_similarity.explained` returns it, in percent.
+
+    Colours begin at the worst that is shown, rounded down to tens, so that near numbers are told apart.
+    """
     ax = ax or plt.gca()
+    worst = 10 * np.floor(np.nanmin(table.to_numpy()) / 10)
     sns.heatmap(
-        table, annot=True, fmt=".0f", annot_kws={"fontsize": 7}, cmap="viridis", vmin=0, vmax=100, ax=ax,
+        table, annot=True, fmt=".0f", annot_kws={"fontsize": 7}, cmap="viridis", vmin=worst, vmax=100, ax=ax,
         cbar_kws={"label": "squared weight described (%)"},
     )  # fmt: skip
     ax.set(xlabel="kernels of", ylabel="codebook of")
@@ -85,9 +148,10 @@ def layers_by_layers(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def density(layout: np.ndarray, *, ax: Axes | None = None) -> Axes:
-    """Draw how many of many kernels lie where on a map ``(n, 2)``."""
+    """Draw how many of many kernels lie where on a map ``(n, 2)``; far ones count at its rim."""
     ax = ax or plt.gca()
-    cells = ax.hexbin(*layout.T, gridsize=160, bins="log", mincnt=1, cmap="magma")
+    within = _at_the_rim(ax, layout, layout)[0]
+    cells = ax.hexbin(*within.T, gridsize=160, bins="log", mincnt=1, cmap="magma")
     ax.figure.colorbar(cells, ax=ax, label="kernels in a cell", shrink=0.6)
     return _as_map(ax, layout)
 
@@ -98,39 +162,114 @@ def embedding(
     *,
     label: str,
     limits: np.ndarray | None = None,
+    kernels: np.ndarray | None = None,
+    key: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw a map ``(n, 2)`` coloured by category (dark to bright in their order), by value, or by label.
 
-    Labels are whole numbers without an order: colours repeat after twenty. `limits` is another map, of which
-    this one is a part and whose extent is drawn.
+    Maps are squares, so that several stand in line. A few points far from all others do not squeeze the rest:
+    they are drawn as crosses at the rim, and counted there.
+
+    Parameters
+    ----------
+    layout : numpy.ndarray
+    colour : numpy.ndarray or pandas.Categorical
+        Labels are whole numbers without an order: colours repeat after twenty.
+    label : str
+    limits : numpy.ndarray, optional
+        Another map ``(m, 2)``, of which this one is a part and whose extent is drawn.
+    kernels : numpy.ndarray, optional
+        ``(n, kh, kw)``: those nearest to the points of a grid are drawn where they lie.
+    key : bool
+        Whether to say what the colours mean; maps in a row need it once.
     """
     ax = ax or plt.gca()
-    size = float(np.clip(350 / np.sqrt(max(len(layout), 1)), 1, 5))
+    limits = layout if limits is None else limits
+    within, far = _at_the_rim(ax, layout, limits)
+    style = {"s": float(np.clip(350 / np.sqrt(max(len(layout), 1)), 1, 5)), "linewidths": 0}
     if isinstance(colour, pd.Categorical):
         names = list(colour.categories)
-        palette = sns.color_palette("viridis", len(names))
-        sns.scatterplot(
-            x=layout[:, 0], y=layout[:, 1], hue=colour, hue_order=names, palette=palette,
-            s=size, linewidth=0, ax=ax, rasterized=True,
-        )  # fmt: skip
-        outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-        ax.legend(title=label, fontsize=8, markerscale=3, frameon=False, **outside)
+        palette = [look["color"] for look in _by_depth(len(names))]
+        style |= {"c": np.reshape(palette, (-1, 4))[colour.codes]}
     elif np.issubdtype(colour.dtype, np.integer):
-        ax.scatter(
-            *layout.T, c=colour % 20, s=size, linewidths=0, cmap="tab20", vmin=0, vmax=19, rasterized=True
-        )
+        style |= {"c": colour % 20, "cmap": "tab20", "vmin": 0, "vmax": 19}
         ax.set_title(label, fontsize=10)
     else:
-        x, y = layout.T
-        dots = ax.scatter(x, y, c=colour, s=size, linewidths=0, cmap="magma", rasterized=True)
-        ax.figure.colorbar(dots, ax=ax, label=label, shrink=0.6)
-    return _as_map(ax, layout if limits is None else limits)
+        low, high = np.percentile(colour, (1, 99)) if len(colour) else (0, 1)
+        shades = ListedColormap(plt.get_cmap("magma")(np.linspace(0, 0.9, 256)))
+        style |= {"c": colour, "cmap": shades, "vmin": low, "vmax": high}
+    dots = ax.scatter(*within.T, rasterized=True, **style)
+    if far.any():
+        ax.scatter(*within[far].T, marker="x", s=25, color="tab:red", linewidths=1, clip_on=False, zorder=3)
+    if key and isinstance(colour, pd.Categorical):
+        handles = [Line2D([], [], color=x, marker="o", linestyle="", markersize=5) for x in palette]
+        _key(ax, names, handles, title=label)
+    elif key and not np.issubdtype(colour.dtype, np.integer):
+        ax.figure.colorbar(dots, ax=ax, label=label, shrink=0.6, extend="both")
+    if kernels is not None:
+        _draw_some(ax, within, kernels, limits)
+    return _as_map(ax, limits)
+
+
+def _extent(limits: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the middle of a map's square and half its side, where far points are left out.
+
+    Far is what lies more than half the width of the middle 98 percent beyond them.
+    """
+    low, high = np.percentile(limits, (1, 99), axis=0)
+    reach = (high - low) / 2
+    low, high = np.maximum(limits.min(axis=0), low - reach), np.minimum(limits.max(axis=0), high + reach)
+    return (low + high) / 2, 0.53 * float((high - low).max() or 1)
+
+
+def _at_the_rim(ax: Axes, layout: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a map whose far points are moved to the rim, and which those are; say how many on the axes."""
+    middle, half = _extent(limits)
+    far = (np.abs(layout - middle) > half).any(axis=1)
+    if far.any():
+        said = f"× {far.sum():,} of {len(far):,} farther out"
+        ax.text(0.02, 0.02, said, transform=ax.transAxes, fontsize=8, color="tab:red", zorder=4)
+    return np.clip(layout, middle - half, middle + half), far
+
+
+def _draw_some(ax: Axes, layout: np.ndarray, kernels: np.ndarray, limits: np.ndarray) -> None:
+    """Draw the kernels nearest to the points of a grid over a map, of those that have one near."""
+    middle, half = _extent(limits)
+    step = 2 * half / _THUMBNAILS
+    places = middle + step * (np.indices((_THUMBNAILS, _THUMBNAILS)).reshape(2, -1).T - (_THUMBNAILS - 1) / 2)
+    for place in places if len(layout) else ():
+        away = np.abs(layout - place).max(axis=1)
+        i = int(away.argmin())
+        if away[i] < step / 4:
+            kernel = kernels[i] / (np.abs(kernels[i]).max() or 1)
+            image = plt.get_cmap("RdBu_r")((kernel + 1) / 2)
+            picture = OffsetImage(image, zoom=18 / max(kernel.shape), interpolation="nearest")
+            ax.add_artist(AnnotationBbox(picture, layout[i], pad=0.1, bboxprops={"linewidth": 0.8}))
 
 
 def _as_map(ax: Axes, limits: np.ndarray) -> Axes:
-    (left, low), (right, high) = limits.min(axis=0), limits.max(axis=0)
-    across, up = 0.03 * (right - left or 1), 0.03 * (high - low or 1)
-    ax.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2", aspect="equal")
-    ax.set(xlim=(left - across, right + across), ylim=(low - up, high + up))
+    (x, y), half = _extent(limits)
+    ax.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2", aspect="equal", anchor="W")
+    ax.set(xlim=(x - half, x + half), ylim=(y - half, y + half))
     return ax
+
+
+def _by_depth(n: int) -> list[dict]:
+    """Return colour and dashes of each of n layers, from dark to bright; none is as pale as the paper."""
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, n))
+    return [{"color": colour, "linestyle": _DASHES[i % len(_DASHES)]} for i, colour in enumerate(colours)]
+
+
+def _key(ax: Axes, names: list[str], handles: list[Line2D] | None = None, title: str | None = None) -> None:
+    """Name layers beside the axes: one by one, or in a colour bar by depth where they are too many."""
+    if len(names) <= _NAMED:
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False, "fontsize": 8}
+        handles = handles or ax.get_legend_handles_labels()[0]
+        ax.legend(handles, names, title=title, handlelength=3.2 if title is None else 1, **beside)
+        return
+    colours = ListedColormap([style["color"] for style in _by_depth(len(names))])
+    shown = np.unique(np.linspace(0, len(names) - 1, 10).round().astype(int))
+    bar = ax.figure.colorbar(ScalarMappable(cmap=colours), ax=ax, label=title)
+    bar.set_ticks((shown + 0.5) / len(names), labels=[names[i] for i in shown], fontsize=8)
+    bar.ax.invert_yaxis()

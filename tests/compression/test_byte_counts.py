@@ -225,7 +225,8 @@ def test_bits_of_each_layers_indices_by_hand():
     indices = [0, 0, 0, 0, 1, 1, 2, 2, 1, 1, 1, 1]
     result = clustered([extract(network).layers], 3, indices=indices)
     table = index_bits_by_layer(compress(network, result))
-    assert table.columns.tolist() == ["layer", "fixed", "coded", "entropy"]
+    assert table.columns.tolist() == ["layer", "fixed", "coded", "entropy", "stored"]
+    assert table.stored.tolist() == ["fixed", "fixed"]  # so few indices pay for no table
     assert table.layer.tolist() == ["0", "1"]
     assert table.fixed.tolist() == [2, 2]
     assert table.entropy.tolist() == [1.5, 0]
@@ -262,6 +263,7 @@ def test_bits_of_all_layers_come_to_the_bytes_of_words_and_tables(n_symbols, sco
     whole = footprint(network, result).loc[["indices", "frequency tables"], "entropy_fp32"].sum()
     assert (table.coded > table.entropy).all()
     assert (table.coded < table.fixed).all()
+    assert (table.stored == "coded").all()
     assert (table.coded * 3000 / 8).sum() == pytest.approx(whole)
 
 

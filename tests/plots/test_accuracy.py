@@ -1,9 +1,13 @@
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox
+from scipy.cluster import hierarchy
 
 from kclib import plots
 from kclib.similarity import PairHistogram
@@ -43,11 +47,13 @@ def histogram(counts, error=0.0, pairs=None):
 CATEGORIES = pd.Categorical(["b", "a", "b"], categories=["b", "a"])
 DRAW = {
     "kernel_sheet": lambda ax: plots.kernel_sheet(np.ones((5, 3, 3)), ax=ax),
+    "codebook_tree": lambda ax: plots.codebook_tree(np.array([[0, 1, 2.0, 2]]), np.ones((2, 3, 3)), ax=ax),
     "cluster_sizes": lambda ax: plots.cluster_sizes(np.array([5, 1]), ax=ax),
     "norm_histogram": lambda ax: plots.norm_histogram({"a": np.ones(3)}, ax=ax),
     "distance_histograms": lambda ax: plots.distance_histograms(
         {"a": histogram([1, 2, 1], 0.1)}, xlabel="x", ax=ax
     ),
+    "layer_curves": lambda ax: plots.layer_curves(curves(2), xlabel="x", ylabel="y", mark=(2, "here"), ax=ax),
     "closeness": lambda ax: plots.closeness(CLOSENESS, ax=ax),
     "layers_by_layers": lambda ax: plots.layers_by_layers(LAYERS, ax=ax),
     "density": lambda ax: plots.density(np.eye(2), ax=ax),
@@ -57,6 +63,10 @@ DRAW = {
     "accuracy_curve": lambda ax: plots.accuracy_curve(TABLE, ax=ax),
     "byte_bars": lambda ax: plots.byte_bars(LEDGER, ax=ax),
 }
+
+
+def curves(n):
+    return {f"conv{i}": (np.arange(1, 4) + i, np.array([0, 50, 100])) for i in range(n)}
 
 
 def legend(ax):
@@ -130,6 +140,24 @@ def test_kernel_sheet_writes_counts_in_at_most_four_characters(count, about):
     assert len(short) <= 4
 
 
+def test_a_tree_has_each_representative_in_the_midst_below_its_leaf():
+    values = np.array([1.0, 9, 2, 12])
+    kernels = values[:, None, None] * np.array([[1, 0.5, 0], [0, 0, 0], [0, 0, 0.25]]) - np.eye(3) * values[1]
+    merges = hierarchy.linkage(values[:, None], "ward")
+    fig, ax = plt.subplots(figsize=(8, 5))
+    plots.codebook_tree(merges, kernels, counts=np.array([10, 20, 30, 40]), ax=ax)
+    fig.canvas.draw()
+    order = hierarchy.leaves_list(merges)
+    for i, (leaf, sheet) in enumerate(zip(order, ax.child_axes, strict=True)):
+        drawn = np.ma.filled(sheet.images[0].get_array(), np.nan)[:3, :3]
+        np.testing.assert_allclose(drawn, kernels[leaf] / np.abs(kernels[leaf]).max())
+        assert [text.get_text() for text in sheet.texts] == [f"{10 * (leaf + 1)}"]
+        middle = sheet.transData.transform((1, 0))[0]
+        assert middle == pytest.approx(ax.transData.transform((5 + 10 * i, 0))[0], abs=1)
+    heights = np.max([[y for _, y in path.vertices] for c in ax.collections for path in c.get_paths()])
+    assert heights == pytest.approx(merges[-1, 2])
+
+
 def test_cluster_sizes_are_drawn_by_rank_on_log_axes():
     ax = plots.cluster_sizes(np.array([40, 9, 1]), label="conv1", ax=plt.figure().gca())
     (line,) = ax.lines
@@ -189,6 +217,51 @@ def test_more_than_four_distance_curves_go_from_dark_to_bright_and_none_is_fille
     assert ax.get_legend() is None
 
 
+def test_curves_of_layers_differ_in_colour_and_neighbours_in_dashes():
+    ax = plots.layer_curves(curves(13), xlabel="length (%)", ylabel="shorter (%)", ax=plt.figure().gca())
+    lines = ax.lines
+    assert lines[2].get_xydata().tolist() == [[3, 0], [4, 50], [5, 100]]
+    assert len({tuple(line.get_color()) for line in lines}) == 13
+    assert max(np.dot(line.get_color()[:3], (0.2126, 0.7152, 0.0722)) for line in lines) < 0.8
+    dashes = [str(line._dash_pattern) for line in lines]
+    assert all(len(set(dashes[i : i + 4])) == 4 for i in range(10))
+    assert legend(ax) == list(curves(13))
+    ax.figure.canvas.draw()
+    assert {"1", "2", "5", "10"} <= {x.get_text() for x in ax.get_xticklabels()}
+    low, high = ax.get_xlim()
+    assert 0.9 < low < 1
+    assert 15 < high < 17  # the axis keeps to what is drawn
+
+
+@pytest.mark.parametrize(("place", "side"), [(1, "left"), (10, "right")])
+def test_what_a_marked_place_is_called_stands_on_the_side_that_has_room(place, side):
+    mark = (place, "near zero")
+    ax = plots.layer_curves(curves(13), xlabel="x", ylabel="y", mark=mark, ax=plt.figure().gca())
+    (text,) = ax.texts
+    assert (text.get_text(), text.get_ha()) == ("near zero", side)
+    ax.figure.canvas.draw()
+    left, right = (ax.transAxes.inverted().transform(x)[0] for x in text.get_window_extent().get_points())
+    assert left > 0
+    assert right < 1
+
+
+def test_curves_of_more_layers_than_a_legend_holds_have_a_colour_bar():
+    ax = plots.layer_curves(curves(40), xlabel="x", ylabel="y", ax=plt.figure().gca())
+    assert ax.get_legend() is None
+    (bar,) = (other for other in ax.figure.axes if other is not ax)
+    names = [x.get_text() for x in bar.get_yticklabels()]
+    assert (names[0], names[-1], len(names)) == ("conv0", "conv39", 10)
+    assert bar.yaxis_inverted()  # the first layer on top, as in a legend
+
+
+def test_distances_by_layer_leave_out_the_bins_that_hold_no_pair():
+    edges, counts = np.arange(11.0), np.zeros((6, 10), int)
+    counts[:, 4], counts[5, 6] = 3, 1
+    found = {str(i): PairHistogram(edges, x, int(x.sum()), np.zeros(10)) for i, x in enumerate(counts)}
+    ax = plots.distance_histograms(found, xlabel="x", ax=plt.figure().gca())
+    assert ax.get_xlim() == (4, 7)
+
+
 def test_distance_curve_of_a_layer_with_no_pairs_in_range_is_flat():
     for pairs in (0, 7):
         found = {"far": histogram([0, 0, 0], pairs=pairs)}
@@ -237,7 +310,7 @@ def test_layers_by_layers_writes_each_percentage_where_codebook_and_kernels_meet
     ax.figure.canvas.draw()
     (mesh,) = ax.collections
     np.testing.assert_array_equal(np.asarray(mesh.get_array()).reshape(values.shape), values)
-    assert mesh.get_clim() == (0, 100)
+    assert mesh.get_clim() == (10 * np.floor(values.min() / 10), 100)
     assert [label.get_text() for label in ax.get_xticklabels()] == names
     assert [label.get_text() for label in ax.get_yticklabels()] == table.index.tolist()
     written = {text.get_position(): text.get_text() for text in ax.texts}
@@ -256,8 +329,10 @@ def test_density_counts_the_kernels_of_each_cell():
     assert sorted(cells.get_array()) == [7, 9, 100]
     assert cells.norm(7) == pytest.approx(0)
     assert cells.norm(np.sqrt(700)) == pytest.approx(0.5)  # halfway on a logarithmic scale
-    assert ax.get_xlim() == pytest.approx((-0.3, 10.3))
-    assert ax.get_ylim() == pytest.approx((-0.6, 20.6))
+    left, right = ax.get_xlim()
+    low, high = ax.get_ylim()
+    assert right - left == pytest.approx(high - low)  # a square
+    assert low < 0 < 20 < high
     assert ax.get_aspect() == 1
     assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == ["kernels in a cell"]
 
@@ -266,10 +341,48 @@ def test_a_part_of_a_map_is_drawn_in_the_extent_of_the_whole():
     whole = np.array([[0.0, 0], [10, 20], [5, 5]])
     for colour in (np.array([1.0]), np.array([1]), pd.Categorical(["a"])):
         ax = plots.embedding(whole[2:], colour, label="x", limits=whole, ax=plt.figure().gca())
-        assert ax.get_xlim() == pytest.approx((-0.3, 10.3))
         assert ax.get_ylim() == pytest.approx((-0.6, 20.6))
+        assert ax.get_xlim() == pytest.approx((-5.6, 15.6))  # as wide, the map in the midst
         alone = plots.embedding(whole, np.repeat(colour, 3), label="x", ax=plt.figure().gca())
         assert (alone.get_xlim(), alone.get_ylim()) == (ax.get_xlim(), ax.get_ylim())
+
+
+def test_a_few_far_kernels_are_drawn_at_the_rim_and_do_not_squeeze_a_map():
+    layout = np.vstack([np.random.default_rng(0).uniform(0, 1, (500, 2)), [[100, 0.5], [0.5, -70]]])
+    ax = plots.embedding(layout, np.arange(502.0), label="norm", ax=plt.figure().gca())
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    assert 1 < right - left < 3
+    assert right - left == pytest.approx(high - low)
+    dots, crosses = ax.collections
+    np.testing.assert_allclose(dots.get_offsets()[:500], layout[:500])
+    np.testing.assert_allclose(crosses.get_offsets(), [[right, 0.5], [0.5, low]])
+    assert [text.get_text() for text in ax.texts] == ["× 2 of 502 farther out"]
+    near = plots.embedding(layout[:500], np.arange(500.0), label="norm", ax=plt.figure().gca())
+    assert len(near.collections) == 1
+    assert not near.texts
+
+
+def test_thumbnails_are_kernels_at_their_places_and_none_hides_another():
+    layout = np.random.default_rng(0).uniform(0, 1, (3000, 2))
+    kernels = np.random.default_rng(1).normal(size=(3000, 3, 3))
+    values = np.ones(3000)
+    ax = plots.embedding(layout, values, label="x", kernels=kernels, ax=plt.figure(figsize=(8, 6)).gca())
+    ax.figure.canvas.draw()
+    boxes = [x for x in ax.artists if isinstance(x, AnnotationBbox)]
+    assert len(boxes) > 40
+    for box in boxes:
+        i = np.flatnonzero((layout == box.xy).all(axis=1)).item()
+        shown = plt.get_cmap("RdBu_r")((kernels[i] / np.abs(kernels[i]).max() + 1) / 2)
+        np.testing.assert_array_equal(box.offsetbox.get_data(), shown)
+    extents = [box.get_window_extent() for box in boxes]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(extents, 2))
+
+
+def test_maps_in_a_row_need_what_their_colours_mean_once():
+    for colour in (CATEGORIES, np.array([1.0, 2, 3])):
+        ax = plots.embedding(np.eye(3)[:, :2], colour, label="x", key=False, ax=plt.figure().gca())
+        assert ax.get_legend() is None
+        assert ax.figure.axes == [ax]
 
 
 def test_map_by_label_gives_neighbouring_labels_unlike_colours_and_no_colour_bar():
@@ -363,13 +476,38 @@ def test_byte_bars_stack_to_the_models_megabytes():
 
 def test_index_bits_show_width_code_and_entropy_of_each_layer():
     table = pd.DataFrame({"layer": ["a", "b"], "fixed": [8, 8], "coded": [9.5, 7], "entropy": [5, 6.5]})
-    ax = plots.index_bits(table, ax=plt.figure().gca())
-    heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
-    assert heights == [[8, 8], [9.5, 7]]
+    ax = plots.index_bits(table.assign(stored=["fixed", "coded"]), ax=plt.figure().gca())
+    bars = {x.get_label(): x for x in ax.containers}
+    heights = [[bar.get_height() for bar in x] for x in bars.values()]
+    assert heights == [[8, 8], [7], [9.5]]
+    coded, spared = (x[0] for x in list(bars.values())[1:])
+    assert coded.get_facecolor()[3] == 1
+    assert spared.get_facecolor()[3] == 0  # the file does not have it
+    assert "keeps fixed width" in legend(ax)[-1]
+    assert spared.get_x() < coded.get_x()
     assert ax.lines[0].get_ydata().tolist() == [5, 6.5]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b"]
-    assert ax.get_ylim()[1] > 1.1 * 9.5  # the legend lies above the bars
     assert ax.get_ylabel() == "bits a kernel"
+
+
+def test_what_exceeds_fixed_width_in_a_file_is_marked():
+    table = pd.DataFrame({"layer": ["a", "b"], "fixed": [8, 8], "coded": [9.5, 7], "entropy": [5, 6.5]})
+    ax = plots.index_bits(table.assign(stored="coded"), ax=plt.figure().gca())
+    (over,) = next(x for x in ax.containers if "more than fixed width" in x.get_label())
+    assert (over.get_y(), over.get_height()) == (8, 1.5)
+    assert over.get_x() + over.get_width() / 2 == 0
+
+
+def test_latency_bars_are_milliseconds_an_image_with_how_many_times_over_them():
+    times = {"dense": [10.0, 64], "packed": [25.0, 80], "ratio": [2.5, 1.25], "ratio_low": [2, 1.2]}
+    table = pd.DataFrame(times | {"ratio_high": [3, 1.5]}, index=[1, 16])
+    ax = plots.latency_bars(table, ax=plt.figure().gca())
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in ax.containers}
+    assert heights == {"dense": [10, 4], "packed": [25, 5]}
+    assert [x.get_text() for x in ax.get_xticklabels()] == ["1", "16"]
+    assert [x.get_text() for x in ax.texts] == ["2.50×\n[2.00, 3.00]", "1.25×\n[1.20, 1.50]"]
+    assert "ms" in ax.get_ylabel()
+    assert ax.get_ylim()[1] > 25
 
 
 def test_memory_traces_are_lines_in_megabytes_shaded_while_answering():

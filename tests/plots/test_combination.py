@@ -24,7 +24,8 @@ def test_lines_are_clusterings_over_the_sparsity_in_a_panel_a_precision():
     for ax, more in zip(axes, (0, 1), strict=True):
         lines = {container.get_label(): container[0] for container in ax.containers}
         assert list(lines) == ["none", "64 layer"]
-        assert lines["none"].get_xdata().tolist() == [0, 0.5]
+        assert lines["none"].get_xdata().tolist() == [0, 50]
+        assert len({line.get_marker() for line in lines.values()}) == 2
         assert lines["64 layer"].get_ydata().tolist() == [9 + more, 14 + more]
         (bars,) = ax.containers[0][2]
         np.testing.assert_allclose(bars.get_segments()[0][:, 1], [4 + more, 8 + more])
@@ -63,7 +64,7 @@ def test_the_excess_is_a_map_around_0_whose_sure_numbers_are_bold():
     ax.figure.canvas.draw()
     assert [x.get_text() for x in ax.get_xticklabels()] == ["none\n50%", "int4\n0%", "int4\n50%"]
     assert [x.get_text() for x in ax.get_yticklabels()] == ["none", "64 layer"]
-    assert ax.get_xlabel() == "precision, share of filters pruned"
+    assert ax.get_xlabel() == "precision, percent of filters pruned"
 
 
 def test_kinds_of_pruning_have_panels_and_columns_of_their_own():
@@ -71,7 +72,7 @@ def test_kinds_of_pruning_have_panels_and_columns_of_their_own():
     both = pd.concat([table(), weights], ignore_index=True)
     axes = plots.interactions(both)
     assert [ax.get_xlabel() for ax in axes] == [
-        f"share of {kind} pruned" for kind in ("kernels", "weights") for _ in range(2)
+        f"{kind} pruned (%)" for kind in ("kernels", "weights") for _ in range(2)
     ]
     assert axes[2].containers[0][0].get_ydata().tolist() == [5, 77]
     assert [bool(ax.get_ylabel()) for ax in axes] == [True, False, True, False]
@@ -84,4 +85,4 @@ def test_kinds_of_pruning_have_panels_and_columns_of_their_own():
     each = ["{}\n0%", "{}\n50%\nkernels", "{}\n50%\nweights"]
     shown = [x.get_text() for x in ax.get_xticklabels()]
     assert shown == [x.format(precision) for precision in ("none", "int4") for x in each]
-    assert ax.get_xlabel() == "precision, share of kernels or weights pruned"
+    assert ax.get_xlabel() == "precision, percent of kernels or weights pruned"

@@ -52,6 +52,23 @@ def test_bytes_are_read_as_fractions_and_everything_drawn_is_in_sight(ax, table)
     assert "points" in ax.get_ylabel()
 
 
+def test_the_front_holds_what_no_other_beats_and_nothing_published(ax):
+    rows = [("a", 8, 5.0), ("a", 4, 1.0), ("b", 8, 3.0), ("b", 2, 1.5), ("b", 20, 30.0), ("a", 3, 0.5)]
+    made = pd.DataFrame(rows, columns=["method", "ratio", "drop"])
+    made = made.assign(drop_low=made["drop"] - 1, drop_high=made["drop"] + 1)
+    assert plots.pareto_front(made, ax=ax) is ax
+    lines = {line.get_label(): line for line in ax.lines}
+    assert lines["Pareto front"].get_xydata().tolist() == [[20, 30], [8, 3], [4, 1], [3, 0.5]]
+    drawn = {bars.get_label(): bars[0].get_xydata().tolist() for bars in ax.containers}
+    assert drawn["a"] == [[8, 5], [4, 1], [3, 0.5]]
+    published = [line for label, line in lines.items() if "another network" in label]
+    points = [line.get_xydata()[0] for line in published]
+    np.testing.assert_allclose(points, [[4.8426, 9], [12, -0.06]], rtol=1e-4)  # 79.35 % of the bytes are gone
+    assert all(line.get_markerfacecolor() == "none" for line in published)
+    left, right = ax.get_xlim()
+    assert left < 2 < 20 < right
+
+
 def test_steps_are_bars_from_top_to_bottom(ax, table):
     plots.gains(table[table.method == "pruning"], ax=ax)
     assert [bar.get_width() for bar in ax.patches] == [2, 40]
