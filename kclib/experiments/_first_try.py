@@ -84,8 +84,8 @@ class Trial:
         """The whole in one sentence."""
         smaller = self.n_bytes.dense["in a file"] / self.n_bytes.clustered["in a file"]
         return (
-            f"With {100 * self.clusters.kernels_removed:.2f} % of its kernels removed, the file of {self.model} "
-            f"is {smaller:.1f} times smaller, with {self.lost}, from {self.before.top1.estimate:.2f} % top-1 "
+            f"With {100 * self.clusters.kernels_removed:.2f} % of its kernels removed, {self.model} fits into a "
+            f"file {smaller:.1f} times smaller, with {self.lost}, from {self.before.top1.estimate:.2f} % top-1 "
             "accuracy."
         )
 
