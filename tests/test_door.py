@@ -121,8 +121,12 @@ def test_room_hands_out_its_names(room):
 
 
 def test_public_names_are_few():
-    """Those of modules that are public, and those that rooms hand out from modules that are not."""
-    public = [(x.parts[0], name) for x in MODULES if not is_private(x) for name in defined(x)]
+    """Those of modules that are public, and those that rooms hand out from modules that are not.
+
+    What ``cli.py`` defines are commands, which nobody imports.
+    """
+    modules = [x for x in MODULES if not is_private(x) and x.name != "cli.py"]
+    public = [(x.parts[0], name) for x in modules for name in defined(x)]
     handed = {(room, name) for room in ROOMS for name in handed_out(room)}
     assert 150 < len(public) + len(handed - {*public}) <= 200
 

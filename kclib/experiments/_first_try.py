@@ -82,11 +82,11 @@ class Trial:
     @property
     def answer(self) -> str:
         """The whole in one sentence."""
+        removed = 100 * self.clusters.kernels_removed
         smaller = self.n_bytes.dense["in a file"] / self.n_bytes.clustered["in a file"]
         return (
-            f"With {100 * self.clusters.kernels_removed:.2f} % of its kernels removed, {self.model} fits into a "
-            f"file {smaller:.1f} times smaller, with {self.lost}, from {self.before.top1.estimate:.2f} % top-1 "
-            "accuracy."
+            f"With {removed:.2f} % of its kernels removed, {self.model} fits into a file {smaller:.1f} times "
+            f"smaller, with {self.lost}, from {self.before.top1.estimate:.2f} % top-1 accuracy."
         )
 
 
