@@ -39,6 +39,11 @@ def _share(percent: float) -> str:
     return "> 99.99" if 99.995 <= percent < 100 else f"{percent:.2f}"
 
 
+def pruned(share: float, what: str) -> str:
+    """Return which share of kernels, filters or weights was pruned as text."""
+    return f"{100 * share:.0f} % of the {what} pruned" if share else "nothing pruned"
+
+
 def in_bytes(n_bytes: float) -> str:
     """Return bytes as text: in megabytes, or in kilobytes or bytes where they are few."""
     if n_bytes < 1e3:

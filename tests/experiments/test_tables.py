@@ -29,3 +29,8 @@ def test_a_table_for_readers_opens_with_the_drop_and_names_what_varies():
 def test_bytes_are_told_in_a_unit_that_leaves_digits():
     told = [tables.in_bytes(n) for n in (0, 66, 999, 10_288, 99_940, 239_000, 58_880_000)]
     assert told == ["0 bytes", "66 bytes", "999 bytes", "10.3 kB", "99.9 kB", "0.24 MB", "58.88 MB"]
+
+
+def test_what_is_pruned_is_said_or_that_nothing_is():
+    assert tables.pruned(0.5, "kernels") == "50 % of the kernels pruned"
+    assert tables.pruned(0, "none") == "nothing pruned"
