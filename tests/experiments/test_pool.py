@@ -42,7 +42,9 @@ def test_a_worker_that_is_killed_costs_no_task_and_none_is_done_twice(tmp_path):
     assert not any(x.error for x in found.values())
     counts = {name: len(lines) for name, lines in calls(tmp_path).items()}
     assert counts.pop("dies_once") == 2
-    assert sum(counts.values()) <= 5, "only what was under way beside it may be tried again"
+    # beside it one may have ended, untold yet, and the next begun, before the death was noticed
+    assert sum(counts.values()) <= 6, "only what was under way beside it may be tried again"
+    assert counts["d"] == 1
 
 
 def test_a_task_that_always_kills_its_worker_has_failed_and_all_others_are_done(tmp_path):
