@@ -61,7 +61,7 @@ from kclib.errors import (
     StorageError,
     UnknownNameError,
 )
-from kclib.evaluation import _accuracy, _others, attribution, damage, peers
+from kclib.evaluation import _accuracy, _methods, attribution, damage, peers
 from kclib.experiments import (
     _batch,
     _cell,
@@ -420,10 +420,10 @@ WRONG_INPUTS = [
     (_clustering.dense_kernels, lambda g: _clustering.dense_kernels(g.other, g.clustering), WRONG, "use the architecture"),
     (_pruning.prune, lambda g: _pruning.prune(g.model, 1), WRONG, "sparsity is 1"),
     (_pruning.sparse_bytes, lambda g: _pruning.sparse_bytes(g.network, precision="x"), UNKNOWN, "'x'"),
-    (_others.palettized, lambda g: _others.palettized(g.network, 0), WRONG, "bits is 0"),
-    (_others.product_quantized, lambda g: _others.product_quantized(g.network, 0, 3), WRONG, "0"),
-    (_others.quantized, lambda g: _others.quantized(g.network, 99), WRONG, "bits is 99"),
-    (_others.pruned, lambda g: _others.pruned(g.network, 0), WRONG, "keep is 0"),
+    (_methods.palettized, lambda g: _methods.palettized(g.network, 0), WRONG, "bits is 0"),
+    (_methods.product_quantized, lambda g: _methods.product_quantized(g.network, 0, 3), WRONG, "0"),
+    (_methods.quantized, lambda g: _methods.quantized(g.network, 99), WRONG, "bits is 99"),
+    (_methods.pruned, lambda g: _methods.pruned(g.network, 0), WRONG, "keep is 0"),
     (peers.at_bytes, lambda g: peers.at_bytes(g.network, 0), WRONG, "budget is 0"),
     (peers.son, lambda g: peers.son(g.network, 37, turned=False), WRONG, "37"),
     (peers.son, lambda g: peers.son(g.twisted, 2, turned=True), WRONG, "square"),

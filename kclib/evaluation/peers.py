@@ -18,9 +18,9 @@ from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, Group, cluster
 from kclib.compression import _formats, _replacement, byte_counts
 from kclib.datasets import ImageSet
-from kclib.evaluation import _accuracy, _others
+from kclib.evaluation import _accuracy, _methods
 from kclib.evaluation._accuracy import Evaluation
-from kclib.evaluation._others import Peer
+from kclib.evaluation._methods import Peer
 from kclib.kernels import KernelBank
 from kclib.models import Model, _model
 
@@ -110,13 +110,13 @@ def _ways(network: nn.Module, bank: KernelBank, seed: int) -> list[_Way]:
     def way(
         make: Callable[[int], Peer], settings: Sequence[int], form: Callable[[int], _formats.Form]
     ) -> _Way:
-        return _Way(make, settings, lambda setting: _others.total_bytes(network, bank, form(setting)))
+        return _Way(make, settings, lambda setting: _methods.total_bytes(network, bank, form(setting)))
 
-    ways = [way(partial(_others.quantized, network), range(2, 9), _formats.Rounded)]
+    ways = [way(partial(_methods.quantized, network), range(2, 9), _formats.Rounded)]
     for how in ({"kind": kind, "per": per} for kind in _formats.KINDS for per in _formats.PER):
         ways.append(
             way(
-                partial(_others.palettized, network, **how),
+                partial(_methods.palettized, network, **how),
                 range(1, 9),
                 partial(_formats.Palette, **how),
             )
@@ -124,12 +124,12 @@ def _ways(network: nn.Module, bank: KernelBank, seed: int) -> list[_Way]:
     for width in _WIDTHS:
         form = partial(_formats.Product, width=width)
         if any(form(1).fits(layer) for layer in bank.layers):
-            make = partial(_others.product_quantized, network, width=width, seed=seed)
+            make = partial(_methods.product_quantized, network, width=width, seed=seed)
             ways.append(way(make, _PRODUCT_KS, form))
-    ranks = _others.ranks_of(bank)
+    ranks = _methods.ranks_of(bank)
     for precision in _formats.PRECISIONS:
         form = partial(_formats.Sparse, ranks, precision)
-        ways.append(way(partial(_others.pruned_to, network, bank, form), range(1, ranks.size + 1), form))
+        ways.append(way(partial(_methods.pruned_to, network, bank, form), range(1, ranks.size + 1), form))
     return ways + _son_ways(network, bank, seed)
 
 

@@ -66,12 +66,11 @@ def expected(profile: Profile, out: Path) -> dict[str, float]:
     return {stem: took.get(stem, seconds) for stem, seconds in profile.seconds.items()}
 
 
-def summary(profile: Profile, out: Path) -> str:
-    """Return in one sentence what a batch takes."""
-    seconds = sum(expected(profile, out).values())
-    unit = "minutes:seconds" if seconds < 3600 else "hours:minutes:seconds"
-    time = tqdm.format_interval(round(seconds))
-    n = len(profile.seconds)
+def summary(seconds: Mapping[str, float]) -> str:
+    """Return in one sentence what a batch takes whose notebooks are `expected` to take so many seconds."""
+    n, total = len(seconds), sum(seconds.values())
+    unit = "minutes:seconds" if total < 3600 else "hours:minutes:seconds"
+    time = tqdm.format_interval(round(total))
     return f"{n:,} notebook{'' if n == 1 else 's'} to run, in about {time} ({unit})."
 
 
@@ -82,7 +81,7 @@ def _as_given(parameters: Mapping[str, object]) -> dict[str, object]:
 
 def _run(profile: Profile, folder: Path) -> Path:
     seconds = expected(profile, folder.parent)
-    print(summary(profile, folder.parent), file=sys.stderr)
+    print(summary(seconds), file=sys.stderr)
     chapters = [_planned(profile, stem) for stem in profile.parameters]
     about = _provenance.stamp() | _hashes(profile)
     index = _write(folder, profile, chapters, about)

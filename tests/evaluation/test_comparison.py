@@ -6,7 +6,7 @@ from torch import nn
 from kclib import clustering, compression, kernels, models
 from kclib.compression import byte_counts
 from kclib.datasets import ImageSet
-from kclib.evaluation import _others, peers
+from kclib.evaluation import _methods, peers
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_every_network_is_compared_with_the_dense_one_on_the_same_images(model, 
     broken = kernels.insert(model.network, kernels.extract(model.network))
     with torch.no_grad():
         broken[2].bias += torch.tensor([0.0, 0.0, 0.0, 1000.0])  # always answers the last class
-    made = [peers.Peer("broken", "bias", broken, 100), _others.quantized(model.network, 8)]
+    made = [peers.Peer("broken", "bias", broken, 100), _methods.quantized(model.network, 8)]
     table = peers.compare(model, data, made, progress=False).set_index("method")
     assert table.index.tolist() == ["dense", "broken", "quantization"]
     assert table.loc["dense", ["top1", "drop", "ratio"]].tolist() == pytest.approx([90, 0, 1])

@@ -13,7 +13,7 @@ from kclib import compression, models
 from kclib.clustering import cluster
 from kclib.compression import _formats, byte_counts
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.evaluation import _others, peers
+from kclib.evaluation import _methods, peers
 from kclib.kernels import extract
 from kclib.kmeans._palettes import palette
 
@@ -71,21 +71,21 @@ def inertia(values, table):
 @pytest.mark.parametrize(
     ("peer", "n_bytes"),
     [
-        (lambda x: _others.palettized(x, 2), 27 + 4 * 2),
-        (lambda x: _others.palettized(x, 3, kind="uniform"), 41 + 8 * 2),  # 40.5 bytes of indices
-        (lambda x: _others.palettized(x, 2, per="channel"), 27 + 4 * 4 * 2),
-        (lambda x: _others.quantized(x, 5), 68 + 4 * 2),  # 67.5
-        (lambda x: _others.quantized(x, 8), 108 + 4 * 2),
-        (lambda x: _others.product_quantized(x, 4, 3), 9 + 4 * 3 * 2),
+        (lambda x: _methods.palettized(x, 2), 27 + 4 * 2),
+        (lambda x: _methods.palettized(x, 3, kind="uniform"), 41 + 8 * 2),  # 40.5 bytes of indices
+        (lambda x: _methods.palettized(x, 2, per="channel"), 27 + 4 * 4 * 2),
+        (lambda x: _methods.quantized(x, 5), 68 + 4 * 2),  # 67.5
+        (lambda x: _methods.quantized(x, 8), 108 + 4 * 2),
+        (lambda x: _methods.product_quantized(x, 4, 3), 9 + 4 * 3 * 2),
         (
-            lambda x: _others.product_quantized(x, 99, 3),
+            lambda x: _methods.product_quantized(x, 99, 3),
             18 + 9 * 3 * 2,
         ),  # 36 sub-vectors: K is 9, of 4 bits
-        (lambda x: _others.product_quantized(x, 4, 2), 108 * 2),  # 3 inputs are no multiple of 2
-        (lambda x: _others.pruned(x, 1.0), 108 * 2),
-        (lambda x: _others.pruned(x, 0.5), 54 * 2 + 14),  # a bit each for the mask, 13.5 bytes
+        (lambda x: _methods.product_quantized(x, 4, 2), 108 * 2),  # 3 inputs are no multiple of 2
+        (lambda x: _methods.pruned(x, 1.0), 108 * 2),
+        (lambda x: _methods.pruned(x, 0.5), 54 * 2 + 14),  # a bit each for the mask, 13.5 bytes
         (
-            lambda x: _others.pruned(x, 0.25, precision="int8"),
+            lambda x: _methods.pruned(x, 0.25, precision="int8"),
             27 + 4 * 2 + 11,
         ),  # 0.8113 bits each, 10.95 bytes
         (lambda x: peers.son(x, 3, turned=False), 3 * 9 * 2 + 12 * 2 + 3),  # 12 kernels, 2 bits an index
@@ -106,17 +106,17 @@ def test_bytes_are_those_counted_by_hand_and_the_callers_network_stays(peer, n_b
 
 def test_channels_of_a_transposed_convolution_are_its_outputs():
     network = nn.Sequential(nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False))  # a weight of 6×2×3×3
-    assert _others.quantized(network, 8).bytes == 108 + 2 * 2
-    assert _others.palettized(network, 1, per="channel").bytes == 14 + 2 * 2 * 2
-    assert _others.product_quantized(network, 4, 3).bytes == 9 + 4 * 3 * 2
+    assert _methods.quantized(network, 8).bytes == 108 + 2 * 2
+    assert _methods.palettized(network, 1, per="channel").bytes == 14 + 2 * 2 * 2
+    assert _methods.product_quantized(network, 4, 3).bytes == 9 + 4 * 3 * 2
 
 
 @pytest.mark.parametrize(
     "peer",
     [
-        lambda x: _others.palettized(x, 3, per="channel"),
-        lambda x: _others.quantized(x, 4),
-        lambda x: _others.product_quantized(x, 8, 4),
+        lambda x: _methods.palettized(x, 3, per="channel"),
+        lambda x: _methods.quantized(x, 4),
+        lambda x: _methods.product_quantized(x, 8, 4),
     ],
 )
 def test_transposed_convolutions_decode_as_plain_ones_of_the_same_channels(peer):
@@ -133,11 +133,11 @@ def test_transposed_convolutions_decode_as_plain_ones_of_the_same_channels(peer)
 
 def test_a_palette_holds_the_means_of_its_values_in_fp16():
     network = set_to([[[[0, 0.1, 10, 10.3]]], [[[-1, -1, -1, -4]]]])
-    small = _others.palettized(network, 1)
+    small = _methods.palettized(network, 1)
     np.testing.assert_array_equal(
         weight(small.network).ravel(), halves([-1.15] * 2 + [10.15] * 2 + [-1.15] * 4)
     )
-    small = _others.palettized(network, 1, per="channel")
+    small = _methods.palettized(network, 1, per="channel")
     np.testing.assert_array_equal(
         weight(small.network).ravel(), halves([0.05, 0.05, 10.15, 10.15, -1, -1, -1, -4])
     )
@@ -145,9 +145,9 @@ def test_a_palette_holds_the_means_of_its_values_in_fp16():
 
 def test_a_uniform_palette_goes_evenly_from_the_smallest_to_the_largest():
     network = set_to([[[[0, 1, 1.6, 3]]], [[[30, 14.9, 15.1, 4]]]])
-    decoded = weight(_others.palettized(network, 2, kind="uniform").network)
+    decoded = weight(_methods.palettized(network, 2, kind="uniform").network)
     np.testing.assert_array_equal(decoded.ravel(), [0, 0, 0, 0, 30, 10, 20, 0])
-    decoded = weight(_others.palettized(network, 2, kind="uniform", per="channel").network)
+    decoded = weight(_methods.palettized(network, 2, kind="uniform", per="channel").network)
     expected = [0, 1, 2, 3, 30, 4 + 26 / 3, 4 + 26 / 3, 4]
     np.testing.assert_array_equal(decoded.ravel(), halves(expected))
 
@@ -156,7 +156,7 @@ def test_a_uniform_palette_goes_evenly_from_the_smallest_to_the_largest():
 @settings(deadline=None, max_examples=20)
 def test_each_weight_gets_the_nearest_of_few_fp16_values(network, bits, kind, per):
     original = weight(network).reshape(1 if per == "tensor" else 4, -1)
-    decoded = weight(_others.palettized(network, bits, kind=kind, per=per).network).reshape(original.shape)
+    decoded = weight(_methods.palettized(network, bits, kind=kind, per=per).network).reshape(original.shape)
     np.testing.assert_array_equal(decoded, halves(decoded))
     for row, mine in zip(original, decoded, strict=True):
         used = np.unique(mine)
@@ -216,7 +216,7 @@ def test_palettes_hold_all_values_where_there_are_few():
 
 def test_quantized_weights_are_whole_multiples_of_the_channels_scale():
     network = set_to([[[[7, 3.4, -3.6, -7]]], [[[0.5, 0.04, -1.75, 0.13]]], [[[0, 0, 0, 0]]]])
-    decoded = weight(_others.quantized(network, 4).network)
+    decoded = weight(_methods.quantized(network, 4).network)
     np.testing.assert_array_equal(
         decoded.reshape(3, 4), [[7, 3, -4, -7], [0.5, 0, -1.75, 0.25], [0, 0, 0, 0]]
     )
@@ -226,7 +226,7 @@ def test_quantized_weights_are_whole_multiples_of_the_channels_scale():
 @settings(deadline=None, max_examples=25)
 def test_quantization_moves_no_weight_by_more_than_half_a_scale(network, bits):
     rows = weight(network).reshape(4, -1).astype("d")
-    decoded = weight(_others.quantized(network, bits).network).reshape(4, -1).astype("d")
+    decoded = weight(_methods.quantized(network, bits).network).reshape(4, -1).astype("d")
     most = 2 ** (bits - 1) - 1
     exact = np.abs(rows).max(1, keepdims=True) / most
     scales = exact.astype(np.float16)
@@ -242,23 +242,23 @@ def test_product_quantization_takes_consecutive_inputs_at_each_tap():
     values = np.empty((3, 6, 2, 2), np.float32)
     for out, block, row, column in np.ndindex(3, 2, 2, 2):
         values[out, 3 * block : 3 * block + 3, row, column] = (one, two)[out % 2 if block else row * column]
-    peer = _others.product_quantized(set_to(values), 2, 3)
+    peer = _methods.product_quantized(set_to(values), 2, 3)
     np.testing.assert_array_equal(weight(peer.network), halves(values))
     assert peer.bytes == 3 + 2 * 3 * 2
-    assert np.abs(weight(_others.product_quantized(set_to(values), 2, 6).network) - values).max() > 0.1
+    assert np.abs(weight(_methods.product_quantized(set_to(values), 2, 6).network) - values).max() > 0.1
 
 
 def test_product_quantization_leaves_layers_that_it_cannot_divide_in_fp16():
     network = tiny()
     np.testing.assert_array_equal(
-        weight(_others.product_quantized(network, 4, 2).network), halves(weight(network))
+        weight(_methods.product_quantized(network, 4, 2).network), halves(weight(network))
     )
 
 
 def test_product_quantization_of_a_whole_filter_of_one_tap_is_k_means_of_filters():
     rows = np.random.default_rng(0).normal(size=(60, 5)).astype("f")
     rows += 9 * np.eye(5)[np.arange(60) % 5]
-    decoded = weight(_others.product_quantized(set_to(rows.reshape(60, 5, 1, 1).repeat(2, 3)), 5, 5).network)
+    decoded = weight(_methods.product_quantized(set_to(rows.reshape(60, 5, 1, 1).repeat(2, 3)), 5, 5).network)
     expected = np.array([rows[np.arange(60) % 5 == i % 5].mean(0) for i in range(60)])
     np.testing.assert_allclose(decoded[:, :, 0, 1], expected, rtol=2e-3, atol=1e-3)
 
@@ -270,7 +270,7 @@ def test_pruning_keeps_exactly_the_largest_of_all_layers(network, keep, precisio
     bank = extract(network)
     flat, n = bank.kernels.ravel(), max(1, round(keep * bank.kernels.size))
     expected = np.where(np.abs(flat) >= np.sort(np.abs(flat))[-n], flat, 0)
-    made = _others.pruned(network, keep, precision=precision)
+    made = _methods.pruned(network, keep, precision=precision)
     decoded = extract(made.network).kernels.ravel()
     if precision == "fp16":
         np.testing.assert_array_equal(decoded, halves(expected))
@@ -284,7 +284,7 @@ def test_pruning_keeps_exactly_the_largest_of_all_layers(network, keep, precisio
 
 
 def test_pruning_keeps_the_first_of_equal_weights():
-    decoded = weight(_others.pruned(set_to([[[[2, -2, 2, 1]]]]), 0.5).network)
+    decoded = weight(_methods.pruned(set_to([[[[2, -2, 2, 1]]]]), 0.5).network)
     np.testing.assert_array_equal(decoded.ravel(), [2, -2, 0, 0])
 
 
@@ -297,7 +297,7 @@ def test_son_is_a_clustering_with_scales_in_fp16_as_a_ledger_counts_it(turned):
     np.testing.assert_array_equal(extract(made.network).kernels, extract(compressed).kernels)
     assert made.bytes == compression.footprint(network, found).loc["convolutions", "fixed_fp16"]
     assert made.clustering.inertia == found.inertia
-    assert _others.palettized(network, 2).clustering is None
+    assert _methods.palettized(network, 2).clustering is None
 
 
 # At 3,500, 32 clusters fit only if kernels are not turned.
@@ -337,9 +337,9 @@ def test_the_best_width_and_precision_are_those_that_move_the_weights_least():
     def moved(peer):
         return np.square(extract(peer.network).kernels - bank.kernels).sum()
 
-    products = [_others.product_quantized(network, 2**b, w) for b in range(1, 13) for w in (2, 4, 8, 16)]
+    products = [_methods.product_quantized(network, 2**b, w) for b in range(1, 13) for w in (2, 4, 8, 16)]
     shares = np.linspace(0.02, 1, 50)
-    pruned = [_others.pruned(network, share, precision=p) for share in shares for p in _formats.PRECISIONS]
+    pruned = [_methods.pruned(network, share, precision=p) for share in shares for p in _formats.PRECISIONS]
     for budget in (2_000, 6_000):
         found = {peer.name: peer for peer in peers.at_bytes(network, budget)}
         largest = {}
@@ -354,7 +354,7 @@ def test_the_best_width_and_precision_are_those_that_move_the_weights_least():
 def test_all_weights_are_kept_where_they_take_no_mask():
     network = set_to(np.random.default_rng(0).normal(size=(32, 32, 3, 3)))
     whole = 32 * 32 * 9 + 32 * 2
-    assert _others.pruned(network, 1 - 1 / 300, precision="int8").bytes > whole
+    assert _methods.pruned(network, 1 - 1 / 300, precision="int8").bytes > whole
     (full,) = (x for x in peers.at_bytes(network, whole) if x.name == "pruning")
     assert (full.setting, full.bytes) == ("1 kept, int8", whole)
 
@@ -372,17 +372,17 @@ def test_ways_that_cannot_get_so_small_or_not_with_these_kernels_are_absent():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda x: _others.palettized(x, 0), "bits is 0;"),
-        (lambda x: _others.palettized(x, 9), "bits is 9"),
-        (lambda x: _others.palettized(x, 2.0), r"bits is 2\.0"),
-        (lambda x: _others.quantized(x, 1), "bits is 1;"),
-        (lambda x: _others.quantized(x, True), "bits is True"),
-        (lambda x: _others.product_quantized(x, 0, 2), "n_clusters is 0"),
-        (lambda x: _others.product_quantized(x, 2, 0), "width is 0;"),
-        (lambda x: _others.product_quantized(x, 2, 3, seed=-1), "seed is -1"),
-        (lambda x: _others.pruned(x, 0), "keep is 0;"),
-        (lambda x: _others.pruned(x, 1.1), r"keep is 1\.1"),
-        (lambda x: _others.pruned(x, math.nan), "keep is nan"),
+        (lambda x: _methods.palettized(x, 0), "bits is 0;"),
+        (lambda x: _methods.palettized(x, 9), "bits is 9"),
+        (lambda x: _methods.palettized(x, 2.0), r"bits is 2\.0"),
+        (lambda x: _methods.quantized(x, 1), "bits is 1;"),
+        (lambda x: _methods.quantized(x, True), "bits is True"),
+        (lambda x: _methods.product_quantized(x, 0, 2), "n_clusters is 0"),
+        (lambda x: _methods.product_quantized(x, 2, 0), "width is 0;"),
+        (lambda x: _methods.product_quantized(x, 2, 3, seed=-1), "seed is -1"),
+        (lambda x: _methods.pruned(x, 0), "keep is 0;"),
+        (lambda x: _methods.pruned(x, 1.1), r"keep is 1\.1"),
+        (lambda x: _methods.pruned(x, math.nan), "keep is nan"),
         (lambda x: peers.son(x, 13, turned=False), "n_clusters is 13"),
         (lambda x: peers.at_bytes(x, 0), "budget is 0"),
         (lambda x: peers.at_bytes(x, 100, seed=2**32), "seed is 4294967296"),
@@ -396,10 +396,10 @@ def test_values_out_of_range_are_refused(call, sentence):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda x: _others.palettized(x, 2),
-        lambda x: _others.quantized(x, 2),
-        lambda x: _others.product_quantized(x, 2, 3),
-        lambda x: _others.pruned(x, 0.5),
+        lambda x: _methods.palettized(x, 2),
+        lambda x: _methods.quantized(x, 2),
+        lambda x: _methods.product_quantized(x, 2, 3),
+        lambda x: _methods.pruned(x, 0.5),
         lambda x: peers.son(x, 2, turned=False),
     ],
 )
@@ -411,12 +411,12 @@ def test_weights_beyond_fp16_are_refused(call):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda x: _others.palettized(x, 2, kind="unifrom"), "kind of palette 'unifrom'.*'uniform'"),
+        (lambda x: _methods.palettized(x, 2, kind="unifrom"), "kind of palette 'unifrom'.*'uniform'"),
         (
-            lambda x: _others.palettized(x, 2, per="layer"),
+            lambda x: _methods.palettized(x, 2, per="layer"),
             "granularity 'layer'; known: tensor, channel",
         ),
-        (lambda x: _others.pruned(x, 0.5, precision="bf16"), "precision 'bf16' .*known: fp16, int8"),
+        (lambda x: _methods.pruned(x, 0.5, precision="bf16"), "precision 'bf16' .*known: fp16, int8"),
     ],
 )
 def test_unknown_names_are_refused_with_the_known_ones(call, sentence):

@@ -319,7 +319,10 @@ def test_an_interrupted_batch_leaves_an_index_with_its_finished_part(folder, tmp
 def test_a_batch_is_expected_to_take_what_its_last_run_took(tmp_path):
     given = {"a": {"k": 3}, "b": {}, "c": {}}
     profile = Profile("tiny", "", tmp_path, given, {"a": 60.0, "b": 50.0, "c": 40.0}, {})
-    assert _batch.summary(profile, tmp_path) == "3 notebooks to run, in about 02:30 (minutes:seconds)."
+    assert (
+        _batch.summary(_batch.expected(profile, tmp_path))
+        == "3 notebooks to run, in about 02:30 (minutes:seconds)."
+    )
     chapters = (
         _reports.Chapter("a", "done", seconds=20.0, parameters={"k": 3, "report_dir": "elsewhere"}),
         _reports.Chapter("b", "failed", seconds=1.0),
@@ -327,4 +330,4 @@ def test_a_batch_is_expected_to_take_what_its_last_run_took(tmp_path):
     )
     _reports.write(tmp_path / "tiny", _reports.Report("tiny", chapters=chapters))
     assert _batch.expected(profile, tmp_path) == {"a": 20.0, "b": 50.0, "c": 40.0}
-    assert "about 01:50 (minutes:seconds)" in _batch.summary(profile, tmp_path)
+    assert "about 01:50 (minutes:seconds)" in _batch.summary(_batch.expected(profile, tmp_path))

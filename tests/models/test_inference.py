@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kclib import clustering, compression, datasets, evaluation, kernels, models
 from kclib.errors import InvalidValueError, NotEnoughMemoryError, StoppedError
-from kclib.evaluation import _accuracy, _others, attribution, damage
+from kclib.evaluation import _accuracy, _methods, attribution, damage
 from kclib.models import _inference
 from kclib.recovery import sensitivity
 
@@ -320,7 +320,7 @@ def test_every_verb_takes_a_network_and_images_however_they_come():
         lambda x: damage.won_back(x, made, table, data, [1], progress=False),
         lambda x: compression.footprint(x, made),
         lambda x: pd.Series(sensitivity.importance(x, data, bank, progress=False)),
-        lambda x: _others.quantized(x, 4).bytes,
+        lambda x: _methods.quantized(x, 4).bytes,
         lambda x: models.fingerprint(x),
     ]
     for call in calls:
