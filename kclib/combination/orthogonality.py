@@ -130,7 +130,7 @@ def orders(table: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table : pandas.DataFrame
-        From `run`; rows that differ in their seed are averaged.
+        From `run`; of each combination the seeds that were run in both orders are compared, and averaged.
 
     Returns
     -------
@@ -139,15 +139,17 @@ def orders(table: pd.DataFrame) -> pd.DataFrame:
         ``prune first`` and ``cluster first``; ``difference``, the first less the second, with
         ``difference_low`` and ``difference_high``, its paired 95 % score interval.
     """
-    checks.check_columns(table, (*_CELL, "right", "images"))
+    checks.check_columns(table, (*_CELL, "seed", "right", "images"))
     cell, result = ["pruned", "sparsity", "clustering", "precision"], []
     names = ("difference", "difference_low", "difference_high")
     for key, rows in table.groupby(cell, sort=False):
-        ways = {order: found for order, found in rows.groupby("order", sort=False)}
-        if not set(factorial.ORDERS) <= set(ways):
+        seeds = [set(rows.seed[rows.order == order]) for order in factorial.ORDERS]
+        rows = rows[rows.seed.isin(set.intersection(*seeds))]
+        ways = {order: rows[rows.order == order] for order in factorial.ORDERS}
+        if any(x.empty for x in ways.values()):
             continue
-        first, second = (_right(ways[order]) for order in factorial.ORDERS)
-        lost = {order: ways[order]["drop"].mean() for order in factorial.ORDERS}
+        first, second = (_right(x) for x in ways.values())
+        lost = {order: x["drop"].mean() for order, x in ways.items()}
         apart = dict(zip(names, _interval(second - first, 1).values(), strict=True))
         result.append(dict(zip(cell, key, strict=True)) | lost | apart)
     return pd.DataFrame(result, columns=[*cell, *factorial.ORDERS, *names])

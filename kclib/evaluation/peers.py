@@ -106,6 +106,32 @@ class _Way:
         return self.make(self.settings[fitting - 1]) if fitting else None
 
 
+def undominated(table: pd.DataFrame) -> pd.Series:
+    """Return which rows are on the Pareto front: none that keeps as few bytes loses as little.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        ``ratio``, how many times fewer bytes, and ``drop``, in points. Of equal rows the first is taken.
+
+    Returns
+    -------
+    pandas.Series
+        bool, in the rows of the table.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from kclib.evaluation import peers
+    >>> peers.undominated(pd.DataFrame({"ratio": [8, 8, 4], "drop": [3, 2, 2.5]})).tolist()
+    [False, True, False]
+    """
+    checks.check_columns(table, ("ratio", "drop"))
+    ordered = table.sort_values(["ratio", "drop"], ascending=[False, True], kind="stable")
+    fewest = ordered["drop"].astype(float)
+    return (fewest < fewest.cummin().shift(fill_value=np.inf)).reindex(table.index)
+
+
 def _ways(network: nn.Module, bank: KernelBank, seed: int) -> list[_Way]:
     def way(
         make: Callable[[int], Peer], settings: Sequence[int], form: Callable[[int], _formats.Form]

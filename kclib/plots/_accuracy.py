@@ -115,10 +115,10 @@ def pareto_front(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ----------
     table : pandas.DataFrame
         ``method``; ``ratio``, how many times fewer bytes; ``drop``, with ``drop_low`` and ``drop_high``, its
-        95 % interval.
+        95 % interval; ``front``, whether it is on the front (`peers.undominated`).
     """
     ax = ax or plt.gca()
-    checks.check_columns(table, ("method", "ratio", "drop", "drop_low", "drop_high"))
+    checks.check_columns(table, ("method", "ratio", "drop", "drop_low", "drop_high", "front"))
     colours = itertools.cycle(sns.color_palette("colorblind"))
     for (name, rows), marker, colour in zip(
         table.groupby("method", sort=False), itertools.cycle(_MARKERS), colours, strict=False
@@ -126,8 +126,7 @@ def pareto_front(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         bars = [rows["drop"] - rows.drop_low, rows.drop_high - rows["drop"]]
         style = {"marker": marker, "color": colour, "linestyle": "", "markersize": 6, "capsize": 2}
         ax.errorbar(rows.ratio, rows["drop"], bars, label=name, **style)
-    fewest = table.sort_values(["ratio", "drop"], ascending=[False, True])
-    front = fewest[fewest["drop"] < fewest["drop"].cummin().shift(fill_value=np.inf)]
+    front = table[table.front].sort_values("ratio", ascending=False)
     ax.step(front.ratio, front["drop"], where="post", color="k", linewidth=1, zorder=1, label="Pareto front")
     for (name, ratio, drop), marker in zip(_PUBLISHED, "*X", strict=True):
         style = {"marker": marker, "markersize": 11, "markerfacecolor": "none", "markeredgecolor": "0.25"}

@@ -295,10 +295,10 @@ def test_tables_that_say_nothing_of_effects_are_refused(broken, sentence):
         orthogonality.effects(synthetic(), "top1")
 
 
-def answered(sparsity, found, precision, right, order="none", pruned="kernels"):
+def answered(sparsity, found, precision, right, order="none", pruned="kernels", seed=0):
     right = np.asarray(right, bool)
     cell = {"sparsity": sparsity, "clustering": found, "precision": precision, "order": order}
-    cell["pruned"] = pruned if sparsity else "none"
+    cell |= {"pruned": pruned if sparsity else "none", "seed": seed}
     bits = np.packbits(right).tobytes()
     return cell | {"images": len(right), "right": bits, "drop": 100 - 100 * right.mean()}
 
@@ -344,6 +344,7 @@ def test_orders_are_compared_in_pairs_of_the_same_combination():
         answered(0.5, "4 layer", "int4", wrong(0, 1), "prune first"),
         answered(0.5, "4 layer", "int4", wrong(0, 2, 3, 4), "cluster first"),
         answered(0.5, "4 global", "none", wrong(0), "prune first"),  # is not there the other way round
+        answered(0.5, "4 layer", "int4", wrong(5, 6, 7), "prune first", seed=1),  # nor is this seed
     ]
     found = orthogonality.orders(pd.DataFrame([*ALONE, *rows]))
     (row,) = found.to_dict("records")

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -50,3 +51,18 @@ def test_a_compressed_network_is_a_peer_with_its_stored_bytes(model, data):
     expected = peers.compare(model, data, [peers.Peer("same", "", dense, 1)], progress=False).iloc[1]
     assert row.top1 == pytest.approx(expected.top1)
     assert np.isclose(row.ratio, 4 * sum(x.numel() for x in model.network.parameters()) / row.bytes)
+
+
+def test_the_front_is_what_no_other_row_beats():
+    draw = np.random.default_rng(0)
+    points = draw.integers(1, 9, (40, 2))
+    table = pd.DataFrame(points, draw.permutation(40), ["ratio", "drop"])
+    unbeaten = {
+        (ratio, drop)
+        for ratio, drop in points.tolist()
+        if not any(r >= ratio and d <= drop and (r, d) != (ratio, drop) for r, d in points.tolist())
+    }
+    front = peers.undominated(table)
+    assert front.index.equals(table.index)
+    kept = list(map(tuple, table[front].to_numpy().tolist()))
+    assert sorted(kept) == sorted(unbeaten)

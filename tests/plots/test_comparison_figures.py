@@ -52,9 +52,10 @@ def test_bytes_are_read_as_fractions_and_everything_drawn_is_in_sight(ax, table)
     assert "points" in ax.get_ylabel()
 
 
-def test_the_front_holds_what_no_other_beats_and_nothing_published(ax):
+def test_the_front_is_a_line_and_nothing_published_is_on_it(ax):
     rows = [("a", 8, 5.0), ("a", 4, 1.0), ("b", 8, 3.0), ("b", 2, 1.5), ("b", 20, 30.0), ("a", 3, 0.5)]
     made = pd.DataFrame(rows, columns=["method", "ratio", "drop"])
+    made["front"] = [False, True, True, False, True, True]
     made = made.assign(drop_low=made["drop"] - 1, drop_high=made["drop"] + 1)
     assert plots.pareto_front(made, ax=ax) is ax
     lines = {line.get_label(): line for line in ax.lines}
