@@ -21,7 +21,7 @@ from benchmarks import networks, representatives
 from benchmarks.recovery import PRECISION, Rows
 from kclib import datasets, models
 from kclib.clustering import _clustering
-from kclib.clustering._clustering import grouping
+from kclib.clustering._scopes import grouping
 from kclib.compression import byte_counts
 from kclib.compression._counting import Count
 from kclib.compression._layers import N_TURNS

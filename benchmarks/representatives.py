@@ -10,7 +10,8 @@ import kclib
 from kclib import kmeans
 from kclib._util import checks, progress_bars, threads
 from kclib.clustering import Group
-from kclib.clustering._clustering import grouping, origin_of
+from kclib.clustering._clustering import origin_of
+from kclib.clustering._scopes import grouping
 from kclib.compression import _formats
 from kclib.compression._counting import Count, orbit
 from kclib.compression._packing import index_bytes

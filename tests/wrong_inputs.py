@@ -36,7 +36,7 @@ from kclib import (
     training,
 )
 from kclib._util import files
-from kclib.clustering import Clustering, _clustering
+from kclib.clustering import Clustering, _clustering, _scopes
 from kclib.combination import _pipeline, _pruning, _sparse_clustering, _stages, factorial, orthogonality
 from kclib.compression import (
     _architectures,
@@ -363,14 +363,14 @@ WRONG_INPUTS = [
     (clusterings.cluster, lambda g: clusterings.cluster(g.bank, 2, scope="gobal"), UNKNOWN, "did you mean 'global'"),
     (_cell.stored_clustering, lambda g: _cell.stored_clustering(g.bank, 2, method="turn"), UNKNOWN, "did you mean 'turned'"),
     (_cell.clustering_key, lambda g: _cell.clustering_key(g.bank, 2, scope="layer", method="", seed=0), UNKNOWN, "method ''"),
-    (_clustering.grouping, lambda g: _clustering.grouping(g.bank, {"0": "a"}), WRONG, "every layer"),
-    (_clustering.largest, lambda g: _clustering.largest(g.bank, {"0": "a"}), WRONG, "every layer"),
+    (_scopes.grouping, lambda g: _scopes.grouping(g.bank, {"0": "a"}), WRONG, "every layer"),
+    (_scopes.largest, lambda g: _scopes.largest(g.bank, {"0": "a"}), WRONG, "every layer"),
     (adapting.clusters, lambda g: adapting.clusters(g.bank, 0), WRONG, "n_clusters is 0"),
     (adapting.several, lambda g: adapting.several(g.bank, [2], []), WRONG, "scopes is empty"),
     (adapting.images, lambda g: adapting.images(g.data, -1), WRONG, "test images is -1"),
     (adapting.budgets, lambda g: adapting.budgets(g.model, g.bank, [0.5]), WRONG, "a share is 0.5"),
     (adapting.about, lambda g: adapting.about(g.model, g.none), WRONG, "no images"),
-    (_clustering.wanted, lambda g: clusterings.cluster(g.bank, {"9": 2}), WRONG, "name every group"),
+    (_scopes.wanted, lambda g: clusterings.cluster(g.bank, {"9": 2}), WRONG, "name every group"),
     (_sparse_clustering.cluster, lambda g: _sparse_clustering.cluster(g.bank, 2, price=NAN), WRONG, "price is nan"),
     (_cluster_explorer.Clusterer.clustering, lambda g: _cluster_explorer.Clusterer(g.bank, 0).clustering(_cluster_explorer.ClusterQuestion(("0",), n_clusters=2), _background.Progress(lambda: True)), STOPPED, "a newer question came"),
     (explorers.ClusterExplorer.evaluate, lambda g: g.explorer.evaluate(41), WRONG, "is 41"),
@@ -382,7 +382,7 @@ WRONG_INPUTS = [
     (sensitivity.importance, lambda g: sensitivity.importance(g.model, g.none, g.bank), WRONG, "no images"),
     (_tradeoff.curves, lambda g: _tradeoff.curves(g.bank, None, store=g.store), WRONG, "sample_weight is None"),
     (_tradeoff.solve, lambda g: _tradeoff.solve([], 9), WRONG, "no curves"),
-    (_clustering.resolved, lambda g: _clustering.resolved(g.bank, "mixd"), UNKNOWN, "did you mean 'mixed'"),
+    (_scopes.resolved, lambda g: _scopes.resolved(g.bank, "mixd"), UNKNOWN, "did you mean 'mixed'"),
     (allocation.allocate, lambda g: allocation.allocate(g.model, g.data, g.bank, g.importance), WRONG, "n_bytes or max_drop"),
     (allocation.allocate, lambda g: allocation.allocate(g.model, g.data, g.bank, g.importance, n_bytes=1, ks=(2,), store=g.store), WRONG, "bytes"),
     # Replacement and bytes

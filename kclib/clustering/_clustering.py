@@ -7,23 +7,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
 from kclib import kmeans
 from kclib._util import checks, threads
-from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.clustering._scopes import grouping, wanted
+from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer, extract
 from kclib.kernels._bank import Kernels, bank_of, matched, rows_of
 from kclib.kmeans import _entropy, _fit_progress, _fitting, _settings, symmetric
 
 Fit = kmeans.KMeans | symmetric.SymmetricKMeans | _entropy.Priced
-
-
-SCOPES = ("layer", "global", "mixed")
-
-Scope = str | Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -282,94 +277,6 @@ def of_fits(
     return replace(result, origin=origin_of(bank))
 
 
-def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tuple[Layer, ...]]:
-    """Return the layers of each group, in bank order.
-
-    Raises
-    ------
-    InvalidValueError, UnknownNameError
-        A layer that is missing or unknown; a scope that is neither ``layer`` nor ``global`` nor a mapping.
-    """
-    names = [layer.name for layer in bank.layers]
-    if scope == "layer":
-        scope = {name: name for name in names}
-    elif scope == "global":
-        scope = dict.fromkeys(names, "global")
-    elif isinstance(scope, str):
-        raise UnknownNameError("scope", scope, ("layer", "global"))
-    if not isinstance(scope, Mapping) or not all(isinstance(group, str) for group in scope.values()):
-        raise InvalidValueError(
-            f"scope is {checks.said(scope)}; it must be layer, global, or group names by layer."
-        )
-    if wrong := set(scope) ^ set(names):
-        raise InvalidValueError(
-            "scope must give every layer of the bank a group; "
-            f"not matching: {', '.join(sorted(map(str, wrong)))}."
-        )
-    groups: dict[str, tuple[Layer, ...]] = {}
-    for layer in bank.layers:
-        groups[scope[layer.name]] = (*groups.get(scope[layer.name], ()), layer)
-    return groups
-
-
-def largest(bank: KernelBank, scope: str | Mapping[str, str]) -> int:
-    """Return the kernels of the largest group: the most clusters that one number for all can be.
-
-    Raises
-    ------
-    InvalidValueError, UnknownNameError
-        As `grouping`.
-    """
-    return max(sum(layer.n_kernels for layer in layers) for layers in grouping(bank, scope).values())
-
-
-def wanted(
-    members: Mapping[str, tuple[Layer, ...]], n_clusters: int | Mapping[str, int] | pd.Series
-) -> dict[str, int]:
-    """Return the clusters that each group of `grouping` is asked for, checked.
-
-    Raises
-    ------
-    InvalidValueError
-        K below 1 or above the number of kernels; a group that is missing or unknown.
-    """
-    counts = {name: sum(x.n_kernels for x in layers) for name, layers in members.items()}
-    if isinstance(n_clusters, pd.Series):
-        n_clusters = n_clusters.to_dict()
-    if isinstance(n_clusters, Mapping):
-        if wrong := set(n_clusters) ^ set(counts):
-            raise InvalidValueError(
-                f"n_clusters must name every group; not matching: {', '.join(sorted(map(str, wrong)))}."
-            )
-        return {
-            name: checks.check_whole("n_clusters", k, 1, counts[name], f"the kernels of group {name}")
-            for name, k in n_clusters.items()
-        }
-    most = max(counts.values())
-    return dict.fromkeys(
-        counts, checks.check_whole("n_clusters", n_clusters, 1, most, "the kernels of the largest group")
-    )
-
-
-def mixed(bank: KernelBank) -> dict[str, str]:
-    """Return the scope in which consecutive layers of equal width (output channels) share a codebook."""
-    runs: list[list[Layer]] = []
-    for layer in bank.layers:
-        if runs and _width(runs[-1][0]) == _width(layer):
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    names = [run[0].name if len(run) == 1 else f"{run[0].name}..{run[-1].name}" for run in runs]
-    return {layer.name: name for name, run in zip(names, runs, strict=True) for layer in run}
-
-
-def resolved(bank: KernelBank, scope: Scope) -> Scope:
-    """Return a scope of `SCOPES`, or a mapping, as one that `cluster` knows."""
-    if isinstance(scope, str) and scope not in SCOPES:
-        raise UnknownNameError("scope", scope, SCOPES)
-    return mixed(bank) if scope == "mixed" else scope
-
-
 def checked(clustering: Clustering) -> Clustering:
     """Return the clustering of one bank; raise an InvalidValueError if it is anything else."""
     if not isinstance(clustering, Clustering):
@@ -604,7 +511,3 @@ def _with_inertia(group: Group, kernels: Mapping[str, np.ndarray]) -> Group:
 
 def _origin(kernels: Mapping[str, np.ndarray]) -> dict[str, str]:
     return {name: digest(values) for name, values in kernels.items()}
-
-
-def _width(layer: Layer) -> int:
-    return layer.shape[1 if layer.transposed else 0]

@@ -7,7 +7,7 @@ import numpy as np
 
 from kclib import clustering
 from kclib._util import checks
-from kclib.clustering import Clustering, Group, _clustering
+from kclib.clustering import Clustering, Group, _scopes
 from kclib.kernels import KernelBank, Layer
 from kclib.kernels._bank import Kernels, bank_of, rows_of
 from kclib.kmeans import _entropy, _settings
@@ -49,8 +49,8 @@ def cluster(
     bank = bank_of(bank)
     _entropy.checked_price(price)
     checks.check_seed(seed)
-    members = _clustering.grouping(bank, scope)
-    asked = _clustering.wanted(members, n_clusters)
+    members = _scopes.grouping(bank, scope)
+    asked = _scopes.wanted(members, n_clusters)
     sample_weight = _settings.checked_sample_weight(sample_weight, len(bank))
     alive = bank.kernels.any(axis=(1, 2))
     options = {"price": price, "seed": seed, "n_threads": n_threads, "progress": progress}

@@ -12,7 +12,7 @@ import pandas as pd
 from kclib import datasets, evaluation, models, recovery
 from kclib._util import checks, threads
 from kclib._util.progress_bars import tqdm
-from kclib.clustering._clustering import largest
+from kclib.clustering._scopes import largest
 from kclib.combination import _pruning
 from kclib.combination._pipeline import Cluster, Given, Pipeline, Prune, Quantize, Train
 from kclib.combination._stages import Stage

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kclib import models
 from kclib.clustering import Clustering, Group
-from kclib.clustering._clustering import checked, grouping
+from kclib.clustering._clustering import checked
+from kclib.clustering._scopes import grouping
 from kclib.compression import _architectures, _checkpoint, _entropy_coding, _precisions
 from kclib.compression._container import Contents
 from kclib.compression._counting import Count, orbit, pays_up_to

@@ -19,7 +19,7 @@ from kclib import clustering, compression, datasets, kernels, loading, models
 from kclib._util import checks, files
 from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, Group, _clustering
-from kclib.clustering._clustering import largest
+from kclib.clustering._scopes import largest
 from kclib.compression import byte_counts
 from kclib.errors import InvalidValueError
 from kclib.evaluation import _accuracy

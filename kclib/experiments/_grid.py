@@ -12,7 +12,7 @@ import pandas as pd
 from kclib import datasets, evaluation
 from kclib._util import files, progress_bars
 from kclib._util.progress_bars import tqdm
-from kclib.clustering._clustering import grouping
+from kclib.clustering._scopes import grouping
 from kclib.datasets import _loader
 from kclib.errors import InvalidValueError
 from kclib.experiments import _pool, _reports

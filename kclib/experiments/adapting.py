@@ -11,7 +11,7 @@ import torch
 
 from kclib import clustering, datasets, models, recovery
 from kclib._util import checks
-from kclib.clustering._clustering import largest
+from kclib.clustering._scopes import largest
 from kclib.compression import byte_counts
 from kclib.datasets import ImageSet, _loader
 from kclib.errors import InvalidValueError, KclibError

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from kclib import compression, datasets, evaluation, kernels, kmeans, plots
 from kclib._util import checks
 from kclib.clustering import Clustering, by_use
-from kclib.clustering._clustering import grouping, of_fits
+from kclib.clustering._clustering import of_fits
+from kclib.clustering._scopes import grouping
 from kclib.compression import byte_counts
 from kclib.compression._counting import Count
 from kclib.compression._layers import N_TURNS

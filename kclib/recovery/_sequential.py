@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from kclib import datasets, kmeans, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import Clustering, Group, _clustering
-from kclib.clustering._clustering import grouping
+from kclib.clustering import Clustering, Group, _clustering, _scopes
+from kclib.clustering._scopes import grouping
 from kclib.compression import _precisions
 from kclib.kernels import KernelBank, Layer, _convolutions, _copying, extract
 from kclib.kernels._bank import matched, rows_of
@@ -170,7 +170,7 @@ class _Books:
     def of(cls, bank, n_clusters, scope, sample_weight, precision, seed, measured) -> "_Books":
         sample_weight = _settings.checked_sample_weight(sample_weight, len(bank))
         members = grouping(bank, scope)
-        wanted = _clustering.wanted(members, n_clusters)
+        wanted = _scopes.wanted(members, n_clusters)
         _precisions.float_type(precision)  # an unknown one shows before the work, not after it
         scope = scope if isinstance(scope, str) else "mapping"
         result = cls(bank, members, wanted, {}, scope, precision, seed, frozenset(measured))

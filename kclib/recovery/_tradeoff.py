@@ -10,7 +10,7 @@ from scipy import optimize, sparse
 
 from kclib import kmeans
 from kclib._util import checks, threads
-from kclib.clustering import Clustering, _clustering
+from kclib.clustering import Clustering, _scopes
 from kclib.compression import _checkpoint, _entropy_coding, _precisions
 from kclib.compression._counting import Count
 from kclib.errors import InvalidValueError
@@ -58,7 +58,7 @@ def curves(
     bank: Kernels,
     sample_weight: np.ndarray,
     *,
-    scope: _clustering.Scope = "layer",
+    scope: _scopes.Scope = "layer",
     ks: Iterable[int] = KS,
     precision: str = "fp16",
     coding: str = "fixed",
@@ -104,7 +104,7 @@ def curves(
     store = store or Store()
     groups = [
         _Members.of(bank, sample_weight, name, layers, ks)
-        for name, layers in _clustering.grouping(bank, _clustering.resolved(bank, scope)).items()
+        for name, layers in _scopes.grouping(bank, _scopes.resolved(bank, scope)).items()
     ]
     keys = [group.key | {"precision": precision, "coding": coding, "seed": seed} for group in groups]
     entries = [store.get(key) for key in keys]

@@ -13,8 +13,8 @@ from kclib import clustering as clusterings
 from kclib import datasets, evaluation, models
 from kclib._util import checks
 from kclib._util.progress_bars import tqdm
-from kclib.clustering import Clustering, _clustering
-from kclib.clustering._clustering import Scope
+from kclib.clustering import Clustering, _clustering, _scopes
+from kclib.clustering._scopes import Scope
 from kclib.compression import _replacement, byte_counts
 from kclib.compression._counting import Count
 from kclib.datasets import ImageSet
@@ -169,10 +169,10 @@ class _Plan:
 
     @classmethod
     def of(cls, bank: KernelBank, sample_weight, scope: Scope, options: dict, progress: bool) -> "_Plan":
-        resolved = _clustering.resolved(bank, scope)
+        resolved = _scopes.resolved(bank, scope)
         count = Count(options["precision"]) if options["coding"] == "fixed" else None
         measured = curves(bank, sample_weight, scope=scope, progress=progress, **options)
-        return cls(scope, resolved, measured, _clustering.grouping(bank, resolved), count)
+        return cls(scope, resolved, measured, _scopes.grouping(bank, resolved), count)
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kclib import clustering, compression, loading, models
-from kclib.clustering import _clustering
+from kclib.clustering import _scopes
 from kclib.compression import _checkpoint, _container, _layers, _packing, load, save
 from kclib.compression import _precisions as compression_precisions
 from kclib.compression._container import inspect
@@ -184,7 +184,7 @@ def test_a_network_comes_back_to_the_bit_and_shared_as_it_was(tmp_path_factory, 
     scope = data.draw(st.sampled_from(["layer", "global", "mapping"]))
     if scope == "mapping":
         scope = {layer.name: data.draw(st.sampled_from(["left", "right side", "é"])) for layer in bank.layers}
-    largest = max(sum(x.n_kernels for x in g) for g in _clustering.grouping(bank, scope).values())
+    largest = max(sum(x.n_kernels for x in g) for g in _scopes.grouping(bank, scope).values())
     expected = compressed(
         network,
         data.draw(st.sampled_from([1, 2, 5, largest])),

@@ -12,7 +12,7 @@ from gates import PATIENCE, Gate, Through
 from torch import nn
 
 from kclib import clustering, compression, datasets, evaluation, experiments, kmeans
-from kclib.clustering import _clustering
+from kclib.clustering import _clustering, _scopes
 from kclib.compression import byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
@@ -127,7 +127,7 @@ def expected_clustering(bank, question, seed=5):
             bank, question.n_clusters, scope=question.scope, seed=seed, progress=False, **method
         )
     found, wanted = {}, {}
-    for name, layers in _clustering.grouping(bank, question.scope).items():
+    for name, layers in _scopes.grouping(bank, question.scope).items():
         points = np.concatenate([bank.points[layer.rows] for layer in layers])
         rungs = [k for k in (16, 64, 256, 1024, 4096) if k <= len(points)]
         wanted[name] = min(question.n_clusters, len(points))

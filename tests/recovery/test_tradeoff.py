@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from torch import nn
 
 from kclib import compression, kernels, kmeans
-from kclib.clustering import _clustering
-from kclib.clustering._clustering import mixed
+from kclib.clustering import _clustering, _scopes
+from kclib.clustering._scopes import mixed
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
 from kclib.recovery import _tradeoff
@@ -62,7 +62,7 @@ def test_bytes_are_the_ledgers_and_damage_is_that_of_the_stored_kernels(scope, p
     bank, sample_weight = bank_and_weights(seed)
     members = {
         name: np.concatenate([np.arange(len(bank))[x.rows] for x in layers])
-        for name, layers in _clustering.grouping(bank, scope).items()
+        for name, layers in _scopes.grouping(bank, scope).items()
     }
     ladders = {
         name: kmeans.ladder(bank.points[rows], KS, sample_weight=sample_weight[rows], seed=seed).rungs
