@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from kclib.experiments._mime import HEADLINE, WIDGET
+
 PROFILES = ("full", "smoke")  # the run that is preferred comes first
-_WIDGET = "application/vnd.jupyter.widget-view+json"
-_HEADLINE = "application/vnd.kclib.headline+json"  # read by reports; the page shows its Markdown
 _EXPLORER = "*In JupyterLab an explorer opens here (`make lab`).*"
 
 
@@ -81,10 +81,10 @@ def _without_widgets(notebook: dict) -> dict:
 
 def _without_widget(output: dict) -> dict | None:
     data = output.get("data", {})
-    if _WIDGET in data:
+    if WIDGET in data:
         return (
             None
             if output["output_type"] == "display_data"
             else {**output, "data": {"text/markdown": _EXPLORER}}
         )
-    return {**output, "data": {x: data[x] for x in data if x != _HEADLINE}} if data else output
+    return {**output, "data": {x: data[x] for x in data if x != HEADLINE}} if data else output
