@@ -19,7 +19,7 @@ from kclib.recovery import _moments
 from kclib.recovery._moments import Moments
 
 _NOISE = 1e-8  # of the other's variance: what float32 leaves of a channel that is constant
-_ROUNDS = 10  # of preconditioned conjugate gradients; the error then is within 0.2 % of the least
+ROUNDS = 10  # of preconditioned conjugate gradients; the error then is within 0.2 % of the least
 
 
 def calibrate(
@@ -86,65 +86,72 @@ def calibrate(
     return models.like(given, small.to("cpu"))
 
 
-def fitted(
-    decode: Callable[[Tensor], Tensor],
-    values: Tensor,
-    dense: Tensor,
-    read: Moments,
-    *,
-    damping: float,
-    rounded: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Return values whose weights answer what is read nearest to the dense weights, by least squares.
-
-    Conjugate gradients (Hestenes and Stiefel 1952), from the values given, on the ridge regression towards
-    them. They are preconditioned by the energy that each value answers: representatives of many kernels
-    learn no faster than those of few.
+class LeastSquares:
+    """Fits what a layer's weights are made of, so that they answer what is read nearest to the dense weights.
 
     Parameters
     ----------
-    decode : callable
-        From values, linearly, to weights ``(groups, out / groups, d)``.
-    values : torch.Tensor
-        Floating; returned as they are where the error would not fall.
-    dense : torch.Tensor
-        float32 ``(groups, out / groups, d)``.
     read : Moments
     damping : float
-    rounded : callable
-        Rounds values as they are stored.
     """
-    start = values.detach().clone().requires_grad_()
-    weight = decode(start)
 
-    def back(gradient: Tensor) -> np.ndarray:
-        (derivative,) = torch.autograd.grad(weight, start, gradient, retain_graph=True)
-        return derivative.double().cpu().numpy().ravel()
+    def __init__(self, read: Moments, damping: float):
+        self.read = read
+        self.energy = read.small.diagonal(dim1=1, dim2=2)[:, None, :]
+        self.ridge = damping * self.energy.mean(-1, keepdim=True)
 
-    ridge = damping * read.small.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+    def fitted(
+        self,
+        decode: Callable[[Tensor], Tensor],
+        values: Tensor,
+        *,
+        rounded: Callable[[Tensor], Tensor],
+        rounds: int = ROUNDS,
+    ) -> Tensor:
+        """Return values that lower the error, rounded; the values given where they would not.
 
-    def curved(step: np.ndarray) -> np.ndarray:
-        moved = decode(torch.from_numpy(step).to(start).reshape(start.shape))
-        return back(moved @ read.small + ridge * moved)
+        Conjugate gradients (Hestenes and Stiefel 1952), from the values given, on the ridge regression
+        towards them. They are preconditioned by the energy that each value answers: representatives of many
+        kernels learn no faster than those of few.
 
-    n = start.numel()
-    energy = read.small.diagonal(dim1=1, dim2=2)[:, None, :] + ridge
-    answered = np.abs(back(energy.expand(dense.shape).contiguous()))
-    answered = np.maximum(answered, 1e-6 * answered.max() or 1)  # some are used by no kernel, or not heard
-    missing = back(dense @ read.cross - weight.detach() @ read.small)
-    step, _ = cg(
-        LinearOperator((n, n), curved, dtype=np.float64),
-        missing,
-        rtol=1e-3,
-        maxiter=_ROUNDS,
-        M=LinearOperator((n, n), lambda residual: residual / answered, dtype=np.float64),
-    )
-    try:
-        new = rounded(start.detach() + torch.from_numpy(step).to(start).reshape(start.shape))
-    except InvalidValueError:  # beyond what can be stored
-        return values.detach()
-    before, after = (float(read.error(dense, decode(x)).double().sum()) for x in (start.detach(), new))
-    return new if after < before else values.detach()
+        Parameters
+        ----------
+        decode : callable
+            From values, linearly, to weights ``(groups, out / groups, d)``.
+        values : torch.Tensor
+            Floating.
+        rounded : callable
+            Rounds values as they are stored.
+        rounds : int
+        """
+        start = values.detach().clone().requires_grad_()
+        weight = decode(start)
+
+        def back(gradient: Tensor) -> np.ndarray:
+            (derivative,) = torch.autograd.grad(weight, start, gradient, retain_graph=True)
+            return derivative.double().cpu().numpy().ravel()
+
+        def curved(step: np.ndarray) -> np.ndarray:
+            moved = decode(torch.from_numpy(step).to(start).reshape(start.shape))
+            return back(torch.baddbmm(self.ridge * moved, moved, self.read.small))
+
+        n = start.numel()
+        answered = np.abs(back((self.energy + self.ridge).expand(weight.shape).contiguous()))
+        answered = np.maximum(answered, 1e-6 * answered.max() or 1)  # some no kernel uses, or nobody hears
+        heard = self.read.heard(weight.detach())
+        step, _ = cg(
+            LinearOperator((n, n), curved, dtype=np.float64),
+            back(self.read.wanted - heard),
+            rtol=1e-3,
+            maxiter=rounds,
+            M=LinearOperator((n, n), lambda residual: residual / answered, dtype=np.float64),
+        )
+        try:
+            new = rounded(start.detach() + torch.from_numpy(step).to(start).reshape(start.shape))
+        except InvalidValueError:  # beyond what can be stored
+            return values.detach()
+        before, after = self.read.error(weight.detach(), heard), self.read.error(decode(new).detach())
+        return new if after.sum() < before.sum() else values.detach()
 
 
 def norms_behind(
@@ -205,6 +212,7 @@ def check_damping(damping: float) -> None:
 def _fit(module: ClusteredConv2d, original: nn.Module, read: Moments, damping: float, *, alone: bool) -> None:
     """Fit one layer's codebook, if no other uses it, and its scales, in place."""
     book, dense = module.codebook, _moments.grouped(original)
+    squares = LeastSquares(read, damping)
     scales = None if module.scales is None else module.scales.detach()
     indices = torch.from_numpy(module.members()).to(book.values.device)
 
@@ -216,7 +224,7 @@ def _fit(module: ClusteredConv2d, original: nn.Module, read: Moments, damping: f
     def fit(part: nn.Parameter, decoded: Callable[[Tensor], Tensor], rounded: Callable) -> None:
         with torch.no_grad():
             values = part.detach().clone()
-        new = fitted(decoded, values, dense, read, damping=damping, rounded=rounded)
+        new = squares.fitted(decoded, values, rounded=rounded)
         with torch.no_grad():
             part.copy_(new)
 

@@ -19,23 +19,26 @@ from kclib.kernels import _convolutions
 from kclib.models import _inference
 
 POSITIONS = 1 << 14  # of a layer's output, over all images, that its moments are taken at
+_HALVED = 1024  # inputs from which on moments are computed on one side of the diagonal
 _RANGE = 40  # inputs of up to 2**40 and down to 2**-40 have squares that float32 sums safely
 _NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of a convolution's inputs in a dense network (d) and in a small one (s), at the same positions.
+    """Moments of what a convolution answers in a dense network and of what it reads in a small one.
 
     The second moments are about the means, so that inputs far from 0 leave their digits; `about_zero` returns
     those about 0.
 
     Attributes
     ----------
-    small, cross : torch.Tensor
-        float32 ``(groups, d, d)``: the covariances of s with s and of d with s, in ``unit**2``; d = inputs of
-        a group × kh × kw.
-    dense_mean, small_mean : torch.Tensor
+    small : torch.Tensor
+        float32 ``(groups, d, d)``: the covariances of the inputs, in ``unit**2``; d = inputs of a group ×
+        kh × kw.
+    wanted : torch.Tensor
+        float32 ``(groups, out / groups, d)``: those of the dense answers with the inputs, in ``unit**2``.
+    small_mean : torch.Tensor
         float32 ``(groups, d)``.
     answer_mean, answer_power : torch.Tensor
         ``(groups, out / groups)``: the mean, float32, and the variance, float64 in ``unit**2``, of what the
@@ -45,8 +48,7 @@ class Moments:
     """
 
     small: Tensor
-    cross: Tensor
-    dense_mean: Tensor
+    wanted: Tensor
     small_mean: Tensor
     answer_mean: Tensor
     answer_power: Tensor
@@ -54,37 +56,41 @@ class Moments:
 
     def about_zero(self) -> "Moments":
         """Return these moments about 0, for a layer whose output's mean is put right nowhere else."""
-        dense, small, answer = (
-            x.double() / self.unit for x in (self.dense_mean, self.small_mean, self.answer_mean)
-        )
+        small, answer = (x.double() / self.unit for x in (self.small_mean, self.answer_mean))
         return replace(
             self,
             small=self.small + _outer(small, small),
-            cross=self.cross + _outer(dense, small),
-            dense_mean=torch.zeros_like(self.dense_mean),
+            wanted=self.wanted + _outer(answer, small),
             small_mean=torch.zeros_like(self.small_mean),
             answer_mean=torch.zeros_like(self.answer_mean),
             answer_power=self.answer_power + answer.square(),
         )
 
-    def power(self, weight: Tensor) -> Tensor:
-        """Return the second moment of what weights ``(groups, out / groups, d)`` answer to small inputs."""
-        return ((weight @ self.small).double() * weight).sum(-1)
+    def heard(self, weight: Tensor) -> Tensor:
+        """Return the covariances of what weights ``(groups, out / groups, d)`` answer, with the inputs."""
+        return weight @ self.small
 
-    def error(self, dense: Tensor, weight: Tensor) -> Tensor:
-        """Return the second moment of the difference of the small network's answers to the dense one's.
+    def power(self, weight: Tensor) -> Tensor:
+        """Return the variance of what weights answer, float64 ``(groups, out / groups)``."""
+        return (self.heard(weight).double() * weight).sum(-1)
+
+    def error(self, weight: Tensor, heard: Tensor | None = None) -> Tensor:
+        """Return the variance of the difference of what weights answer to the dense answers.
 
         Parameters
         ----------
-        dense, weight : torch.Tensor
-            float32 ``(groups, out / groups, d)``: the weights of either.
+        weight : torch.Tensor
+            float32 ``(groups, out / groups, d)``.
+        heard : torch.Tensor, optional
+            What `heard` returns of them, where it is there already.
 
         Returns
         -------
         torch.Tensor
             float64 ``(groups, out / groups)``, at least 0.
         """
-        error = self.answer_power - 2 * ((dense @ self.cross).double() * weight).sum(-1) + self.power(weight)
+        heard = self.heard(weight) if heard is None else heard
+        error = self.answer_power + ((heard.double() - 2 * self.wanted) * weight).sum(-1)
         return error.clamp_min(0)  # equal answers differ by what rounding leaves, on either side of 0
 
 
@@ -232,14 +238,14 @@ class _Sums:
             apart.append((mean - means[-1][:, None]) * counts.sqrt() / self.unit)
         if len(counts) > 1:
             self._scatter(*(x.float() for x in apart))
-        small, cross, answers = (x / n for x in self.scatter)
+        small, wanted, answers = (x / n for x in self.scatter)
         answer = (self.weight.double() @ means[0][..., None])[..., 0]
-        return Moments(small, cross, *(x.float() for x in (*means, answer)), answers, self.unit)
+        return Moments(small, wanted, means[1].float(), answer.float(), answers, self.unit)
 
     def _scatter(self, dense: Tensor, small: Tensor) -> None:
         """Add products of what is about its means already."""
-        answers = (dense @ self.weight.mT).double().square().sum(1)
-        part = (small.mT @ small, dense.mT @ small, answers)
+        answers = dense @ self.weight.mT
+        part = (_gram(small), answers.mT @ small, answers.double().square().sum(1))
         self.scatter = tuple(map(Tensor.add_, self.scatter, part)) or part
 
     def _scale(self, largest: float) -> None:
@@ -251,6 +257,19 @@ class _Sums:
         elif largest and exponent > self.exponent:
             self.scatter = tuple(x * 4.0 ** (self.exponent - exponent) for x in self.scatter)
             self.exponent = exponent
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Return ``x.mT @ x`` of ``(groups, n, d)``; of large ones little more than one half is computed."""
+    d = x.shape[2]
+    if d < _HALVED:
+        return x.mT @ x
+    result, step = x.new_empty(len(x), d, d), -(-d // 4)
+    for start in range(0, d, step):
+        place = slice(start, start + step)
+        part = x[:, :, place].mT @ x[:, :, start:]
+        result[:, place, start:], result[:, start:, place] = part, part.mT
+    return result
 
 
 def _centre(x: Tensor) -> Tensor:

@@ -15,16 +15,20 @@ from kclib._util.progress_bars import tqdm
 from kclib.clustering import Clustering, Group, _clustering, _scopes
 from kclib.clustering._scopes import grouping
 from kclib.compression import _precisions
+from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer, _convolutions, _copying, extract
 from kclib.kernels._bank import matched, rows_of
 from kclib.kmeans import _settings
 from kclib.models import _model
-from kclib.recovery import _calibration, _moments
+from kclib.recovery import _assignment, _calibration, _moments
+from kclib.recovery._assignment import Book, Metric
+from kclib.recovery._calibration import LeastSquares
 from kclib.recovery._moments import Moments
 
-_SOONER = 10  # times the damping, where a matrix has no Cholesky factor with less
-_BLOCK = 32  # input channels whose error is carried to the later ones at once
-_COMPARED = 1 << 25  # distances held at once
+_PASSES = 4  # in which priced indices and the codebook follow each other
+_AT_FIRST, _PRICED = 512, 6e-8  # clusters of a layer at such a price of one bit of one kernel
+_FEWEST, _MOST = 16, 1 << 14
+_FEW_ROUNDS = 3  # of fitting the codebook, but for the last pass
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,14 @@ class Corrected:
 def correct(
     model: models.Model | nn.Module,
     images: datasets.ImageSet,
-    n_clusters: int | Mapping[str, int],
+    n_clusters: int | Mapping[str, int] | None = None,
     *,
     scope: str | Mapping[str, str] = "layer",
     size: int | tuple[int, int] | None = None,
     dense: models.Model | nn.Module | None = None,
     sample_weight: np.ndarray | None = None,
     precision: str = "fp16",
+    price: float = 0.0,
     damping: float = 0.01,
     batch_size: int = 64,
     seed: int = 0,
@@ -86,7 +91,7 @@ def correct(
     images : ImageSet, or what `datasets.as_image_set` takes
         Some hundred, of the kind the model knows; their labels are not read.
     n_clusters, scope
-        As in `clustering.cluster`.
+        As in `clustering.cluster`. None, where there is a price: it decides, by `_clusters`.
     size : int or (int, int), optional
         Of the kernels, as in `kernels.extract`.
     dense : Model or torch.nn.Module, optional
@@ -97,6 +102,10 @@ def correct(
         (`sensitivity.importance`).
     precision : {"fp32", "fp16", "bf16", "int8", "int4"}
         Codebooks are rounded to it before kernels are assigned.
+    price : float
+        Of a bit: an index is chosen for its error plus what it takes in an entropy-coded file, from how
+        often it was used the pass before. One bit a kernel, in all layers, costs as much as an error of this
+        share of a layer's output energy. At 0 bits are free.
     damping : float
         Share of the mean energy of an input that is added to each one's, so that noise is not learned; ten
         times as much, and so on, where rounding leaves no solution with it.
@@ -114,15 +123,17 @@ def correct(
         As in `clustering.cluster`; no image; inputs of a layer that are not finite; damping not above 0.
     """
     _calibration.check_damping(damping)
+    checks.check_real("price", price, lambda x: x >= 0, "at least 0")
     given, model, images = model, _model.as_model(model), datasets.as_image_set(images)
     bank = extract(model.network, size=size)
+    n_clusters = _clusters(price, bank) if n_clusters is None else n_clusters
     seed = checks.check_seed(seed)
     dense = model.network if dense is None else models.network_of(dense)
     matched(dense, bank.layers)
     small, dense = (_model.moved(_copying.copied(x).eval(), device) for x in (model.network, dense))
     batches = _moments.batches(images, model.preprocess, batch_size, device)
     order = _moments.steps(dense, next(batches())[:1], {x.name for x in bank.layers if not x.transposed})
-    books = _Books.of(bank, n_clusters, scope, sample_weight, precision, seed, {step.name for step in order})
+    books = _Books.of(bank, n_clusters, scope, sample_weight, precision, price, seed, {x.name for x in order})
     coded, rest = {}, [layer for layer in bank.layers if layer.name not in books.measured]
     for layer in rest:
         coded[layer.name] = books.nearest(layer)
@@ -160,20 +171,21 @@ class _Books:
     bank: KernelBank
     members: Mapping[str, tuple[Layer, ...]]
     wanted: Mapping[str, int]
-    shared: Mapping[str, Tensor]
+    shared: Mapping[str, Book]
     scope: str
     precision: str
+    price: float
     seed: int
     measured: frozenset[str]  # layers that run, and can be corrected
 
     @classmethod
-    def of(cls, bank, n_clusters, scope, sample_weight, precision, seed, measured) -> "_Books":
+    def of(cls, bank, n_clusters, scope, sample_weight, precision, price, seed, measured) -> "_Books":
         sample_weight = _settings.checked_sample_weight(sample_weight, len(bank))
         members = grouping(bank, scope)
         wanted = _scopes.wanted(members, n_clusters)
         _precisions.float_type(precision)  # an unknown one shows before the work, not after it
         scope = scope if isinstance(scope, str) else "mapping"
-        result = cls(bank, members, wanted, {}, scope, precision, seed, frozenset(measured))
+        result = cls(bank, members, wanted, {}, scope, precision, price, seed, frozenset(measured))
         for name, layers in members.items():
             if len(layers) > 1 or layers[0].name not in measured:
                 rows = rows_of(layers)
@@ -185,13 +197,19 @@ class _Books:
         """Return the name of a layer's group."""
         return next(name for name, layers in self.members.items() if layer in layers)
 
-    def fitted(self, group: str, points: np.ndarray, sample_weight: np.ndarray | None) -> Tensor:
-        """Return a codebook for points ``(n, area)``, ``(K', area)`` of distinct rows, rounded as stored."""
-        k = min(self.wanted[group], len(points))
-        centres = kmeans.fit(points, k, sample_weight=sample_weight, seed=self.seed).centres
-        return _precisions.rounded(torch.from_numpy(centres), self.precision).unique(dim=0)
+    def unit(self, read: Moments) -> float:
+        """Return the squared error, summed over a layer's outputs, that costs as much as a bit."""
+        return self.price / len(self.bank) * float(read.answer_power.sum())
 
-    def of_layer(self, layer: Layer, target: Tensor, energy: Tensor) -> Tensor:
+    def fitted(self, group: str, points: np.ndarray, sample_weight: np.ndarray | None) -> Book:
+        """Return a codebook for points ``(n, area)``: distinct rows, rounded as stored."""
+        k = min(self.wanted[group], len(points))
+        found = kmeans.fit(points, k, sample_weight=sample_weight, seed=self.seed)
+        values = _precisions.rounded(torch.from_numpy(found.centres), self.precision)
+        values, rows = values.unique(dim=0, return_inverse=True)
+        return Book.of(values, rows[torch.from_numpy(found.labels).long()])
+
+    def of_layer(self, layer: Layer, target: Tensor, energy: Tensor) -> Book:
         """Return the codebook of a layer whose kernels ``(n, area)`` read channels of an energy ``(n,)``."""
         name = self.group(layer)
         if name in self.shared:
@@ -199,22 +217,22 @@ class _Books:
         sample_weight = energy / energy.max() if energy.max() > 0 else torch.ones_like(energy)
         return self.fitted(name, target.cpu().numpy(), sample_weight.cpu().numpy()).to(target.device)
 
-    def refined(self, coded: _Coded, dense: Tensor, read: Moments, damping: float) -> _Coded:
+    def refined(self, coded: _Coded, shape: torch.Size, squares: LeastSquares, rounds: int) -> _Coded:
         """Return a layer's codes with a codebook that answers nearer to the dense weights, if one does."""
 
         def decode(values: Tensor) -> Tensor:
-            return F.embedding(coded.indices, values).reshape(dense.shape)
+            return F.embedding(coded.indices, values).reshape(shape)
 
         def rounded(values: Tensor) -> Tensor:
             return _precisions.rounded(values, self.precision)
 
-        values = _calibration.fitted(decode, coded.codebook, dense, read, damping=damping, rounded=rounded)
-        return _Coded(values, coded.indices)
+        return _Coded(squares.fitted(decode, coded.codebook, rounded=rounded, rounds=rounds), coded.indices)
 
     def nearest(self, layer: Layer) -> _Coded:
         """Return a layer with the nearest representatives of its group's codebook."""
-        codebook = self.shared[self.group(layer)]
-        return _Coded(codebook, _nearest(torch.from_numpy(self.bank.points[layer.rows].copy()), codebook))
+        codebook = self.shared[self.group(layer)].values
+        points = torch.from_numpy(self.bank.points[layer.rows].copy())
+        return _Coded(codebook, _assignment.nearest(points, codebook))
 
     def clustering(self, coded: Mapping[str, _Coded]) -> Clustering:
         """Return all layers' codes as a clustering."""
@@ -230,6 +248,18 @@ class _Books:
         return _clustering.with_inertia(Clustering(tuple(groups), self.scope, self.seed), self.bank)
 
 
+def _clusters(price: float, bank: KernelBank) -> int:
+    """Return how many clusters a layer starts with at a price; those that do not pay for themselves go.
+
+    Relative errors of layers were measured to fall as ``K ** -0.45``; one more row of a codebook then wins as
+    much as its bytes cost at a K that is a power of the price.
+    """
+    if not price:
+        raise InvalidValueError("n_clusters is not given and the price is 0; give one of them.")
+    k = _AT_FIRST * (_PRICED / (price / len(bank))) ** (1 / 1.45)
+    return int(min(max(k, _FEWEST), _MOST, max(x.n_kernels for x in bank.layers)))
+
+
 def _clustered(
     books: _Books, layer: Layer, step: _moments.LayerMoments, read: Moments, dense, small, damping: float
 ) -> _Coded:
@@ -237,94 +267,34 @@ def _clustered(
     original, changed = dense.get_submodule(layer.name), small.get_submodule(layer.name)
     norms = _calibration.norms_behind(step, dense, small)
     about = read if changed.bias is not None or norms else read.about_zero()
-    wanted = _moments.grouped(original)
-    target = _moved(wanted, _moments.grouped(changed), about, damping)
     area = int(np.prod(layer.shape[2:]))
+    metrics = [Metric.of(h, area, damping) for h in about.small]
+    squares = LeastSquares(about, damping)
+    target = _moved(_moments.grouped(changed), about, metrics)
     energy = about.small.diagonal(dim1=1, dim2=2).unflatten(1, (-1, area)).mean(2)  # (groups, inputs)
     each = energy[:, None].expand(-1, target.shape[1], -1).reshape(-1)
-    codebook = books.of_layer(layer, target.reshape(-1, area), each)
-    indices = [_assigned(rows, codebook, h, damping) for rows, h in zip(target, about.small, strict=True)]
-    coded = _Coded(codebook, torch.cat(indices).reshape(-1))
-    if books.group(layer) not in books.shared:
-        coded = books.refined(coded, wanted, about, damping)
+    book, unit = books.of_layer(layer, target.reshape(-1, area), each), books.unit(about)
+    alone = books.group(layer) not in books.shared
+    rounds = (
+        (*[_FEW_ROUNDS] * (_PASSES - 1), _calibration.ROUNDS) if alone and unit else (_calibration.ROUNDS,)
+    )
+    for n in rounds:
+        indices = [
+            m.assigned(rows, book.values, book.price(unit)) for rows, m in zip(target, metrics, strict=True)
+        ]
+        coded = _Coded(book.values, torch.cat(indices).reshape(-1))
+        if alone:
+            coded = books.refined(coded, target.shape, squares, n)
+            book = Book.of(coded.codebook, coded.indices)
     _convolutions.set_weight(changed, coded.kernels, name=layer.name)
     _calibration.absorb(read, _moments.grouped(changed), original, changed, norms)
     return coded
 
 
-def _moved(dense: Tensor, present: Tensor, read: Moments, damping: float) -> Tensor:
+def _moved(present: Tensor, read: Moments, metrics: list[Metric]) -> Tensor:
     """Return the weights whose answers to the small network's inputs are nearest to the dense ones.
 
     Ridge regression towards the layer's own weights; all ``(groups, out / groups, d)``.
     """
-    missing = dense.double() @ read.cross.double() - present.double() @ read.small.double()
-    return (present + torch.cholesky_solve(missing.mT, _factor(read.small, damping)).mT).float()
-
-
-def _factor(h: Tensor, damping: float) -> Tensor:
-    """Return the lower Cholesky factor of moments ``(..., d, d)`` and a share of their mean energy, float64.
-
-    Damping below what rounding left of the moments is raised until there is a factor.
-    """
-    h = h.double()
-    energy = h.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = torch.where(energy > 0, damping * energy, 1)  # where nothing is read, any will do
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(h + torch.diag_embed(ridge[..., None].expand(h.shape[:-1])))
-        if not failed.any():
-            return factor
-        ridge = torch.where(failed > 0, _SOONER * ridge, ridge)
-
-
-def _assigned(target: Tensor, codebook: Tensor, h: Tensor, damping: float) -> Tensor:
-    """Return an index for each kernel of ``(out, inputs * area)``, int64 ``(out, inputs)``.
-
-    The channels of most energy go first; the upper Cholesky factor of the inverse moments says how the error
-    of one is made good by the later ones (GPTQ, equation 2), and in which metric it counts. It is the inverse
-    of the upper factor of the moments, which is the lower one of those in reverse order.
-    """
-    area = codebook.shape[1]
-    energy = h.diagonal().reshape(-1, area).mean(1)
-    order = energy.argsort(descending=True, stable=True)
-    columns = (order[:, None] * area + torch.arange(area, device=h.device)).reshape(-1)
-    back = columns.flip(0)
-    upper = _factor(h[back][:, back], damping).flip(0, 1)
-    factor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True).float()
-    target, indices = (
-        target[:, columns],
-        torch.empty(len(target), len(order), dtype=torch.int64, device=h.device),
-    )
-    for first in range(0, len(order), _BLOCK):
-        last = min(first + _BLOCK, len(order))
-        block = slice(first * area, last * area)
-        errors = torch.empty_like(target[:, block])
-        for i in range(first, last):
-            place = slice(i * area, (i + 1) * area)
-            scale = torch.linalg.inv(factor[place, place])
-            nearest = _nearest(target[:, place] @ scale, codebook @ scale)
-            error = (target[:, place] - codebook[nearest]) @ scale
-            target[:, place.stop : block.stop] -= error @ factor[place, place.stop : block.stop]
-            errors[:, place.start - block.start : place.stop - block.start] = error
-            indices[:, order[i]] = nearest
-        target[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return indices
-
-
-def _nearest(points: Tensor, centres: Tensor) -> Tensor:
-    """Return the nearest of ``(K, d)`` centres to each of ``(n, d)`` points, int64 ``(n,)``, in blocks.
-
-    Both are moved and scaled first: products of values far from 0, huge or tiny, have no digits left for it.
-    """
-    shift = centres.mean(0)
-    centres = centres - shift
-    unit = centres.abs().max()
-    unit = torch.where(unit > 0, unit, 1)
-    centres = centres / unit
-    half = centres.square().sum(1) / 2
-    rows = max(1, _COMPARED // len(centres))
-    return torch.cat(
-        [
-            torch.addmm(half, (part - shift) / unit, centres.mT, alpha=-1).argmin(1)
-            for part in points.split(rows)
-        ]
-    )
+    missing = read.wanted - read.heard(present)
+    return present + torch.stack([m.solved(rows) for m, rows in zip(metrics, missing, strict=True)])

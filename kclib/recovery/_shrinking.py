@@ -1,40 +1,77 @@
-"""Make a network small within a number of bytes, without training: `shrink`."""
+"""Make a network small within a number of bytes, or of points lost, without training: `shrink`."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
-import numpy as np
+import pandas as pd
 from torch import nn
 
-from kclib import datasets, kernels, models
+from kclib import datasets, evaluation, kernels, models
+from kclib._util import checks
+from kclib._util.progress_bars import tqdm
+from kclib.clustering import Clustering
+from kclib.compression import byte_counts
+from kclib.errors import InvalidValueError
+from kclib.evaluation import Drop
 from kclib.models import _model
-from kclib.recovery import _sequential, allocation, sensitivity
-from kclib.recovery.allocation import KS, Allocation
+from kclib.recovery import _sequential
 
-_KINDS = ("output", "input", "uniform")  # of sensitivity, the first that is not 0 for all kernels
+_BITS, _STEEP = 4.3, 3.0  # the shipped model takes so many bits a kernel at a price of 0.1, twice at an eighth
+_WITHIN = 0.97  # of the bytes are spent, at least
+_TRIES = 6  # for a number of bytes, most often two are made
+_STEPS = 3  # halvings of the range of prices, after a factor of _WIDE holds it, for a drop
+_WIDE = 3.0
+_HIGHEST, _LOWEST = 1e4, 1e-6  # prices
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A network made small.
+
+    Attributes
+    ----------
+    model : Model or torch.nn.Module
+        As was given, a copy with ordinary dense weights; ``compression.compress(model, clustering)`` packs it.
+    clustering : Clustering
+        Its codebooks are rounded already.
+    n_bytes : int
+        Of all convolutions, packed with entropy-coded indices: `compression.footprint`'s ``convolutions``.
+    price : float
+        Of a bit, as in `correct`.
+    drop : Drop, optional
+        On the images held back, where there are some.
+    table : pandas.DataFrame
+        One row a price that was tried: ``price``, ``clusters``, ``bytes``, and ``drop`` in points.
+    """
+
+    model: models.Model | nn.Module
+    clustering: Clustering
+    n_bytes: int
+    price: float
+    drop: Drop | None
+    table: pd.DataFrame
 
 
 def shrink(
     model: models.Model | nn.Module,
     images: datasets.ImageSet,
-    held_back: datasets.ImageSet,
-    n_bytes: float,
     *,
-    sample_weight: np.ndarray | None = None,
+    ratio: float | None = None,
+    n_bytes: float | None = None,
+    max_drop: float | None = None,
+    held_back: datasets.ImageSet | None = None,
     dense: models.Model | nn.Module | None = None,
-    ks: Iterable[int] = KS,
     precision: str = "fp16",
-    coding: str = "entropy",
     seed: int = 0,
     device: str = "cpu",
     progress: bool = True,
-) -> Allocation:
-    """Return what loses least within so many bytes without training: shared out over layers, and corrected.
+) -> Shrunk:
+    """Make a network small without training: a goal in, and no number of clusters to choose.
 
-    `sensitivity.importance` says what errors cost. `allocation.allocate` finds how many clusters each layer
-    gets for it, and `_sequential.correct` makes them. `compression.compress(found.model, found.clustering,
-    precision=precision)` packs what is found. Where no image leaves the network in doubt, errors cost what
-    they do to each layer's output (`sensitivity.importance` of kind ``input``).
+    `_sequential.correct` clusters layer by layer, each layer making good what those before it lost, and pays
+    for every bit of an index. The price is the same for all layers: bits go where they win most. It is found
+    so that the goal is met.
 
     Parameters
     ----------
@@ -42,24 +79,25 @@ def shrink(
         Unchanged. A network alone is given images as `models.plain` makes them.
     images : ImageSet, or what `datasets.as_image_set` takes
         Some hundred to correct by; their labels are not read.
-    held_back : ImageSet, or what `datasets.as_image_set` takes
-        To measure the drop on: other images, not the test set.
-    n_bytes : float
-        Most bytes of all convolutions.
-    sample_weight : numpy.ndarray, optional
-        `sensitivity.importance` of the model's kernels, if they are there already.
-    dense : torch.nn.Module, optional
+    ratio : float, optional
+        Keep at most one byte of so many, of the convolutions.
+    n_bytes : float, optional
+        Keep at most so many bytes of the convolutions.
+    max_drop : float, optional
+        Lose at most so many points of accuracy on `held_back`. Give one of the three.
+    held_back : ImageSet, or what `datasets.as_image_set` takes, optional
+        To measure the drop on: other images, with labels, and not the test set.
+    dense, seed, device
         As in `_sequential.correct`.
-    ks : iterable of int
-        Numbers of clusters that a layer may get, as in `allocation.allocate`.
-    precision, coding
-        Of codebooks and indices as they will be stored.
-    seed, device, progress
+    precision : str
+        Of the codebooks.
+    progress : bool
 
     Raises
     ------
     InvalidValueError, UnknownNameError
-        As `allocation.allocate` and `_sequential.correct`.
+        No goal or several; one that cannot be reached (the sentence says what can); a drop without images
+        held back; as `_sequential.correct`.
 
     Examples
     --------
@@ -67,31 +105,150 @@ def shrink(
     >>> pictures = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
     >>> images = kclib.ImageSet("noise", pictures, torch.arange(12) % 2, ("shirt", "coat"), fingerprint="1")
     >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 2))
-    >>> found = kclib.shrink(network, images, images, 400, progress=False)
+    >>> found = kclib.shrink(network, images, n_bytes=400, progress=False)
     >>> found.n_bytes <= 400, found.clustering.n_kernels
     (True, 24)
     """
     given, model, images = model, _model.as_model(model), datasets.as_image_set(images)
-    bank, options = kernels.extract(model.network), {"seed": seed, "device": device, "progress": progress}
-    if sample_weight is None:
-        kinds = (sensitivity.importance(model, images, bank, kind=x, **options) for x in _KINDS)
-        sample_weight = next(filter(np.any, kinds))
+    held_back = None if held_back is None else datasets.as_image_set(held_back)
+    _check(ratio, n_bytes, max_drop, held_back)
+    bank = kernels.extract(model.network)
+    all_bytes = byte_counts.convolution_bytes(model.network)
+    others = all_bytes - sum(math.prod(x.shape) * x.itemsize for x in bank.layers)
+    answers = {"device": device, "progress": progress}
+    exact = None if held_back is None else evaluation.evaluate(model, held_back, **answers)
+    options = {"precision": precision, "dense": dense, "seed": seed, "device": device, "progress": progress}
 
-    def build(scope, n_clusters):
-        corrected = _sequential.correct(
-            model,
-            images,
-            n_clusters,
-            scope=scope,
-            dense=dense,
-            precision=precision,
-            sample_weight=sample_weight,
-            **options,
+    def made(price: float) -> Shrunk:
+        found = _sequential.correct(model, images, price=price, **options)
+        size = byte_counts.clustered_bytes(
+            model.network, found.clustering, precision=precision, coding="entropy"
         )
-        return corrected.network, corrected.clustering
+        lost = exact and evaluation.drop(exact, evaluation.evaluate(found.model, held_back, **answers))
+        return Shrunk(models.like(given, found.network), found.clustering, size, price, lost, pd.DataFrame())
 
-    best = allocation.allocate(
-        model, held_back, bank, sample_weight, n_bytes=n_bytes, scopes=("layer",), ks=ks, precision=precision,
-        coding=coding, build=build, uniform=False, **options,
-    )  # fmt: skip
-    return replace(best, model=models.like(given, best.network))
+    with tqdm(desc="finding a price", unit="network", leave=False, disable=not progress) as bar:
+        trials = _Trials(made, others, len(bank), bar)
+        if max_drop is not None:
+            best = _cheapest(trials, max_drop)
+        else:
+            best = _within(trials, all_bytes / ratio if n_bytes is None else n_bytes)
+    return replace(best, table=trials.table)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Networks as they are made, by their price.
+
+    Attributes
+    ----------
+    made : callable
+        Makes one.
+    others : int
+        Bytes of the convolutions that no price changes.
+    n : int
+        Kernels.
+    """
+
+    made: Callable[[float], Shrunk]
+    others: int
+    n: int
+    bar: tqdm
+    found: dict[float, Shrunk] = field(default_factory=dict)
+
+    def at(self, price: float) -> Shrunk:
+        """Return what a price makes, made once."""
+        if price not in self.found:
+            self.found[price] = self.made(price)
+            self.bar.update()
+        return self.found[price]
+
+    def guess(self, n_bytes: float) -> float:
+        """Return the price that may lead to so many bytes: on a line through what was found, in logarithms."""
+        bits = max(1e-3, 8 * (n_bytes - self.others) / self.n)
+        near = sorted(self.found.values(), key=lambda x: abs(math.log(self._bits(x) / bits)))[:2]
+        if not near:
+            return _between(0.1 * (_BITS / bits) ** _STEEP)
+        steep, best = _STEEP, near[0]
+        if len(near) == 2 and (rise := math.log(self._bits(near[1]) / self._bits(best))):
+            steep = math.log(best.price / near[1].price) / rise
+        return _between(best.price * (self._bits(best) / bits) ** max(steep, 0))
+
+    def _bits(self, made: Shrunk) -> float:
+        return 8 * max(1, made.n_bytes - self.others) / self.n
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a price, in the order in which they were tried."""
+        rows = [
+            {
+                "price": price,
+                "clusters": x.clustering.n_clusters,
+                "bytes": x.n_bytes,
+                "drop": x.drop.points.estimate if x.drop else math.nan,
+            }
+            for price, x in self.found.items()
+        ]
+        return pd.DataFrame(rows)
+
+
+def _between(price: float) -> float:
+    return min(max(price, _LOWEST), _HIGHEST)
+
+
+def _within(trials: _Trials, n_bytes: float) -> Shrunk:
+    """Return the largest that was found within so many bytes."""
+    aim = n_bytes
+    for _ in range(_TRIES):
+        price = trials.guess(aim)
+        if price in trials.found:
+            break
+        size = trials.at(price).n_bytes
+        if _WITHIN * n_bytes <= size <= n_bytes:
+            break
+        aim = (1 + _WITHIN) / 2 * n_bytes
+    fitting = [x for x in trials.found.values() if x.n_bytes <= n_bytes]
+    if not fitting:
+        least = min(x.n_bytes for x in trials.found.values())
+        raise InvalidValueError(
+            f"n_bytes is {n_bytes:,.0f}; the convolutions were brought to {least:,} bytes, not below."
+        )
+    return max(fitting, key=lambda x: x.n_bytes)
+
+
+def _cheapest(trials: _Trials, max_drop: float) -> Shrunk:
+    """Return the smallest that was found to lose no more than so many points."""
+
+    def fits(price: float) -> bool:
+        return trials.at(price).drop.points.estimate <= max_drop
+
+    price = 0.1
+    low = high = None  # prices that fit, and that do not
+    while low is None or high is None:
+        if not _LOWEST <= price <= _HIGHEST:
+            break
+        if fits(price):
+            low, price = price, price * _WIDE
+        else:
+            high, price = price, price / _WIDE
+    if low is None:
+        least = min(x.drop.points.estimate for x in trials.found.values())
+        raise InvalidValueError(f"max_drop is {max_drop}; the best network found loses {least:.2f} points.")
+    for _ in range(_STEPS if high else 0):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    fitting = [x for x in trials.found.values() if x.drop.points.estimate <= max_drop]
+    return min(fitting, key=lambda x: x.n_bytes)
+
+
+def _check(ratio, n_bytes, max_drop, held_back) -> None:
+    goals = {"ratio": ratio, "n_bytes": n_bytes, "max_drop": max_drop}
+    asked = {name: value for name, value in goals.items() if value is not None}
+    if len(asked) != 1:
+        given = ", ".join(asked) or "none"
+        raise InvalidValueError(f"give one goal of ratio, n_bytes and max_drop; {given} was given.")
+    for name, value in asked.items():
+        least = 1 if name == "ratio" else 0
+        checks.check_real(name, value, lambda x, least=least: x >= least, f"a number of at least {least}")
+    if max_drop is not None and held_back is None:
+        raise InvalidValueError("max_drop needs held_back: images with labels to measure the drop on.")

@@ -10,6 +10,7 @@ from kclib import clustering, compression, kernels, models
 from kclib.compression import _layers, _precisions
 from kclib.errors import InvalidValueError
 from kclib.recovery import _calibration, _moments
+from kclib.recovery._calibration import LeastSquares
 from tests.recovery.test_sequential import answers, images, loss, model_of, network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,8 +113,8 @@ def test_values_that_cannot_be_bettered_come_back():
     h = (x.T @ x / 50)[None]
     zero = torch.zeros(1, 6)
     power = ((values @ h) * values).sum(-1)
-    read = _moments.Moments(h, h, zero, zero, zero[:, :2], power)
-    found = _calibration.fitted(lambda v: v, values, values, read, damping=0.1, rounded=lambda v: v.round())
+    read = _moments.Moments(h, values @ h, zero, zero[:, :2], power)
+    found = LeastSquares(read, 0.1).fitted(lambda v: v, values, rounded=lambda v: v.round())
     assert torch.equal(found, values)
 
 
@@ -133,8 +134,8 @@ def test_damping_is_that_of_ridge_regression():
     x, dense, values = torch.randn(50, 6), torch.randn(1, 2, 6), torch.randn(1, 2, 6)
     h, zero = (x.T @ x / 50)[None], torch.zeros(1, 6)
     power = ((dense @ h) * dense).sum(-1)
-    read = _moments.Moments(h, h, zero, zero, zero[:, :2], power)
-    found = _calibration.fitted(lambda v: v, values, dense, read, damping=0.5, rounded=lambda v: v)
+    read = _moments.Moments(h, dense @ h, zero, zero[:, :2], power)
+    found = LeastSquares(read, 0.5).fitted(lambda v: v, values, rounded=lambda v: v)
     ridge = 0.5 * h.diagonal(dim1=1, dim2=2).mean() * torch.eye(6)
     wanted = values + (dense - values) @ h @ torch.linalg.inv(h + ridge)
     torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
@@ -194,8 +195,6 @@ def test_what_cannot_be_stored_is_no_improvement():
     far = torch.full((1, 2, 6), 6e4)
     h, zero = torch.eye(6)[None], torch.zeros(1, 6)
     dense = 3 * far
-    read = _moments.Moments(h, h, zero, zero, zero[:, :2], dense.double().square().sum(-1))
-    kept = _calibration.fitted(
-        lambda v: v, far, dense, read, damping=0.1, rounded=lambda v: _precisions.rounded(v, "fp16")
-    )
+    read = _moments.Moments(h, dense @ h, zero, zero[:, :2], dense.double().square().sum(-1))
+    kept = LeastSquares(read, 0.1).fitted(lambda v: v, far, rounded=lambda v: _precisions.rounded(v, "fp16"))
     assert torch.equal(kept, far)

@@ -10,7 +10,8 @@ from kclib.clustering import _clustering
 from kclib.compression import _layers
 from kclib.datasets import _loader
 from kclib.errors import InvalidValueError, UnknownNameError
-from kclib.recovery import _moments, _sequential
+from kclib.recovery import _assignment, _moments, _sequential
+from kclib.recovery._assignment import Metric
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,7 +108,7 @@ def test_norms_put_mean_and_variance_of_each_channel_right():
 def test_inputs_that_tell_nothing_of_each_other_get_the_nearest_representatives():
     torch.manual_seed(0)
     target, codebook = torch.randn(20, 5 * 4), torch.randn(6, 4)
-    found = _sequential._assigned(target, codebook, 3 * torch.eye(20), 0.01)
+    found = Metric.of(3 * torch.eye(20), 4, 0.01).assigned(target, codebook)
     nearest = torch.cdist(target.reshape(-1, 4), codebook).argmin(1).reshape(20, 5)
     assert torch.equal(found, nearest)
 
@@ -116,7 +117,7 @@ def test_inputs_that_go_together_make_good_each_others_errors():
     torch.manual_seed(0)
     mixed = torch.randn(100, 6) @ torch.randn(6, 40 * 4) + 0.05 * torch.randn(100, 160)
     h, target, codebook = mixed.T @ mixed / 100, torch.randn(30, 160), torch.randn(5, 4)
-    ours = codebook[_sequential._assigned(target, codebook, h, 0.01)].reshape(30, -1)
+    ours = codebook[Metric.of(h, 4, 0.01).assigned(target, codebook)].reshape(30, -1)
     nearest = codebook[torch.cdist(target.reshape(-1, 4), codebook).argmin(1)].reshape(30, -1)
 
     def error(weight):
@@ -130,11 +131,11 @@ def test_moved_weights_answer_other_inputs_as_the_dense_ones_answered_theirs():
     x, turn = torch.randn(500, 8), torch.eye(8) + 0.3 * torch.randn(8, 8)
     seen, weight = x @ turn, torch.randn(1, 5, 8)
     zero = torch.zeros(1, 8)
-    read = _moments.Moments((seen.T @ seen / 500)[None], (x.T @ seen / 500)[None], zero, zero, zero, zero)
-    wanted = np.linalg.lstsq(seen.numpy(), (x @ weight[0].T).numpy(), rcond=None)[0].T
-    np.testing.assert_allclose(
-        _sequential._moved(weight, weight, read, 1e-7)[0], wanted, rtol=1e-3, atol=1e-3
-    )
+    answers = weight @ x.T
+    read = _moments.Moments((seen.T @ seen / 500)[None], answers @ seen / 500, zero, zero, zero)
+    wanted = np.linalg.lstsq(seen.numpy(), answers[0].numpy().T, rcond=None)[0].T
+    found = _sequential._moved(weight, read, [Metric.of(read.small[0], 4, 1e-7)])
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_kernels_of_another_size_may_be_packed_already():
@@ -280,7 +281,7 @@ def test_layers_that_read_only_zeros_keep_to_their_weights():
 def test_damping_is_raised_where_rounding_leaves_no_solution(damping):
     torch.manual_seed(0)
     few = torch.randn(5, 40)
-    factor = _sequential._factor((few.T @ few)[None], damping)[0]
+    factor = _assignment.factor(few.T @ few, damping).double()
     back, h = factor @ factor.T, (few.T @ few).double()
     added = (back - h).diagonal()
     assert torch.isfinite(factor).all()
@@ -295,7 +296,7 @@ def test_the_nearest_are_found_far_from_zero_and_at_any_scale():
     wanted = np.square(points[:, None] - centres).sum(2).argmin(1)
     for scale, offset in ((1, 0), (1e-30, 0), (1e25, 0), (1e-3, 1000)):
         moved = (torch.from_numpy((scale * x + offset).astype("f")) for x in (points, centres))
-        agree = _sequential._nearest(*moved).numpy() == wanted
+        agree = _assignment.nearest(*moved).numpy() == wanted
         assert agree.all() if offset == 0 else agree.mean() > 0.8
 
 
@@ -315,9 +316,10 @@ def test_blocks_of_channels_change_nothing(monkeypatch):
     torch.manual_seed(0)
     mixed = torch.randn(100, 20) @ torch.randn(20, 40 * 4)
     h, target, codebook = mixed.T @ mixed / 100, torch.randn(10, 160), torch.randn(5, 4)
-    at_once = _sequential._assigned(target, codebook, h, 0.1)
-    monkeypatch.setattr(_sequential, "_BLOCK", 3)
-    assert torch.equal(_sequential._assigned(target, codebook, h, 0.1), at_once)
+    metric = Metric.of(h, 4, 0.1)
+    at_once = metric.assigned(target, codebook)
+    monkeypatch.setattr(_assignment, "_BLOCK", 3)
+    assert torch.equal(metric.assigned(target, codebook), at_once)
 
 
 def test_codebooks_weigh_kernels_by_the_energy_of_what_they_read(monkeypatch):
