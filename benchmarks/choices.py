@@ -22,11 +22,11 @@ from benchmarks.recovery import PRECISION, Rows
 from kclib import datasets, models
 from kclib.clustering import _clustering
 from kclib.clustering._scopes import grouping
-from kclib.compression import byte_counts
+from kclib.compression import _precisions, byte_counts
 from kclib.compression._counting import Count
 from kclib.compression._layers import N_TURNS
 from kclib.kernels import Layer, _copying
-from kclib.recovery import _tradeoff, sensitivity
+from kclib.recovery import sensitivity
 
 OUT = Path("reports/bench/choices.json")
 HELD_BACK, TEST, CALIBRATION = 500, 1000, 256  # images
@@ -114,7 +114,7 @@ def log_shares(model: kclib.Model, data: kclib.ImageSet) -> Tensor:
 
 def stored(found: kclib.Clustering) -> np.ndarray:
     """Return what stands for each kernel once codebooks are fp16, in the rows of the bank."""
-    return _clustering.quantized(_tradeoff.stored(found, "fp16"))
+    return _clustering.quantized(_precisions.stored(found, "fp16"))
 
 
 def weighting(bench: Bench, kind: str) -> None:

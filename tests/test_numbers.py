@@ -17,7 +17,7 @@ from kclib.experiments._pool import Workers
 from kclib.kernels import KernelBank
 from kclib.kmeans import symmetric
 from kclib.models import _state_dicts
-from kclib.recovery import _sequential, _tradeoff
+from kclib.recovery import _sequential
 from kclib.similarity import _neighbours, embedding
 from kclib.store import Entry, Store
 
@@ -56,12 +56,6 @@ WHOLE = {
     "symmetry, K": (lambda g, x: symmetric.fit(g.points, x, turned=True), 3),
     "neighbours": (lambda g, x: _neighbours.nearest(g.points, k=x), 3),
     "graph": (lambda g, x: embedding.graph(g.points, n_neighbors=x, store=g.store), 4),
-    "curves": (
-        lambda g, x: _tradeoff.curves(
-            g.bank, np.ones(len(g.bank), np.float32), ks=[x], seed=x, store=g.store, progress=False
-        ),
-        3,
-    ),
     "sweep, K": (lambda g, x: g.subject.entry(g.subject.cells([x], ["layer"])[1]), 3),
     "sweep, seed": (lambda g, x: g.subject.entry(g.subject.cells([3], ["layer"], seeds=[x])[1]), 1),
     "factorial, K": (lambda g, x: factorial.cells([0], [x], ["layer"], [None], factorial.ORDERS, [0]), 3),

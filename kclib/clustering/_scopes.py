@@ -8,10 +8,6 @@ from kclib._util import checks
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.kernels import KernelBank, Layer
 
-SCOPES = ("layer", "global", "mixed")
-
-Scope = str | Mapping[str, str]
-
 
 def grouping(bank: KernelBank, scope: str | Mapping[str, str]) -> dict[str, tuple[Layer, ...]]:
     """Return the layers of each group, in bank order.
@@ -80,26 +76,3 @@ def wanted(
     return dict.fromkeys(
         counts, checks.check_whole("n_clusters", n_clusters, 1, most, "the kernels of the largest group")
     )
-
-
-def mixed(bank: KernelBank) -> dict[str, str]:
-    """Return the scope in which consecutive layers of equal width (output channels) share a codebook."""
-    runs: list[list[Layer]] = []
-    for layer in bank.layers:
-        if runs and _width(runs[-1][0]) == _width(layer):
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    names = [run[0].name if len(run) == 1 else f"{run[0].name}..{run[-1].name}" for run in runs]
-    return {layer.name: name for name, run in zip(names, runs, strict=True) for layer in run}
-
-
-def resolved(bank: KernelBank, scope: Scope) -> Scope:
-    """Return a scope of `SCOPES`, or a mapping, as one that `cluster` knows."""
-    if isinstance(scope, str) and scope not in SCOPES:
-        raise UnknownNameError("scope", scope, SCOPES)
-    return mixed(bank) if scope == "mixed" else scope
-
-
-def _width(layer: Layer) -> int:
-    return layer.shape[1 if layer.transposed else 0]

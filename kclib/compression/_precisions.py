@@ -1,6 +1,7 @@
 """How few bytes weights take: the precisions they are stored in, there and back."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from kclib import models
 from kclib._util import checks
+from kclib.clustering import Clustering
 from kclib.compression import _entropy_coding, _packing
 from kclib.compression._layers import ClusteredConv2d
 from kclib.errors import DamagedFileError, InvalidValueError
@@ -46,6 +48,13 @@ def codebook_bytes(n: int, area: int, precision: str) -> int:
     if precision in _BITS:
         return _packing.index_bytes(n * area, _BITS[precision]) + n * itemsize
     return n * area * itemsize
+
+
+def stored(made: Clustering, precision: str) -> Clustering:
+    """Return a clustering with its codebooks as they come back from `store`."""
+    books = [rounded(torch.from_numpy(group.codebook), precision).numpy() for group in made.groups]
+    groups = (replace(group, codebook=book) for group, book in zip(made.groups, books, strict=True))
+    return replace(made, groups=tuple(groups))
 
 
 def store(values: Tensor, precision: str) -> dict[str, Tensor]:

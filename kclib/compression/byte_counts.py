@@ -1,5 +1,7 @@
 """Count the bytes of a clustered network in each way that is used, and tell up to which K each way pays."""
 
+import bisect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,7 +20,8 @@ from kclib.compression._layers import N_TURNS, ClusteredConv2d, by_codebook
 from kclib.compression._packing import index_bits, index_bytes
 from kclib.compression._precisions import codebook_bytes, float_type, scale_type
 from kclib.compression._replacement import output_order, packed_layers, users
-from kclib.errors import UnknownNameError
+from kclib.errors import InvalidValueError, UnknownNameError
+from kclib.kernels import extract
 from kclib.kernels._bank import Kernels, bank_of, matched
 from kclib.kernels._convolutions import parameters
 from kclib.kmeans._entropy import counts, entropy_bytes
@@ -33,6 +36,7 @@ _ITEMS = (
 # What the first word of a tensor's name in a file says it is, where it says enough.
 _NAMED = dict(zip(("indices", "frequencies", "codebook", "scales"), _ITEMS, strict=False))
 _NAMED["linear"] = "linear weights"
+_TABLE_ROW = 4  # bytes that a cluster's frequency takes at most
 _NOT_CONVOLUTIONS = ["linear weights", "rest"]
 
 # What the dense model has in place of a clustering's numbers.
@@ -234,6 +238,76 @@ def break_even(bank: Kernels, *, scope: str | Mapping[str, str] = "layer", preci
         Of the codebook's values.
     """
     return pays_up_to(list(grouping(bank_of(bank), scope).values()), Count(precision))
+
+
+def largest_k(network: Model | nn.Module, n_bytes: float, *, precision: str = "fp16") -> int:
+    """Return the largest K, the same for each layer, that so many bytes of all convolutions hold.
+
+    Indices are counted as entropy-coded where all representatives are used equally often, the most they take.
+
+    Raises
+    ------
+    InvalidValueError
+        Not even one cluster a layer fits.
+    """
+    bank = extract(network)
+    kernels = sum(math.prod(layer.shape) * layer.itemsize for layer in bank.layers)
+    free, count = n_bytes - convolution_bytes(network) + kernels, Count(precision, exact=False)
+
+    def taken(k: int) -> float:
+        ks = [min(k, layer.n_kernels) for layer in bank.layers]
+        pairs = zip(bank.layers, ks, strict=True)
+        return sum(count.bytes((layer,), x) + _TABLE_ROW * x for layer, x in pairs)
+
+    found = bisect.bisect_right(range(1, 1 + max(x.n_kernels for x in bank.layers)), free, key=taken)
+    if not found:
+        raise InvalidValueError(
+            f"n_bytes is {n_bytes:,.0f}; one cluster a layer takes {n_bytes - free + taken(1):,.0f}."
+        )
+    return found
+
+
+def bits_by_kernel(bank: Kernels, clustering: Clustering) -> pd.DataFrame:
+    """Return how strong each kernel is, and the bits that its index takes.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a kernel, in the order of the bank: ``norm``, over the root mean square of its layer's (1 where
+        all are 0); ``bits``, entropy-coded with its layer's frequencies.
+    """
+    bank = bank_of(bank)
+    norms = np.linalg.norm(bank.points, axis=1).astype(float)
+    for layer in bank.layers:
+        norms[layer.rows] /= np.sqrt(np.square(norms[layer.rows]).mean()) or 1
+    return pd.DataFrame({"norm": norms, "bits": _bits(clustering)})
+
+
+def _bits(clustering: Clustering) -> np.ndarray:
+    """Return the bits of each kernel's index, float64 ``(n,)``."""
+    result = np.empty(clustering.n_kernels)
+    for group in clustering.groups:
+        ends = np.cumsum([layer.n_kernels for layer in group.layers])
+        for layer, members in zip(group.layers, np.split(_members(group), ends[:-1]), strict=True):
+            counts = np.bincount(members)
+            result[layer.rows] = -np.log2(counts[members] / len(members))
+    return result
+
+
+def bits_by_layer(clustering: Clustering, *, precision: str = "fp16") -> pd.DataFrame:
+    """Return how many bits a kernel takes, on average, in each layer.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a layer: ``layer``; ``index``, entropy-coded; ``codebook``, its share of the group's codebook.
+    """
+    bits, rows = _bits(clustering), []
+    for group in clustering.groups:
+        book = _precisions.codebook_bytes(group.n_clusters, group.codebook[0].size, precision)
+        share = 8 * book / sum(layer.n_kernels for layer in group.layers)
+        rows += [(layer.name, bits[layer.rows].mean(), share) for layer in group.layers]
+    return pd.DataFrame(rows, columns=["layer", "index", "codebook"])
 
 
 def dense_bytes(network: Model | nn.Module) -> int:

@@ -101,10 +101,3 @@ def checked_sample_weight(sample_weight, n: int) -> np.ndarray | None:
 def counted(sample_weight: np.ndarray | None) -> np.ndarray | None:
     """Return the sample weights of a group, or None, so that all count alike, where all of them are 0."""
     return None if sample_weight is None or not sample_weight.any() else sample_weight
-
-
-def required_sample_weight(sample_weight, n: int) -> np.ndarray:
-    """Return sample weights as `checked_sample_weight` does; raise InvalidValueError also for None."""
-    if sample_weight is None:
-        raise InvalidValueError("sample_weight is None; give what errors cost (sensitivity.importance).")
-    return checked_sample_weight(sample_weight, n)

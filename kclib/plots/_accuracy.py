@@ -1,7 +1,6 @@
 """Pictures of accuracy against what is removed: each draws given values on an axes and returns it."""
 
 import itertools
-from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -166,40 +165,6 @@ def gains(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("drop (accuracy points)")
     ax.axvline(0, color="0.4", linestyle="--", linewidth=1)
     ax.grid(axis="x", alpha=0.3)
-    return ax
-
-
-def layer_sensitivities(by_layer: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> Axes:
-    """Draw sensitivities ``(n,)`` of each layer's kernels as boxes, whiskers from 1 to 99 percent.
-
-    Kernels of sensitivity 0 have no place on the log axis; a layer's label says how many percent they are.
-    """
-    ax = ax or plt.gca()
-    positive = [values[values > 0] for values in by_layer.values()]
-    labels = [
-        name + (f"\n({100 * (1 - len(some) / len(values)):.0f} % are 0)" if len(some) < len(values) else "")
-        for (name, values), some in zip(by_layer.items(), positive, strict=True)
-    ]
-    ax.boxplot(positive, whis=(1, 99), showfliers=False, medianprops={"color": "k"})
-    ax.set_yscale("log")
-    ax.set_xticks(range(1, len(labels) + 1), labels, rotation=45, ha="right", fontsize=8)
-    ax.set_ylabel("sensitivity of a kernel")
-    ax.grid(axis="y", alpha=0.3)
-    return ax
-
-
-def allocated_clusters(choices: Mapping[str, Mapping[str, int]], *, ax: Axes | None = None) -> Axes:
-    """Draw how many clusters each group got, a line a choice, on a log axis."""
-    ax = ax or plt.gca()
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.75, len(choices)))
-    for (label, n_clusters), colour in zip(choices.items(), colours, strict=True):
-        ax.plot(list(n_clusters), list(n_clusters.values()), "o-", color=colour, markersize=5, label=label)
-    ax.set_yscale("log", base=2)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:,.0f}"))
-    ax.tick_params("x", rotation=45, labelsize=8)
-    ax.set_ylabel("clusters")
-    ax.grid(alpha=0.3)
-    ax.legend(title="bytes kept", fontsize=8, frameon=False)
     return ax
 
 

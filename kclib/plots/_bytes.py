@@ -8,6 +8,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
+_PARTS = 30  # points of a line, each of as many kernels
+
 
 def byte_bars(ledger: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Draw columns of a footprint ledger as stacked bars in megabytes, a bar for each way to keep a model."""
@@ -59,6 +61,50 @@ def index_bits(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(ylabel="bits a kernel", ylim=(0, 1.05 * table[["fixed", "coded"]].to_numpy().max()))
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return ax
+
+
+def bits_by_layer(tables: Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
+    """Draw the bits that a kernel takes in each layer, a line for each network.
+
+    Parameters
+    ----------
+    tables : mapping of str to pandas.DataFrame
+        Of `byte_counts.bits_by_layer`, by what the legend calls them.
+    """
+    ax = ax or plt.gca()
+    for (label, table), colour in zip(tables.items(), _shades(len(tables)), strict=True):
+        bits = table["index"] + table.codebook
+        ax.plot(table.layer, bits, "o-", color=colour, markersize=5, label=label)
+    ax.tick_params("x", rotation=45, labelsize=8)
+    ax.set_ylabel("bits a kernel, codebook included")
+    ax.set_ylim(bottom=0)
+    ax.grid(alpha=0.3)
+    ax.legend(title="bytes kept", fontsize=8, frameon=False)
+    return ax
+
+
+def bits_by_norm(tables: Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
+    """Draw the mean bits of kernels of about the same norm, a line for each network.
+
+    Parameters
+    ----------
+    tables : mapping of str to pandas.DataFrame
+        Of `byte_counts.bits_by_kernel`, by what the legend calls them.
+    """
+    ax = ax or plt.gca()
+    for (label, table), colour in zip(tables.items(), _shades(len(tables)), strict=True):
+        ordered = table.sort_values("norm")
+        parts = ordered.groupby(np.arange(len(ordered)) * _PARTS // len(ordered)).mean()
+        ax.plot(parts.norm, parts.bits, "o-", color=colour, markersize=4, label=label)
+    ax.set_xlabel("norm of a kernel, over the root mean square of its layer")
+    ax.set_ylabel("bits of its index")
+    ax.set_ylim(bottom=0)
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def _shades(n: int) -> np.ndarray:
+    return plt.get_cmap("viridis")(np.linspace(0, 0.75, n))
 
 
 def latency_bars(times: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

@@ -1,8 +1,9 @@
 """Lose less accuracy at the same bytes.
 
 `shrink` makes a network small within a number of bytes, and `finetune` trains a compressed network while its
-bytes stay. The modules do one step each: sensitivities, bytes shared out over layers, correction and
-calibration without labels, and bytes spent where they win back most.
+bytes stay. `correct` clusters layer by layer, each layer making good what those before it lost, and
+`calibrate` fits the codebooks of a compressed network. The modules say what an error costs, and spend bytes
+where they win back most.
 """
 
 import lazy_loader
@@ -11,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "_shrinking": ["shrink"],
-        "allocation": ["Allocation"],
+        "_sequential": ["correct"],
         "_calibration": ["calibrate"],
         "_finetuning": ["finetune", "RECIPE"],
     },

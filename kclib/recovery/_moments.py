@@ -20,6 +20,7 @@ from kclib.models import _inference
 
 POSITIONS = 1 << 14  # of a layer's output, over all images, that its moments are taken at
 _HALVED = 1024  # inputs from which on moments are computed on one side of the diagonal
+_MOST = 0.5  # of moments that are moved towards equal energies
 _RANGE = 40  # inputs of up to 2**40 and down to 2**-40 have squares that float32 sums safely
 _NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
 
@@ -43,6 +44,8 @@ class Moments:
     answer_mean, answer_power : torch.Tensor
         ``(groups, out / groups)``: the mean, float32, and the variance, float64 in ``unit**2``, of what the
         dense convolution answers, without its bias.
+    n : int
+        Positions that were read.
     unit : float
         A power of two, 1 where the squares of the inputs keep within the range of float32.
     """
@@ -52,6 +55,7 @@ class Moments:
     small_mean: Tensor
     answer_mean: Tensor
     answer_power: Tensor
+    n: int
     unit: float = 1.0
 
     def about_zero(self) -> "Moments":
@@ -65,6 +69,20 @@ class Moments:
             answer_mean=torch.zeros_like(self.answer_mean),
             answer_power=self.answer_power + answer.square(),
         )
+
+    def damping(self, least: float) -> Tensor:
+        """Return the share of the mean energy that is added to each input's, float64 ``(groups,)``.
+
+        Moments of few positions know directions that others will not bear out. Each is moved towards equal
+        energies by so much that the squared error is least (Chen et al. 2010, *Shrinkage Algorithms for MMSE
+        Covariance Estimation*, oracle approximating shrinkage), here as if positions were independent; at
+        least by a share.
+        """
+        d, squared = self.small.shape[1], self.small.square().sum((1, 2), dtype=torch.float64)
+        trace = self.small.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64).square()
+        share = (squared + trace) / ((self.n + 1) * (squared - trace / d)).clamp_min(1e-300)
+        share = torch.where(squared > 0, share, 0).clamp_max(_MOST)
+        return (share / (1 - share)).clamp_min(least)
 
     def heard(self, weight: Tensor) -> Tensor:
         """Return the covariances of what weights ``(groups, out / groups, d)`` answer, with the inputs."""
@@ -240,7 +258,7 @@ class _Sums:
             self._scatter(*(x.float() for x in apart))
         small, wanted, answers = (x / n for x in self.scatter)
         answer = (self.weight.double() @ means[0][..., None])[..., 0]
-        return Moments(small, wanted, means[1].float(), answer.float(), answers, self.unit)
+        return Moments(small, wanted, means[1].float(), answer.float(), answers, n, self.unit)
 
     def _scatter(self, dense: Tensor, small: Tensor) -> None:
         """Add products of what is about its means already."""

@@ -27,7 +27,7 @@ from kclib.recovery._moments import Moments
 
 _PASSES = 4  # in which priced indices and the codebook follow each other
 _AT_FIRST, _PRICED = 512, 6e-8  # clusters of a layer at such a price of one bit of one kernel
-_FEWEST, _MOST = 16, 1 << 14
+_FEWEST, _MOST = 2, 1 << 14
 _FEW_ROUNDS = 3  # of fitting the codebook, but for the last pass
 
 
@@ -107,8 +107,9 @@ def correct(
         often it was used the pass before. One bit a kernel, in all layers, costs as much as an error of this
         share of a layer's output energy. At 0 bits are free.
     damping : float
-        Share of the mean energy of an input that is added to each one's, so that noise is not learned; ten
-        times as much, and so on, where rounding leaves no solution with it.
+        Least share of the mean energy of an input that is added to each one's, so that noise is not learned;
+        more where few positions are read (`_moments.Moments.damping`), and ten times as much, and so on,
+        where rounding leaves no solution with it.
     batch_size, seed, device
 
     Returns
@@ -199,7 +200,8 @@ class _Books:
 
     def unit(self, read: Moments) -> float:
         """Return the squared error, summed over a layer's outputs, that costs as much as a bit."""
-        return self.price / len(self.bank) * float(read.answer_power.sum())
+        energy = float(read.answer_power.sum()) or 1.0  # where nothing is answered, errors cost nothing
+        return self.price / len(self.bank) * energy
 
     def fitted(self, group: str, points: np.ndarray, sample_weight: np.ndarray | None) -> Book:
         """Return a codebook for points ``(n, area)``: distinct rows, rounded as stored."""
@@ -268,7 +270,8 @@ def _clustered(
     norms = _calibration.norms_behind(step, dense, small)
     about = read if changed.bias is not None or norms else read.about_zero()
     area = int(np.prod(layer.shape[2:]))
-    metrics = [Metric.of(h, area, damping) for h in about.small]
+    shares = about.damping(damping).tolist()
+    metrics = [Metric.of(h, area, share) for h, share in zip(about.small, shares, strict=True)]
     squares = LeastSquares(about, damping)
     target = _moved(_moments.grouped(changed), about, metrics)
     energy = about.small.diagonal(dim1=1, dim2=2).unflatten(1, (-1, area)).mean(2)  # (groups, inputs)

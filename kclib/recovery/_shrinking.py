@@ -17,9 +17,10 @@ from kclib.evaluation import Drop
 from kclib.models import _model
 from kclib.recovery import _sequential
 
-_BITS, _STEEP = 4.3, 3.0  # the shipped model takes so many bits a kernel at a price of 0.1, twice at an eighth
+_BITS, _STEEP = 4.3, 3.0  # bits a kernel of the shipped model at a price of 0.1; twice as many at an eighth
 _WITHIN = 0.97  # of the bytes are spent, at least
-_TRIES = 6  # for a number of bytes, most often two are made
+_TRIES = 10  # for a number of bytes; most often two are made
+_LEAST_STEP = 1.1  # factor between prices
 _STEPS = 3  # halvings of the range of prices, after a factor of _WIDE holds it, for a drop
 _WIDE = 3.0
 _HIGHEST, _LOWEST = 1e4, 1e-6  # prices
@@ -32,7 +33,7 @@ class Shrunk:
     Attributes
     ----------
     model : Model or torch.nn.Module
-        As was given, a copy with ordinary dense weights; ``compression.compress(model, clustering)`` packs it.
+        As was given: a copy with ordinary dense weights, which `compression.compress` packs.
     clustering : Clustering
         Its codebooks are rounded already.
     n_bytes : int
@@ -164,15 +165,26 @@ class _Trials:
         return self.found[price]
 
     def guess(self, n_bytes: float) -> float:
-        """Return the price that may lead to so many bytes: on a line through what was found, in logarithms."""
+        """Return the price that may lead to so many bytes, by a line in logarithms through what was tried.
+
+        Bytes may not change at all over a range of prices, so each step is at least by a factor, or a share
+        of what lies between.
+        """
         bits = max(1e-3, 8 * (n_bytes - self.others) / self.n)
-        near = sorted(self.found.values(), key=lambda x: abs(math.log(self._bits(x) / bits)))[:2]
-        if not near:
-            return _between(0.1 * (_BITS / bits) ** _STEEP)
-        steep, best = _STEEP, near[0]
-        if len(near) == 2 and (rise := math.log(self._bits(near[1]) / self._bits(best))):
-            steep = math.log(best.price / near[1].price) / rise
-        return _between(best.price * (self._bits(best) / bits) ** max(steep, 0))
+        tried = sorted(self.found.values(), key=lambda x: x.price)
+        over = [x for x in tried if x.n_bytes > n_bytes]
+        under = [x for x in tried if x.n_bytes <= n_bytes]
+        if not tried:
+            price = 0.1 * (_BITS / bits) ** _STEEP
+        elif over and under:
+            low, high = over[-1], under[0]
+            share = math.log(self._bits(low) / bits) / math.log(self._bits(low) / self._bits(high))
+            price = low.price * (high.price / low.price) ** min(max(share, 0.2), 0.8)
+        elif over:
+            price = over[-1].price * max((self._bits(over[-1]) / bits) ** _STEEP, _LEAST_STEP)
+        else:
+            price = under[0].price * min((self._bits(under[0]) / bits) ** _STEEP, 1 / _LEAST_STEP)
+        return min(max(price, _LOWEST), _HIGHEST)
 
     def _bits(self, made: Shrunk) -> float:
         return 8 * max(1, made.n_bytes - self.others) / self.n
@@ -192,21 +204,13 @@ class _Trials:
         return pd.DataFrame(rows)
 
 
-def _between(price: float) -> float:
-    return min(max(price, _LOWEST), _HIGHEST)
-
-
 def _within(trials: _Trials, n_bytes: float) -> Shrunk:
     """Return the largest that was found within so many bytes."""
-    aim = n_bytes
+    aim = (1 + _WITHIN) / 2 * n_bytes
     for _ in range(_TRIES):
         price = trials.guess(aim)
-        if price in trials.found:
+        if price in trials.found or _WITHIN * n_bytes <= trials.at(price).n_bytes <= n_bytes:
             break
-        size = trials.at(price).n_bytes
-        if _WITHIN * n_bytes <= size <= n_bytes:
-            break
-        aim = (1 + _WITHIN) / 2 * n_bytes
     fitting = [x for x in trials.found.values() if x.n_bytes <= n_bytes]
     if not fitting:
         least = min(x.n_bytes for x in trials.found.values())

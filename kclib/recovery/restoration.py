@@ -18,7 +18,6 @@ from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank
 from kclib.kmeans import _entropy, _nearest
 from kclib.models import Model
-from kclib.recovery import _tradeoff
 
 # Most rounds of k-means in a cluster that is split.
 _ROUNDS = 50
@@ -99,7 +98,7 @@ def restore_worst(
         for old, new in zip(clustering.groups, made.groups, strict=True)
     ]
     table = pd.DataFrame(rows, columns=["group", "clusters", "before", "after"])
-    network = _replacement.inserted(dense, _tradeoff.stored(made, precision))
+    network = _replacement.inserted(dense, _precisions.stored(made, precision))
     return Restored(made, network, n_bytes, table, models.like(model, network))
 
 

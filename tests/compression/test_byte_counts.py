@@ -22,6 +22,7 @@ from kclib.compression.byte_counts import (
     stored_bytes,
     ways,
 )
+from kclib.errors import InvalidValueError
 from kclib.kernels import KernelBank, Layer, extract
 from kclib.kmeans import _entropy
 
@@ -570,3 +571,30 @@ def test_ways_count_rounded_linear_weights_in_the_model_alone():
     change = ways(network, result, linear="int4").kept - (plain := ways(network, result)).kept
     expected = np.where((plain.of == "model"), 3 + 3 * 2 - 24, 0)
     np.testing.assert_array_equal(change, expected)
+
+
+def test_the_largest_k_fits_even_where_all_representatives_are_used_equally_often():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(8, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 8, 1))
+    for n_bytes in (2500, 4000, 9000):
+        k = byte_counts.largest_k(network, n_bytes)
+        made, more = (cluster(extract(network), x, progress=False) for x in (k, 2 * k))
+        fits, too_many = (byte_counts.clustered_bytes(network, x) for x in (made, more))
+        assert fits <= n_bytes < too_many
+    with pytest.raises(InvalidValueError, match="n_bytes is 9; one cluster a layer takes 1,35"):
+        byte_counts.largest_k(network, 9)
+
+
+def test_bits_of_kernels_are_those_of_their_layers_frequencies():
+    bank = extract(nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 4, 3)))
+    layers, area = bank.layers, bank.size
+    indices = np.array([0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 2, 2], np.int32)
+    group = Group("all", layers, np.zeros((3, *area), np.float32), indices, 0.0)
+    made = Clustering((group,), "global", 0)
+    table = byte_counts.bits_by_kernel(bank, made)
+    assert table.bits.tolist() == [1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2]
+    norms = np.linalg.norm(bank.points, axis=1).reshape(-1)
+    np.testing.assert_allclose(table.norm[:4], norms[:4] / np.sqrt(np.square(norms[:4]).mean()), rtol=1e-5)
+    layered = byte_counts.bits_by_layer(made, precision="fp16")
+    assert layered["index"].tolist() == [1, 1.5]
+    np.testing.assert_allclose(layered.codebook, 8 * 3 * 9 * 2 / 12)

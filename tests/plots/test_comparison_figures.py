@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from kclib import plots
+from kclib.plots import _bytes
 
 
 @pytest.fixture
@@ -77,18 +78,22 @@ def test_steps_are_bars_from_top_to_bottom(ax, table):
     assert ax.yaxis_inverted()
 
 
-def test_sensitivities_are_boxes_and_zeros_are_counted(ax):
-    values = {"one": np.array([0.0, 0.0, 0.0, 2.0]), "two": np.array([1.0, 4.0, 2.0])}
-    plots.layer_sensitivities(values, ax=ax)
-    assert [x.get_text() for x in ax.get_xticklabels()] == ["one\n(75 % are 0)", "two"]
-    medians = [line.get_ydata()[0] for line in ax.lines if line.get_color() == "k"]
-    assert medians == [2, 2]
-    assert ax.get_yscale() == "log"
-
-
-def test_choices_are_lines_over_the_groups(ax):
-    plots.allocated_clusters({"1/16": {"a": 64, "b": 4}, "1/32": {"a": 16, "b": 2}}, ax=ax)
-    assert [line.get_ydata().tolist() for line in ax.lines] == [[64, 4], [16, 2]]
+def test_bits_are_lines_over_the_layers(ax):
+    tables = {
+        "1/16": pd.DataFrame({"layer": ["a", "b"], "index": [6.0, 4.0], "codebook": [2.0, 1.0]}),
+        "1/32": pd.DataFrame({"layer": ["a", "b"], "index": [3.0, 1.0], "codebook": [1.0, 0.5]}),
+    }
+    plots.bits_by_layer(tables, ax=ax)
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[8, 5], [4, 1.5]]
     assert [x.get_text() for x in ax.get_legend().get_texts()] == ["1/16", "1/32"]
     ax.figure.canvas.draw()
     assert [x.get_text() for x in ax.get_xticklabels()] == ["a", "b"]
+
+
+def test_bits_by_norm_are_means_of_as_many_kernels(ax, monkeypatch):
+    monkeypatch.setattr(_bytes, "_PARTS", 2)
+    table = pd.DataFrame({"norm": [3.0, 1.0, 2.0, 0.0], "bits": [8.0, 2.0, 6.0, 1.0]})
+    plots.bits_by_norm({"1/16": table}, ax=ax)
+    (line,) = ax.lines
+    assert line.get_xdata().tolist() == [0.5, 2.5]
+    assert line.get_ydata().tolist() == [1.5, 7]

@@ -113,7 +113,7 @@ def test_values_that_cannot_be_bettered_come_back():
     h = (x.T @ x / 50)[None]
     zero = torch.zeros(1, 6)
     power = ((values @ h) * values).sum(-1)
-    read = _moments.Moments(h, values @ h, zero, zero[:, :2], power)
+    read = _moments.Moments(h, values @ h, zero, zero[:, :2], power, 50)
     found = LeastSquares(read, 0.1).fitted(lambda v: v, values, rounded=lambda v: v.round())
     assert torch.equal(found, values)
 
@@ -134,7 +134,7 @@ def test_damping_is_that_of_ridge_regression():
     x, dense, values = torch.randn(50, 6), torch.randn(1, 2, 6), torch.randn(1, 2, 6)
     h, zero = (x.T @ x / 50)[None], torch.zeros(1, 6)
     power = ((dense @ h) * dense).sum(-1)
-    read = _moments.Moments(h, dense @ h, zero, zero[:, :2], power)
+    read = _moments.Moments(h, dense @ h, zero, zero[:, :2], power, 50)
     found = LeastSquares(read, 0.5).fitted(lambda v: v, values, rounded=lambda v: v)
     ridge = 0.5 * h.diagonal(dim1=1, dim2=2).mean() * torch.eye(6)
     wanted = values + (dense - values) @ h @ torch.linalg.inv(h + ridge)
@@ -195,6 +195,6 @@ def test_what_cannot_be_stored_is_no_improvement():
     far = torch.full((1, 2, 6), 6e4)
     h, zero = torch.eye(6)[None], torch.zeros(1, 6)
     dense = 3 * far
-    read = _moments.Moments(h, dense @ h, zero, zero[:, :2], dense.double().square().sum(-1))
+    read = _moments.Moments(h, dense @ h, zero, zero[:, :2], dense.double().square().sum(-1), 50)
     kept = LeastSquares(read, 0.1).fitted(lambda v: v, far, rounded=lambda v: _precisions.rounded(v, "fp16"))
     assert torch.equal(kept, far)

@@ -8,7 +8,7 @@ from torch import nn
 
 from kclib import clustering, compression, datasets, kernels, models, recovery
 from kclib import training as train_module
-from kclib.compression import _precisions, _replacement, byte_counts
+from kclib.compression import _precisions, _replacement
 from kclib.compression._layers import by_codebook, clustered
 from kclib.errors import InvalidValueError
 from kclib.kmeans import symmetric
@@ -268,19 +268,6 @@ def test_patience_ends_each_part_on_its_own(tmp_path, monkeypatch):
     recipe = replace(RECIPE, epochs=5, patience=2)
     found = finetuned(compressed(), tmp_path / "a.pt", recipe, reassigned=4)
     assert [row["epoch"] for row in found.history] == [0, 1, 2, 3, 4, 5, 6]
-
-
-def test_shrinking_keeps_within_the_bytes_and_answers_nearer_than_plain_clustering():
-    model = Model("small", wide(), lambda x: x.float(), ())
-    images, held = (pictures(n, seed) for n, seed in ((48, 1), (200, 2)))
-    n_bytes = byte_counts.convolution_bytes(model.network) / 6
-    found = recovery.shrink(model, images, held, n_bytes, progress=False)
-    assert found.table.choice.tolist() == ["solved"]
-    packed = compression.compress(found.network, found.clustering, precision="fp16")
-    assert byte_counts.stored_bytes(packed) == found.n_bytes <= n_bytes
-    plain = clustering.cluster(kernels.extract(model.network), found.n_clusters)
-    simple = compression.compress(model.network, plain, precision="fp16")
-    assert apart(model, packed, held) < 0.7 * apart(model, simple, held)
 
 
 def test_a_dense_network_trains_as_long_for_comparison(tmp_path):

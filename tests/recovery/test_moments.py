@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn import covariance
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -208,3 +209,16 @@ def test_what_cannot_be_measured_is_said():
     dense = nn.Sequential(convolution(kernel_size=3)).eval()
     with pytest.raises(InvalidValueError, match="inputs of layer 0 are not finite"):
         _moments.measure(dense, dense, LayerMoments("0", 1, None), lambda: iter([inputs() / 0]), n_images=5)
+
+
+@pytest.mark.parametrize("n", [30, 300, 30000])
+def test_moments_of_few_positions_are_damped_as_by_oracle_approximating_shrinkage(n):
+    x = np.random.default_rng(0).normal(size=(n, 8)) * np.linspace(1, 3, 8)
+    x -= x.mean(0)
+    small = torch.from_numpy(x.T @ x / n).float()[None]
+    zero = torch.zeros(1, 1)
+    read = _moments.Moments(small, zero, zero, zero, zero, n)
+    shrinkage = covariance.oas(x, assume_centered=True)[1]
+    found = float(read.damping(1e-6))
+    assert found == pytest.approx(shrinkage / (1 - shrinkage), rel=1e-3)
+    assert float(read.damping(0.9)) == max(0.9, found)

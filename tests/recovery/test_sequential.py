@@ -132,7 +132,7 @@ def test_moved_weights_answer_other_inputs_as_the_dense_ones_answered_theirs():
     seen, weight = x @ turn, torch.randn(1, 5, 8)
     zero = torch.zeros(1, 8)
     answers = weight @ x.T
-    read = _moments.Moments((seen.T @ seen / 500)[None], answers @ seen / 500, zero, zero, zero)
+    read = _moments.Moments((seen.T @ seen / 500)[None], answers @ seen / 500, zero, zero, zero, 500)
     wanted = np.linalg.lstsq(seen.numpy(), answers[0].numpy().T, rcond=None)[0].T
     found = _sequential._moved(weight, read, [Metric.of(read.small[0], 4, 1e-7)])
     np.testing.assert_allclose(found[0], wanted, rtol=1e-3, atol=1e-3)

@@ -107,5 +107,5 @@ def test_one_goal_is_asked_for():
         kclib.shrink(model(), images(), ratio=3, n_bytes=5)
     with pytest.raises(InvalidValueError, match="max_drop needs held_back"):
         kclib.shrink(model(), images(), max_drop=1)
-    with pytest.raises(InvalidValueError, match="ratio is 0.5"):
+    with pytest.raises(InvalidValueError, match=r"ratio is 0\.5"):
         kclib.shrink(model(), images(), ratio=0.5)
