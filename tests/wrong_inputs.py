@@ -49,6 +49,7 @@ from kclib.compression import (
     _packing,
     _precisions,
     _trial_run,
+    byte_counts,
     latency,
     residence,
 )

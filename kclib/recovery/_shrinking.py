@@ -167,13 +167,14 @@ class _Trials:
     def guess(self, n_bytes: float) -> float:
         """Return the price that may lead to so many bytes, by a line in logarithms through what was tried.
 
-        Bytes may not change at all over a range of prices, so each step is at least by a factor, or a share
-        of what lies between.
+        Bytes may not change at all over a range of prices, so that each step is at least by a factor, which
+        grows, or a share of what lies between.
         """
         bits = max(1e-3, 8 * (n_bytes - self.others) / self.n)
         tried = sorted(self.found.values(), key=lambda x: x.price)
         over = [x for x in tried if x.n_bytes > n_bytes]
         under = [x for x in tried if x.n_bytes <= n_bytes]
+        least = _LEAST_STEP ** (1 << len(tried))
         if not tried:
             price = 0.1 * (_BITS / bits) ** _STEEP
         elif over and under:
@@ -181,9 +182,9 @@ class _Trials:
             share = math.log(self._bits(low) / bits) / math.log(self._bits(low) / self._bits(high))
             price = low.price * (high.price / low.price) ** min(max(share, 0.2), 0.8)
         elif over:
-            price = over[-1].price * max((self._bits(over[-1]) / bits) ** _STEEP, _LEAST_STEP)
+            price = over[-1].price * max((self._bits(over[-1]) / bits) ** _STEEP, least)
         else:
-            price = under[0].price * min((self._bits(under[0]) / bits) ** _STEEP, 1 / _LEAST_STEP)
+            price = under[0].price * min((self._bits(under[0]) / bits) ** _STEEP, 1 / least)
         return min(max(price, _LOWEST), _HIGHEST)
 
     def _bits(self, made: Shrunk) -> float:
