@@ -178,10 +178,13 @@ def closest(bank: Kernels, row: int, k: int, *, distance: str = "euclidean") -> 
     if row not in candidates:
         raise InvalidValueError(f"kernel {row} has no shape; {distance} distance needs one that has.")
     others = candidates[candidates != row]
-    prepared, unit = distances.framed(named.prepare(bank.points[[row, *others]]))
+    checks.check_whole("k", k, 1, len(others))
+    prepared, unit = distances.framed(named.prepare(bank.points[np.append(row, others)]))
     turns, signs = named.orbit(prepared.shape[1])
-    neighbours = _neighbours.nearest(prepared[1:], k=k, queries=prepared[:1], turns=turns, signs=signs)
-    return others[neighbours.indices[0]], named.of_squared(neighbours.squared[0].astype(np.float64) * unit**2)
+    images = np.ascontiguousarray(signs[:, None] * prepared[0, turns])
+    squared = _nearest.nearest(prepared[1:], images).errors  # a distance to the nearest image of the kernel
+    found = np.argsort(squared, kind="stable")[:k]
+    return others[found], named.of_squared(squared[found].astype(np.float64) * unit**2)
 
 
 def _explained(points: np.ndarray, centres: np.ndarray) -> float:
