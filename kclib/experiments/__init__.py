@@ -8,5 +8,5 @@ not computed again. Reports are folders of pages that can be read offline.
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"_cell": ["sweep"], "_layers": ["sweep_layers"]}
+    __name__, submod_attrs={"_cell": ["sweep", "stored"], "_layers": ["sweep_layers"]}
 )
