@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup try run lab dashboard test faults fuzz lint bench tables docs linkcheck soak train clean clean-all
+.PHONY: help setup try run lab dashboard test faults fuzz lint bench tables sample docs linkcheck soak train clean clean-all
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -69,6 +69,9 @@ bench: .venv/tested  ## Measure what the tables show (WEIGHTS=a safetensors file
 
 tables: setup  ## Write the tables and pictures of the README and the site from the runs kept in docs/
 	$(BIN)/python -m benchmarks.tables
+
+sample: setup  ## Write docs/sample, the report of the last full run made small, for the site
+	$(BIN)/python docs/sample_report.py
 
 .venv/docs-ready: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

@@ -66,7 +66,7 @@ def case(model: kclib.Model, bank: kclib.KernelBank, scope: str, k: int, folder:
     entropy = kclib.save(packed, path, architecture=model.name)
     dense = byte_counts.dense_bytes(model)
     state = b"".join(value.numpy().tobytes() for value in kclib.expand(packed).state_dict().values())
-    seen = {kind: residence.measure(path, resident=kind) for kind in ("packed", "dense")}
+    seen = residence.measure_each(path)
     times = latency.of_network(packed, models.input_shape(model))
     archived = archives(state)
     return {

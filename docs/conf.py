@@ -1,5 +1,6 @@
 """Settings of the site: ``make docs`` builds it into ``docs/_build/html``."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +92,19 @@ def shown_as_run(app, name, source):
     source[0] = source[0].replace("](../notebooks/", "](notebooks/")
 
 
+def with_sample(app, error):
+    """Put the sample of a report beside the pages, where there is one."""
+    if error is None and (HERE / "sample").is_dir():
+        shutil.copytree(HERE / "sample", Path(app.outdir) / "sample", dirs_exist_ok=True)
+
+
+if (HERE / "sample").is_dir():
+    tags.add("sample")  # noqa: F821 (Sphinx gives it): pages then link to it
+
+
 def setup(app):
-    """Let links and names lead to pages of the site."""
+    """Let links and names lead to pages of the site, and the sample be among them."""
     app.connect("source-read", shown_as_run)
     app.connect("doctree-read", rooms.linked)
     app.connect("missing-reference", rooms.resolved)
+    app.connect("build-finished", with_sample)

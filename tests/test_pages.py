@@ -1,15 +1,22 @@
 """The README and the site's pages: links lead to files, code runs, names exist, tables are those of runs."""
 
+import base64
 import contextlib
 import importlib
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from benchmarks import tables
+from kclib.errors import InvalidValueError, MissingFileError
+from kclib.experiments import _reports
+from kclib.experiments._mime import HEADLINE
+from kclib.experiments._reports import Chapter, Report
 
 ROOT = Path(__file__).parents[1]
 PAGES = tables.pages()
@@ -149,3 +156,61 @@ def test_the_pages_of_notebooks_that_are_gone_go(notebook_pages, tmp_path):
     (tmp_path / "pages" / "00.ipynb").write_text("{}")
     notebook_pages.write(tmp_path, tmp_path / "pages")
     assert [x.name for x in (tmp_path / "pages").iterdir()] == ["01.ipynb"]
+
+
+@pytest.fixture
+def sample_report(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("sample_report")
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A report of a notebook with a wide picture and an interactive map."""
+    file = io.BytesIO()
+    Image.effect_noise((1800, 300), 90).save(file, "PNG")
+    shown = (
+        {"image/png": base64.b64encode(file.getvalue()).decode()},
+        {"text/html": "<p>the map</p>" + "<br>" * 100_000},
+        {HEADLINE: {"text": "They are 42.", "main": True}, "text/plain": "They are 42."},
+    )
+    outputs = [{"output_type": "display_data", "data": x, "metadata": {}} for x in shown]
+    write(tmp_path, "full", notebook(*outputs))
+    (tmp_path / "full" / "found.csv").write_text("k\n42\n")
+    chapter = Chapter("01", "done", seconds=3.0)
+    _reports.write(tmp_path / "full", Report("full", chapters=(chapter,)))
+    return tmp_path / "full"
+
+
+def test_the_sample_is_a_report_with_small_pictures_and_without_interactive_maps(
+    sample_report, full, tmp_path
+):
+    index = sample_report.write(full, tmp_path / "sample")
+    assert {x.name for x in index.parent.iterdir()} == {"01.html", "found.csv", "index.html"}
+    page = index.with_name("01.html").read_text()
+    (picture,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert Image.open(io.BytesIO(base64.b64decode(picture))).size == (900, 150)
+    assert "the map" not in page
+    for text in (page, index.read_text()):
+        assert "They are 42." in text
+        targets = set(re.findall(r'href="([^"#:]+)"', text))
+        assert all((index.parent / x).is_file() for x in targets)
+
+
+def test_the_sample_takes_smaller_pictures_until_it_has_room(sample_report, full, tmp_path, monkeypatch):
+    whole = sum(x.stat().st_size for x in sample_report.write(full, tmp_path / "sample").parent.iterdir())
+    monkeypatch.setattr(sample_report, "LARGEST", whole - 1)
+    smaller = sample_report.write(full, tmp_path / "sample").parent
+    assert sum(x.stat().st_size for x in smaller.iterdir()) < whole
+    monkeypatch.setattr(sample_report, "LARGEST", 1)
+    with pytest.raises(InvalidValueError, match="must have at most 1"):
+        sample_report.write(full, tmp_path / "sample")
+    assert not smaller.exists()
+
+
+def test_a_report_that_is_not_whole_is_no_sample(sample_report, full, tmp_path):
+    with pytest.raises(MissingFileError, match="make run PROFILE=absent"):
+        sample_report.write(tmp_path / "absent", tmp_path / "sample")
+    _reports.write(full, Report("full", chapters=(Chapter("01", "failed"),)))
+    with pytest.raises(MissingFileError, match="no whole report"):
+        sample_report.write(full, tmp_path / "sample")

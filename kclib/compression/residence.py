@@ -1,5 +1,6 @@
 """What a model takes in memory while it runs, seen from outside: a fresh process, watched as it works."""
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import pandas as pd
 import psutil
@@ -82,26 +85,57 @@ def measure(
     KclibError
         As `_checkpoint.load`, or if the process fails.
     """
+    options = {"architecture": architecture, "answers": answers, "input_shape": input_shape}
+    return measure_each(path, [resident], **options)[resident]
+
+
+def measure_each(
+    path: str | Path,
+    residents: Iterable[str] = ("packed", "dense"),
+    *,
+    architecture: str | None = None,
+    answers: int = 10,
+    input_shape: tuple[int, int, int] | None = None,
+) -> dict[str, Residence]:
+    """Measure a compressed model as `measure` does, kept in each of these ways.
+
+    The processes start side by side, since that takes seconds, and are watched one after the other.
+    """
     _container.inspect(path)
-    told = str(path), architecture or "", resident, str(answers), json.dumps(input_shape)
+    with contextlib.ExitStack() as stack:
+        started = {}
+        for resident in residents:
+            told = str(path), architecture or "", resident, str(answers), json.dumps(input_shape)
+            started[resident] = stack.enter_context(_started(told))
+        for child, _ in started.values():
+            child.stdout.readline()  # it is warm
+        return {resident: _watched(*each, path) for resident, each in started.items()}
+
+
+@contextlib.contextmanager
+def _started(told: tuple[str, ...]) -> Iterator[tuple[subprocess.Popen, TextIO]]:
+    """Yield a process that waits for a word to begin, and the file of its errors."""
     command = [sys.executable, "-m", "kclib.compression.residence", *told]
     pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-    looks = []
     with (
         tempfile.TemporaryFile("w+") as errors,  # a pipe that nobody empties would hold the process up
         subprocess.Popen(command, text=True, env=os.environ | _GIVE_BACK, stderr=errors, **pipes) as child,
-        ThreadPoolExecutor(1) as pool,
     ):
-        watched = psutil.Process(child.pid)
-        child.stdout.readline()  # it is warm
+        yield child, errors
+
+
+def _watched(child: subprocess.Popen, errors: TextIO, path: str | Path) -> Residence:
+    """Let a process begin, and look at it until it ends."""
+    watched, looks = psutil.Process(child.pid), []
+    with ThreadPoolExecutor(1) as pool:
         said = pool.submit(child.communicate, "go\n")
         while not said.done():
             if (held := _resident(watched)) is not None:
                 looks.append((time.time(), held))
             time.sleep(_INTERVAL)
         out, _ = said.result()
-        errors.seek(0)
-        last = (errors.read().strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+    errors.seek(0)
+    last = (errors.read().strip().splitlines() or [f"exit code {child.returncode}"])[-1]
     if child.returncode:
         raise KclibError(f"the process that was to run {path} failed: {last}")
     return _residence(looks, json.loads(out))

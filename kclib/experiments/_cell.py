@@ -230,6 +230,36 @@ def sweep(
         return subject.table(cells, [subject.entry(cell) for cell in bar])
 
 
+def stored(
+    model: models.Model,
+    data: datasets.ImageSet,
+    n_clusters: int,
+    *,
+    scope: str = "layer",
+    seed: int = 0,
+    precision: str = "fp32",
+    device: str = "cpu",
+    store: Store | None = None,
+) -> tuple[Clustering, _accuracy.Evaluation, _accuracy.Evaluation]:
+    """Return a clustering, and what the network answers before and after it; none of it is computed twice.
+
+    Parameters
+    ----------
+    model, data, precision, device, store
+        As in `sweep`, whose cells of the same K these are.
+    n_clusters, scope, seed
+        As in `clustering.cluster`.
+    """
+    subject = Subject(
+        _model.as_model(model), datasets.as_image_set(data), store or Store(), precision, device
+    )
+    options = {"scope": scope, "seed": seed}
+    result, _ = stored_clustering(subject.bank, n_clusters, store=subject.store, **options)
+    cells = Cell(), Cell(k=n_clusters, method="plain", **options)
+    before, after = (subject.answers(subject.entry(cell, progress=True)) for cell in cells)
+    return result, before, after
+
+
 def stored_clustering(
     bank: Kernels,
     n_clusters: int,

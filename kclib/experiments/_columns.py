@@ -21,4 +21,8 @@ def varied(table: pd.DataFrame) -> dict[str, pd.Series]:
 
 def p_values(values: pd.Series) -> pd.Series:
     """Return p-values as text of three decimals; what has none is a dash."""
-    return values.map("{:.3f}".format, na_action="ignore").replace("0.000", "< 0.001").fillna("–")
+    return (
+        values.map("{:.3f}".format, na_action="ignore")
+        .replace("0.000", "<\N{NO-BREAK SPACE}0.001")
+        .fillna("–")
+    )

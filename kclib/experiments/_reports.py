@@ -279,8 +279,10 @@ def write(folder: Path, report: Report) -> Path:
             report.results.to_parquet(temporary)
         with files.replacing(folder / "results.csv") as temporary:
             report.results.drop(columns="right", errors="ignore").to_csv(temporary, index=False)
+    notebooks = {path.stem for path in folder.glob("*.ipynb")}
+    page = _page("index", report=report, table=_html(report.results), notebooks=notebooks)
     with files.replacing(folder / "index.html") as temporary:
-        temporary.write_text(_page("index", report=report, table=_html(report.results)), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return folder / "index.html"
 
 
@@ -333,7 +335,7 @@ def as_url(figure: Figure) -> str:
     """Return a figure as a ``data:`` URL of a PNG, which a page holds in itself."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=200)  # twice as many as a page shows
-    return _data_url(file.getvalue())
+    return data_url(file.getvalue())
 
 
 def write_page(path: Path, template: str, **values: object) -> None:
@@ -342,7 +344,8 @@ def write_page(path: Path, template: str, **values: object) -> None:
         temporary.write_text(_page(template, **values), encoding="utf-8")
 
 
-def _data_url(png: bytes) -> str:
+def data_url(png: bytes) -> str:
+    """Return a PNG as a URL that holds it."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
@@ -385,8 +388,14 @@ def _thumbnail(notebook: NotebookNode, width: int = 576) -> tuple[str, str]:
         return "", ""
     tagged = [output for cell, output in pictures if "thumbnail" in cell.metadata.get("tags", ())]
     output = (tagged or [pictures[0][1]])[0]
-    image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
-    image.thumbnail((width, width))
+    small = smaller(base64.b64decode(output.data["image/png"]), width)
+    return data_url(small), output.metadata["image/png"].alt
+
+
+def smaller(png: bytes, width: int, colours: int = 256) -> bytes:
+    """Return a picture of at most so many pixels across, in so many colours."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image.thumbnail((width, image.height))
     small = io.BytesIO()
-    image.save(small, "PNG")
-    return _data_url(small.getvalue()), output.metadata["image/png"].alt
+    image.quantize(colours).save(small, "PNG", optimize=True)
+    return small.getvalue()

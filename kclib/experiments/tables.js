@@ -4,7 +4,7 @@ for (const table of document.querySelectorAll("table.dataframe, .output_html tab
   if (!head || !body || table.tHead.rows.length > 1 || body.querySelector("[rowspan]")) continue;
   const key = (row, i) => {
     const text = row.cells[i].dataset.value ?? row.cells[i].textContent.trim();
-    const number = parseFloat(text.replace(/^[<>] /, "").replaceAll(",", "").replace("−", "-"));
+    const number = parseFloat(text.replace(/^[<>]\s/, "").replaceAll(",", "").replace("−", "-"));
     return Number.isNaN(number) ? text : number;
   };
   const order = (a, b) =>

@@ -152,8 +152,8 @@ def explained(
     for name, (part, k) in tqdm(
         wanted.items(), desc="layers by layers", unit="codebook", delay=2, leave=False, disable=not progress
     ):
-        centres = kmeans.fit(part, k, seed=seed).centres
-        table[name] = [_explained(other, centres) for other in parts.values()]
+        lost = _nearest.nearest(points, kmeans.fit(part, k, seed=seed).centres).errors
+        table[name] = [_explained(points[layer.rows], lost[layer.rows]) for layer in bank.layers]
     return pd.DataFrame.from_dict(table, orient="index", columns=list(parts))
 
 
@@ -178,15 +178,18 @@ def closest(bank: Kernels, row: int, k: int, *, distance: str = "euclidean") -> 
     if row not in candidates:
         raise InvalidValueError(f"kernel {row} has no shape; {distance} distance needs one that has.")
     others = candidates[candidates != row]
-    prepared, unit = distances.framed(named.prepare(bank.points[[row, *others]]))
+    checks.check_whole("k", k, 1, len(others))
+    prepared, unit = distances.framed(named.prepare(bank.points[np.append(row, others)]))
     turns, signs = named.orbit(prepared.shape[1])
-    neighbours = _neighbours.nearest(prepared[1:], k=k, queries=prepared[:1], turns=turns, signs=signs)
-    return others[neighbours.indices[0]], named.of_squared(neighbours.squared[0].astype(np.float64) * unit**2)
+    images = np.ascontiguousarray(signs[:, None] * prepared[0, turns])
+    squared = _nearest.nearest(prepared[1:], images).errors  # a distance to the nearest image of the kernel
+    found = np.argsort(squared, kind="stable")[:k]
+    return others[found], named.of_squared(squared[found].astype(np.float64) * unit**2)
 
 
-def _explained(points: np.ndarray, centres: np.ndarray) -> float:
-    lost = _nearest.nearest(points, centres).errors.sum(dtype=np.float64)
-    return 100 * (1 - lost / (np.square(points).sum(dtype=np.float64) or 1))
+def _explained(points: np.ndarray, lost: np.ndarray) -> float:
+    whole = np.square(points).sum(dtype=np.float64)
+    return 100 * (1 - lost.sum(dtype=np.float64) / (whole or 1))
 
 
 def _ratio(real: np.ndarray, chance: np.ndarray, seed: int) -> tuple[float, float, float]:

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -43,9 +42,7 @@ def path(network, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(path):
     """What one process held packed, and another dense."""
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda kind: residence.measure(path, resident=kind, answers=4), ("packed", "dense"))
-        return dict(zip(("packed", "dense"), found, strict=True))
+    return residence.measure_each(path, answers=4)
 
 
 @pytest.fixture

@@ -55,6 +55,14 @@ def test_the_dense_row_is_the_models_own_evaluation_and_loses_nothing(table):
     assert dense.drop_low == pytest.approx(-dense.drop_high)
 
 
+def test_what_a_sweep_has_computed_is_at_hand_by_its_k(store, table, evaluated):
+    result, before, after = experiments.stored(tiny_model(), tiny_data(), 24, scope="global", store=store)
+    assert (result.n_clusters, evaluated["n"]) == (24, 0)
+    row = table[(table.scope == "global") & (table.k == 24)].iloc[0]
+    assert (before.top1.estimate, after.top1.estimate) == (table.iloc[0].top1, row.top1)
+    assert evaluation.drop(before, after).points.estimate == row["drop"]
+
+
 def test_as_many_clusters_as_kernels_change_no_answer(table):
     whole = table[(table.k == 36) | ((table.scope == "layer") & (table.k == 24))]
     assert whole.clusters.tolist() == [36, 36]

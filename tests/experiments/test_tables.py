@@ -18,7 +18,7 @@ def test_a_table_for_readers_opens_with_the_drop_and_names_what_varies():
     assert one["drop (points)"].tolist()[1] == "8.85 [7.38, 10.32]"
     assert one["kernels removed (%)"].tolist()[1] == "> 99.99", "not all of them"
     assert one["bytes removed (%)"].tolist()[1] == "95.56"
-    assert one.p.tolist() == ["1.000", "< 0.001"]
+    assert one.p.tolist() == ["1.000", "<\N{NO-BREAK SPACE}0.001"]
     assert one.seconds.tolist() == ["7", "7"]
     two = tables.readable(pd.DataFrame([dense, row, row | {"method": "turned", "scope": "layer"}]))
     first, second, *rest = one.columns
