@@ -45,7 +45,7 @@ class Moments:
         ``(groups, out / groups)``: the mean, float32, and the variance, float64 in ``unit**2``, of what the
         dense convolution answers, without its bias.
     n : int
-        Positions that were read.
+        Images that were read.
     unit : float
         A power of two, 1 where the squares of the inputs keep within the range of float32.
     """
@@ -73,10 +73,10 @@ class Moments:
     def damping(self, least: float) -> Tensor:
         """Return the share of the mean energy that is added to each input's, float64 ``(groups,)``.
 
-        Moments of few positions know directions that others will not bear out. Each is moved towards equal
+        Moments of few images know directions that others will not bear out. They are moved towards equal
         energies by so much that the squared error is least (Chen et al. 2010, *Shrinkage Algorithms for MMSE
-        Covariance Estimation*, oracle approximating shrinkage), here as if positions were independent; at
-        least by a share.
+        Covariance Estimation*, oracle approximating shrinkage), at least by a share. An image counts as one
+        observation: its positions tell of each other.
         """
         d, squared = self.small.shape[1], self.small.square().sum((1, 2), dtype=torch.float64)
         trace = self.small.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64).square()
@@ -214,7 +214,7 @@ def measure(
                 )
             read.append(torch.cat(reads, dim=1))
         sums.add(*read, step.name)
-    return sums.result()
+    return sums.result(n_images)
 
 
 class _Sums:
@@ -245,7 +245,7 @@ class _Sums:
     def unit(self) -> float:
         return 2.0**self.exponent
 
-    def result(self) -> Moments:
+    def result(self, n_images: int) -> Moments:
         """Return the moments of all that was added."""
         n, device = sum(self.counts), self.weight.device
         counts = torch.tensor(self.counts, dtype=torch.float64, device=device)[:, None]
@@ -258,7 +258,7 @@ class _Sums:
             self._scatter(*(x.float() for x in apart))
         small, wanted, answers = (x / n for x in self.scatter)
         answer = (self.weight.double() @ means[0][..., None])[..., 0]
-        return Moments(small, wanted, means[1].float(), answer.float(), answers, n, self.unit)
+        return Moments(small, wanted, means[1].float(), answer.float(), answers, n_images, self.unit)
 
     def _scatter(self, dense: Tensor, small: Tensor) -> None:
         """Add products of what is about its means already."""

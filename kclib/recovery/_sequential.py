@@ -108,7 +108,7 @@ def correct(
         share of a layer's output energy. At 0 bits are free.
     damping : float
         Least share of the mean energy of an input that is added to each one's, so that noise is not learned;
-        more where few positions are read (`_moments.Moments.damping`), and ten times as much, and so on,
+        more where few images are read (`_moments.Moments.damping`), and ten times as much, and so on,
         where rounding leaves no solution with it.
     batch_size, seed, device
 

@@ -212,7 +212,7 @@ def test_what_cannot_be_measured_is_said():
 
 
 @pytest.mark.parametrize("n", [30, 300, 30000])
-def test_moments_of_few_positions_are_damped_as_by_oracle_approximating_shrinkage(n):
+def test_moments_of_few_images_are_damped_as_by_oracle_approximating_shrinkage(n):
     x = np.random.default_rng(0).normal(size=(n, 8)) * np.linspace(1, 3, 8)
     x -= x.mean(0)
     small = torch.from_numpy(x.T @ x / n).float()[None]
