@@ -19,5 +19,10 @@ Examples
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"_fitting": ["fit", "ladder", "Ladder"], "_settings": ["KMeans", "Options"]}
+    __name__,
+    submod_attrs={
+        "_fitting": ["fit", "ladder", "Ladder"],
+        "_settings": ["KMeans", "Options"],
+        "_tree": ["tree", "Tree", "Codebook"],
+    },
 )

@@ -82,14 +82,14 @@ def fit(
     points = _settings.checked_points(points)
     n_clusters = _settings.check_k(n_clusters, len(points))
     sample_weight = _settings.checked_sample_weight(sample_weight, len(points))
-    _room(_lloyd.memory(*points.shape, n_clusters, options.threads), len(points), n_clusters)
+    check_memory(_lloyd.memory(*points.shape, n_clusters, options.threads), len(points), n_clusters)
     if 2 * n_clusters > len(points) and init is None:
         distinct, labels = np.unique(points, axis=0, return_inverse=True)
         if len(distinct) <= n_clusters:
             report.inertia = 0.0
             report(1.0)
             return KMeans(distinct, labels.reshape(-1).astype(np.int32), 0.0, 0, True)
-    framed = _Framed.of(points, sample_weight, options)
+    framed = Framed.of(points, sample_weight, options)
     if init is None:
         return framed.alone(n_clusters, report)
     return framed.fit(framed.frame.into(_checked_init(init, n_clusters, points.shape[1])), None, report)
@@ -106,7 +106,7 @@ class Ladder:
     """
 
     rungs: tuple[KMeans, ...]
-    _framed: "_Framed"
+    _framed: "Framed"
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -162,8 +162,8 @@ def ladder(
     for k in ks:
         _settings.check_k(k, len(points))
     sample_weight = _settings.checked_sample_weight(sample_weight, len(points))
-    _room(_lloyd.memory(*points.shape, ks[-1], options.threads), len(points), ks[-1])
-    framed, rungs, stopped = _Framed.of(points, sample_weight, options), [], False
+    check_memory(_lloyd.memory(*points.shape, ks[-1], options.threads), len(points), ks[-1])
+    framed, rungs, stopped = Framed.of(points, sample_weight, options), [], False
     work = np.sqrt(np.array(ks, float)) + 20
     for k, part in zip(ks, work / work.sum(), strict=True):
         if stopped:
@@ -203,7 +203,7 @@ def _streamed(points, n_clusters, sample_weight, init, device, options, report) 
     parts = _streaming.Parts(points)
     n_clusters = _settings.check_k(n_clusters, parts.n)
     sample_weight = _settings.checked_sample_weight(sample_weight, parts.n)
-    _room(_streaming.memory(parts.n, parts.d, n_clusters, options.threads), parts.n, n_clusters)
+    check_memory(_streaming.memory(parts.n, parts.d, n_clusters, options.threads), parts.n, n_clusters)
     if init is not None:
         init = parts.frame.into(_checked_init(init, n_clusters, parts.d))
     report.unit = parts.frame.inertia_unit
@@ -212,7 +212,7 @@ def _streamed(points, n_clusters, sample_weight, init, device, options, report) 
 
 
 @dataclass(frozen=True)
-class _Framed:
+class Framed:
     """Points in their frame, and how they are fitted; what is returned is out of the frame again."""
 
     points: np.ndarray
@@ -221,7 +221,7 @@ class _Framed:
     options: Options
 
     @classmethod
-    def of(cls, points: np.ndarray, sample_weight: np.ndarray | None, options: Options) -> "_Framed":
+    def of(cls, points: np.ndarray, sample_weight: np.ndarray | None, options: Options) -> "Framed":
         frame = Frame.of([points])
         return cls(frame.into(points), sample_weight, frame, options)
 
@@ -281,7 +281,8 @@ def _checked_init(init, n_clusters: int, d: int) -> np.ndarray:
     return init
 
 
-def _room(needed: int, n: int, n_clusters: int) -> None:
+def check_memory(needed: int, n: int, n_clusters: int) -> None:
+    """Raise NotEnoughMemoryError if so many bytes are not free."""
     free = psutil.virtual_memory().available
     if needed > free:
         raise NotEnoughMemoryError(
