@@ -15,9 +15,12 @@ from kclib.explorers._controls import Count, Number, Panel, View, choice, layers
 
 _COLUMN = "repeat(auto-fit, minmax(min(100%, 400px), 1fr))"  # two where there is room, else one
 _OLD = "kclib-old"
-_STYLE = (
-    f"<style>.{_OLD} svg {{ opacity: 0.35 }} .kclib-scroll {{ max-height: 350px; overflow: auto }}</style>"
-)
+_STYLE = f"""<style>
+.{_OLD} svg {{ opacity: 0.35 }}
+.kclib-scroll {{ max-height: 300px; overflow: auto }}
+.kclib-rows {{ max-height: 110px; overflow: auto }}
+.kclib-explorer .widget-html .widget-html-content {{ line-height: 1.4 }}
+</style>"""
 _KERNELS = 12  # of a filter
 
 
@@ -46,9 +49,9 @@ class ClusterView(View):
             layout=widgets.Layout(flex_flow="row wrap"),
         )
         self.panels = {
-            "Representative": _Representative(explorer, self.mark),
-            "Error per layer": _Errors(explorer),
-            "One filter": _Filter(explorer),
+            "Members": _Representative(explorer, self.mark),
+            "Layers": _Errors(explorer),
+            "Filter": _Filter(explorer),
         }
         if explorer.images is not None:
             self.panels = {"Accuracy": _Accuracy(explorer)} | self.panels
@@ -82,6 +85,7 @@ class ClusterView(View):
         for i, panel in enumerate(self.panels.values()):
             if panel.is_seen != (i == shown):
                 panel.is_seen = i == shown
+                self.mark(None)
                 panel.refresh()
 
     def show_answer(self, answer: ClusterAnswer) -> None:
@@ -198,7 +202,7 @@ class _Filter(_Detail):
         alt = f"The first {shown} kernels of the filter: above as trained, below clustered, on one scale."
         self.picture.value = _svg.sheet(
             np.concatenate([before[:shown], after[:shown]]), alt, columns=shown,
-            captions=["trained"] * shown + ["clustered"] * shown,
+            captions=["trained", *[""] * (shown - 1), "clustered", *[""] * (shown - 1)],
         )  # fmt: skip
         return (
             f"Filter {number} of {layer.shape[0]:,} loses {lost:.1f} % of its squared weight. "
@@ -241,7 +245,7 @@ class _Accuracy(Panel):
         running, rows = self.explorer.running, self.explorer.rows
         self.start.disabled, self.stop.disabled = running is not None, running is None
         self.bar.value = running.share if running else 0.0
-        self.bar.layout.visibility = "visible" if running else "hidden"
+        self.bar.layout.display = "flex" if running else "none"
         self.status.value = note(self._said())
         if rows is not self._rows:
             self._rows = rows

@@ -118,21 +118,28 @@ class Count:
             description=description, continuous_update=live, style=AS_LONG, tooltip="",
             layout=widgets.Layout(width="auto"),
         )  # fmt: skip
-        self.number = Number("K", 1, largest)
-        self.box = widgets.VBox(
-            [self.slider, self.number.box], layout=widgets.Layout(flex="1 1 300px", min_width="0")
-        )
+        self.number, self._placed = Number("K", 1, largest), 1
+        self.box = widgets.VBox([self.slider, self.number.box])
 
     def show(self, value: int, largest: int) -> None:
         """Show another K."""
         self.slider.max = max(math.log2(largest), 1 / _STEPS)
         self.number.show(value, largest)
         if round(self.slider.value) != value:
-            self.slider.value = value
+            # On a step: a browser would move it to one, and ask for that.
+            step = math.floor(math.log2(value) * _STEPS) / _STEPS
+            self.slider.value = value if value == largest else 2**step
+        self._placed = round(self.slider.value)
 
     def observe(self, call: Callable[[int], None]) -> None:
         """Have a function called with each K that is chosen."""
-        self.slider.observe(lambda change: call(min(round(change.new), self.number.most)), "value")
+
+        def moved(change) -> None:
+            if round(change.new) != self._placed:
+                self._placed = round(change.new)
+                call(min(self._placed, self.number.most))
+
+        self.slider.observe(moved, "value")
         self.number.observe(call)
 
 
@@ -261,12 +268,11 @@ def note(text: str) -> str:
 def facts(answer) -> str:
     """Return the numbers of an answer in one line, which wraps."""
     pairs = (
-        f"<div><dt style='display: inline'>{html.escape(name)}:</dt> "
-        f"<dd style='display: inline; margin: 0'><b>{html.escape(value)}</b></dd></div>"
+        f"<span style='white-space: nowrap'>{html.escape(name)} <b>{html.escape(value)}</b></span>"
         for name, value in answer.facts.items()
     )
-    style = "display: flex; flex-wrap: wrap; gap: 0 16px; margin: 0; line-height: 1.5"
-    return f"<dl style='{style}'>{''.join(pairs)}</dl>"
+    style = "display: flex; flex-wrap: wrap; gap: 0 18px; line-height: 1.5"
+    return f"<div style='{style}'>{''.join(pairs)}</div>"
 
 
 def table(rows: list[Mapping[str, str]]) -> str:

@@ -17,6 +17,7 @@ _LEVELS = 101  # of colour, from the most negative through white to the most pos
 _COLOURS = [to_hex(colour) for colour in colormaps["RdBu_r"](np.linspace(0, 1, _LEVELS))]
 _TEXT = "font-family: var(--jp-ui-font-family, sans-serif); fill: var(--jp-ui-font-color1, currentColor)"
 _GREY, _BLUE, _ORANGE = "#8a8a8a", "#0072b2", "#d55e00"  # the last two of Okabe and Ito 2008
+_LARGEST = 1.4  # times its size in pixels, where there is room
 _CELL, _GAP, _CAPTION = 30, 8, 13  # pixels: a kernel's longer side, between kernels, under a kernel
 
 
@@ -193,5 +194,5 @@ def _svg(width: float, height: float, alt: str, parts: Iterable[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(alt)}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" style="display: block; width: 100%; '
-        f'max-width: {width:.0f}px; {_TEXT}">{"".join(parts)}</svg>'
+        f'max-width: {_LARGEST * width:.0f}px; {_TEXT}">{"".join(parts)}</svg>'
     )
