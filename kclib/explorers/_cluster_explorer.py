@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from kclib import compression, datasets, evaluation, kernels, models, plots
+from kclib import compression, datasets, evaluation, kernels, models
 from kclib.clustering import Clustering
 from kclib.clustering._scopes import grouping
 from kclib.compression import byte_counts
@@ -240,21 +239,6 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until all is answered and evaluated; return whether that came to pass in time."""
         return super().wait(seconds) and self._evaluations.wait(seconds)
-
-    def curve(self) -> Figure:
-        """Return the accuracy of the rows on as many images as the newest, against bytes removed.
-
-        Raises
-        ------
-        InvalidValueError
-            Nothing was evaluated yet.
-        """
-        if not self.rows:
-            raise InvalidValueError("there is no accuracy to draw yet; evaluate something first.")
-        table = self.table[self.table.images == self.rows[-1]["images"]].sort_values("bytes_removed")
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        plots.accuracy_curve(table, x="bytes_removed", ax=figure.subplots())
-        return figure
 
     def _answer(
         self,

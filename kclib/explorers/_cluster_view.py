@@ -11,7 +11,7 @@ from tqdm import tqdm
 from kclib.explorers import _controls, _details, _svg
 from kclib.explorers._cluster_explorer import ClusterExplorer
 from kclib.explorers._clusterer import COLOURS, METHODS, SCOPES, ClusterAnswer
-from kclib.explorers._controls import Count, Number, Panel, View, choice, layers, note, said
+from kclib.explorers._controls import Count, Number, Panel, View, canvas, choice, layers, note, said
 
 _COLUMN = "repeat(auto-fit, minmax(min(100%, 400px), 1fr))"  # two where there is room, else one
 _OLD = "kclib-old"
@@ -37,8 +37,7 @@ class ClusterView(View):
             "n_clusters": count,
         }
         super().__init__(explorer, controls)
-        self.facts, self.title, self.picture = said(""), said(""), said("")
-        self.picture.add_class("kclib-picture")
+        self.facts, self.title, self.picture = canvas("facts"), said(""), canvas("picture")
         chosen, *how = (controls[name].box for name in ("layers", "scope", "distance", "colour"))
         asked = widgets.HBox(
             [
@@ -49,8 +48,8 @@ class ClusterView(View):
             layout=widgets.Layout(flex_flow="row wrap"),
         )
         self.panels = {
-            "Members": _Representative(explorer, self.mark),
             "Layers": _Errors(explorer),
+            "Members": _Representative(explorer, self.mark),
             "Filter": _Filter(explorer),
         }
         if explorer.images is not None:
@@ -103,7 +102,7 @@ class _Detail(Panel):
     def __init__(self, explorer: ClusterExplorer, *controls: widgets.Widget):
         super().__init__(explorer)
         self.is_seen, self._shown = False, None
-        self.picture = said("")
+        self.picture = canvas("detail")
         self.box = _column(*controls, self.status, self.picture)
 
     def show(self) -> None:
@@ -227,9 +226,7 @@ class _Accuracy(Panel):
             max=1.0, description="done", style=_controls.AS_LONG, tooltip="",
             layout=widgets.Layout(width="120px"),
         )  # fmt: skip
-        self.table, self.picture = said(""), said("")
-        self.picture.add_class("kclib-accuracy")
-        self.table.add_class("kclib-rows")
+        self.table, self.picture = canvas("rows"), canvas("accuracy")
         row = widgets.HBox(
             [self.images.box, self.start, self.stop, self.bar], layout=widgets.Layout(flex_flow="row wrap")
         )

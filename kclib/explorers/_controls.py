@@ -183,6 +183,7 @@ class Panel:
     def __init__(self, explorer: Explorer):
         self.explorer, self._lock = explorer, threading.RLock()
         self.status = said("")
+        self.status.add_class("kclib-status")
 
     def listen(self) -> None:
         """Show what there is, and again whenever the explorer changes."""
@@ -258,6 +259,13 @@ class View(Panel):
 def said(text: str) -> widgets.HTML:
     """Return a line that says something, also to those who do not see it change."""
     return widgets.HTML(value=note(text), tooltip="")
+
+
+def canvas(name: str) -> widgets.HTML:
+    """Return the place of a picture or a table, by whose name a page finds it."""
+    place = widgets.HTML(tooltip="")
+    place.add_class(f"kclib-{name}")
+    return place
 
 
 def note(text: str) -> str:

@@ -78,7 +78,7 @@ class _FigureView(_controls.View):
 
     def __init__(self, explorer, controls):
         super().__init__(explorer, controls)
-        self.facts, self.picture = _controls.said(""), _controls.said("")
+        self.facts, self.picture = _controls.canvas("facts"), _controls.canvas("picture")
         first, *others = (control.box for control in controls.values())
         chosen = widgets.HBox(
             [first, widgets.VBox(others, layout=widgets.Layout(flex="1 1 300px"))],

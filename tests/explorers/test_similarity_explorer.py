@@ -282,7 +282,7 @@ def test_the_clusters_of_a_map_are_made_once_for_each_kind_and_number(bank, monk
         ({"layers": ()}, InvalidValueError, "name at least one"),
         ({"kind": "unt"}, UnknownNameError, "unknown kind of map 'unt'.*mean 'unit'"),
         ({"colour": "norms"}, UnknownNameError, "unknown colour 'norms'.*mean 'norm'"),
-        ({"n_clusters": 1}, InvalidValueError, r"^K is 1;"),
+        ({"n_clusters": 0}, InvalidValueError, r"^K is 0;"),
         ({"n_clusters": 31}, InvalidValueError, r"^K is 31;"),
     ],
 )
