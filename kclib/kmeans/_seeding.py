@@ -186,19 +186,53 @@ def _gathered(points, sample_weight, rows, dims):
 @njit(nogil=True, cache=True)
 def _merged(x, w, centres, leaves, dims, stop):
     """Write the means of the clusters that Ward's merges of some points leave, `leaves` points a cluster."""
-    n, k = x.shape[1], len(centres)
-    size = min(n, leaves * k)
-    some, mass = np.empty((len(dims), size), np.float32), np.empty(size, np.float32)
-    for i in range(size):
-        first, end = i * n // size, (i + 1) * n // size
-        at = first + np.random.randint(end - first)  # noqa: NPY002
-        mass[i] = w[at]
-        some[:, i] = x[:, at]
+    k = len(centres)
+    chosen, mass = _coreset(x, w, k, leaves * k)
+    some = np.empty((len(dims), len(chosen)), np.float32)
+    for a in range(len(dims)):
+        for i, at in enumerate(chosen):
+            some[a, i] = x[a, at]
     pairs, heights = _ward.chained(some.T.copy(), mass, dims, stop)
     labels = _ward.cut(pairs, heights, k)
-    for i in range(size):
+    for i in range(len(chosen)):
         centres[labels[i]] = some[:, i]  # for clusters without weight
-    _means(some, mass, labels, centres, np.zeros(size, np.float32), dims)
+    _means(some, mass, labels, centres, np.zeros(len(chosen), np.float32), dims)
+
+
+@njit(nogil=True, cache=True)
+def _coreset(x, w, k, size):
+    """Return about `size` points, at least k, that stand for all, and their sample weights.
+
+    Half of the chance is uniform, half in proportion to the squared distance from the mean, so far points
+    are not missed (Bachem, Lucic and Krause 2018, *Scalable k-means clustering via lightweight coresets*).
+    """
+    d, n = x.shape
+    everything = np.arange(n), w
+    if n <= size:
+        return everything
+    mean, square, total, spread = np.zeros(d), np.zeros(n), 0.0, 0.0
+    for i in range(n):
+        total += w[i]
+        for a in range(d):
+            mean[a] += np.float64(w[i]) * x[a, i]
+    for i in range(n):
+        for a in range(d):
+            square[i] += (x[a, i] - mean[a] / max(total, 1e-300)) ** 2
+        spread += w[i] * square[i]
+    if spread <= 0:
+        return everything
+    chosen, mass, count = np.empty(n, np.int64), np.empty(n, np.float32), 0
+    passed, next_one = 0.0, np.random.random()  # noqa: NPY002
+    for i in range(n):
+        chance = min(1.0, 0.5 * size * w[i] * (1 / total + square[i] / spread))
+        passed += chance
+        if passed > next_one:
+            chosen[count], mass[count] = i, w[i] / chance
+            next_one += 1.0
+            count += 1
+    if count < k:
+        return everything
+    return chosen[:count], mass[:count]
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
