@@ -77,7 +77,7 @@ from kclib.experiments import (
     parameters,
     reports,
 )
-from kclib.explorers import _background, _cluster_explorer, interactive_map
+from kclib.explorers import _background, _clusterer, _controls, interactive_map
 from kclib.kernels import _bank, _convolutions, _copying
 from kclib.kmeans import _entropy, _streaming, symmetric
 from kclib.models import _checkpoint_files, _factories, _inference, _loading, _model, _state_dicts
@@ -352,8 +352,9 @@ WRONG_INPUTS = [
     (kmeans.fit, lambda g: kmeans.fit(g.points, 2, sample_weight=[1]), WRONG, "sample_weight"),
     (kmeans.fit, lambda g: kmeans.fit(g.points, 2, seed=-1), WRONG, "seed is -1"),
     (kmeans.fit, lambda g: kmeans.fit(g.points, 2, init=np.ones((3, 9))), WRONG, "init"),
-    (kmeans.ladder, lambda g: kmeans.ladder(g.points, []), WRONG, "no numbers of clusters"),
-    (kmeans.Ladder.at, lambda g: kmeans.ladder(g.points, [2, 4]).at(37), WRONG, "n_clusters is 37; it must be a whole number, 1 to 36"),
+    (kmeans.tree, lambda g: kmeans.tree(g.points, leaves=0), WRONG, "leaves is 0"),
+    (kmeans.Tree.cut, lambda g: kmeans.tree(g.points, leaves=9).cut(10), WRONG, "n_clusters is 10; it must be a whole number, 1 to 9"),
+    (kmeans.Tree.fit, lambda g: kmeans.tree(g.points).fit(37), WRONG, "n_clusters is 37; it must be a whole number, 1 to 36"),
     (kmeans.Options, lambda g: kmeans.Options(25, NAN, 1.6, 0, 1), WRONG, "tol is nan"),
     (_streaming.Parts, lambda g: _streaming.Parts(7), WRONG, "the points are 7"),
     (symmetric.fit, lambda g: symmetric.fit(np.ones((4, 6)), 2, turned=True), WRONG, "square"),
@@ -371,9 +372,9 @@ WRONG_INPUTS = [
     (adapting.about, lambda g: adapting.about(g.model, g.none), WRONG, "no images"),
     (_scopes.wanted, lambda g: clusterings.cluster(g.bank, {"9": 2}), WRONG, "name every group"),
     (_sparse_clustering.cluster, lambda g: _sparse_clustering.cluster(g.bank, 2, price=NAN), WRONG, "price is nan"),
-    (_cluster_explorer.Clusterer.clustering, lambda g: _cluster_explorer.Clusterer(g.bank, 0).clustering(_cluster_explorer.ClusterQuestion(("0",), n_clusters=2), _background.Progress(lambda: True)), STOPPED, "a newer question came"),
+    (_clusterer.Clusterer.clustering, lambda g: _clusterer.Clusterer(g.bank, 0).clustering(_clusterer.ClusterQuestion(("0",), n_clusters=2), _background.Progress(lambda: True)), STOPPED, "a newer question came"),
     (explorers.ClusterExplorer.evaluate, lambda g: g.explorer.evaluate(41), WRONG, "is 41"),
-    (explorers.ClusterExplorer.curve, lambda g: g.explorer.curve(), WRONG, "no accuracy to draw yet"),
+    (_controls.whole, lambda g: _controls.whole("K", "3.7", 9), WRONG, "3.7 is no whole number: K is 1 to 9"),
     (_background.Explorer.choose, lambda g: g.explorer.choose(n_clusters=37), WRONG, "37"),
     (_sequential.correct, lambda g: _sequential.correct(g.model, g.none, 2), WRONG, "no images"),
     (_sequential.correct, lambda g: _sequential.correct(g.model, g.data, 2, dense=g.other), WRONG, "use the architecture"),

@@ -60,7 +60,7 @@ class Group:
         """Rows of the bank that hold the kernels, int64 ``(n,)``, in order of `indices`."""
         return rows_of(self.layers)
 
-    def kernels(self, rows: slice) -> np.ndarray:
+    def kernels(self, rows: slice | np.ndarray) -> np.ndarray:
         """Return what stands for the kernels `rows` of this group, float32 ``(m, kh, kw)``."""
         result = self.codebook[self.indices[rows]]
         if self.turns is not None:
@@ -262,7 +262,7 @@ def of_fits(
     turned: bool = False,
     seed: int = 0,
 ) -> Clustering:
-    """Return fits of each group's kernels (rungs of a `kmeans.ladder`, say) as the clustering of a bank.
+    """Return fits of each group's kernels (from a `kmeans.tree`, say) as the clustering of a bank.
 
     Parameters
     ----------

@@ -1,11 +1,11 @@
 """Questions that can change at any moment, and answers worked out in the background: what widgets stand on.
 
-A question is a frozen value; choosing another one is cheap and returns at once. Its answer is worked out in a
-thread and dropped if a newer question has come meanwhile. Callbacks of widgets may run side by side
+A question is a frozen value; choosing another one is cheap and returns at once. What can be answered within
+tens of milliseconds is answered there and then; the rest is worked out in a thread, and dropped if a newer
+question has come meanwhile. Callbacks of widgets may run side by side
 (ipykernel 7 gives them threads of their own), so every change of state is made under one lock.
 """
 
-import io
 import threading
 import time
 import traceback
@@ -37,11 +37,14 @@ class Answer(Generic[Q]):
     figure : matplotlib.figure.Figure
     facts : mapping of str to str
         Numbers with their units, by what they are.
+    is_final : bool
+        Whether no better answer to the question is on its way.
     """
 
     question: Q
     figure: Figure
     facts: Mapping[str, str]
+    is_final: bool = True
 
 
 class Newest:
@@ -129,8 +132,13 @@ class Explorer(Generic[Q]):
             if self.answer and question == self.question == self.answer.question:
                 return
             self.check(question)
-            self.question, self.status = question, self.announced(question)
-            self._answers(lambda stale: self._work(question, stale))
+            self._answers.drop()
+            self.question, self.answer = question, self.at_once(question) or self.answer
+            if self.answer and self.answer.question == question and self.answer.is_final:
+                self.status = ""
+            else:
+                self.status = self.announced(question)
+                self._answers(lambda stale: self._work(question, stale))
         self.tell()
 
     def show(self) -> Answer[Q]:
@@ -156,10 +164,14 @@ class Explorer(Generic[Q]):
     @property
     def largest(self) -> int:
         """The largest number of clusters that can be asked for, where it can."""
-        return 2
+        return 1
 
     def check(self, question: Q) -> None:
         """Raise a KclibError for a question that has no answer."""
+
+    def at_once(self, question: Q) -> Answer[Q] | None:
+        """Return what can be answered within tens of milliseconds, final or not; None if nothing can."""
+        return None
 
     def announced(self, question: Q) -> str:
         """Return what can be said before the answer is there."""
@@ -243,8 +255,8 @@ class Progress:
 
 
 def check_k(n_clusters: int, largest: int) -> None:
-    """Raise InvalidValueError unless a number of clusters is from 2 (1, of one kernel) to `largest`."""
-    checks.check_whole("K", n_clusters, min(2, largest), largest)
+    """Raise InvalidValueError unless a number of clusters is from 1 to `largest`."""
+    checks.check_whole("K", n_clusters, 1, largest)
 
 
 def called(bank: KernelBank, layers: tuple[str, ...]) -> str:
@@ -258,10 +270,3 @@ def called(bank: KernelBank, layers: tuple[str, ...]) -> str:
 def rows_of(bank: KernelBank, rows: np.ndarray, layers: Iterable[str]) -> np.ndarray:
     """Return those of the rows that belong to some layers, in their order."""
     return rows[np.isin(rows, np.concatenate([bank.layer(name).of(rows) for name in layers]))]
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as PNG."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    return picture.getvalue()

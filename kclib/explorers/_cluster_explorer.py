@@ -1,21 +1,15 @@
 """The explorer of clusterings: any layers, any K, at once; and their accuracy, in the background."""
 
 import math
-import threading
 import time
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 
-import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.figure import Figure
 
-from kclib import compression, datasets, evaluation, kernels, kmeans, plots
-from kclib._util import checks
-from kclib.clustering import Clustering, by_use
-from kclib.clustering._clustering import of_fits
+from kclib import compression, datasets, evaluation, kernels, models
+from kclib.clustering import Clustering
 from kclib.clustering._scopes import grouping
 from kclib.compression import byte_counts
 from kclib.compression._counting import Count
@@ -23,126 +17,23 @@ from kclib.compression._layers import N_TURNS
 from kclib.datasets import ImageSet, as_image_set
 from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation, _accuracy
-from kclib.explorers._background import (
-    Answer,
-    Explorer,
-    Newest,
-    Progress,
-    Stale,
-    attempted,
-    called,
-    check_k,
+from kclib.explorers._background import Explorer, Newest, Progress, Stale, attempted, called
+from kclib.explorers._clusterer import (
+    METHODS,
+    SCOPES,
+    Book,
+    ClusterAnswer,
+    Clusterer,
+    ClusterQuestion,
+    Latest,
+    books_of,
 )
-from kclib.kernels import KernelBank
-from kclib.kmeans import symmetric
 from kclib.models import Model
 from kclib.models._model import as_model
+from kclib.store import Store
 
-RUNGS = (16, 64, 256, 1024, 4096)
-SCOPES = {"global": "one codebook for all chosen", "layer": "a codebook a layer"}
-# How the engine can cluster, by the distance that then counts.
-METHODS = {
-    "euclidean": {"scaled": False, "turned": False},
-    "scale-free": {"scaled": True, "turned": False},
-    "symmetric": {"scaled": False, "turned": True},
-}
-COLOURS = ("each kernel's own scale", "one scale for all")
-# The progress of the clustering under way in this thread. It is not an argument of what computes the
-# clustering, because results are cached by their arguments.
-_progress: ContextVar[Progress] = ContextVar("progress")
-
-
-@dataclass(frozen=True)
-class ClusterQuestion:
-    """Which layers to cluster, how, into how many clusters a codebook, and how to colour the codebook."""
-
-    layers: tuple[str, ...]
-    scope: str = "global"
-    n_clusters: int = 64
-    distance: str = "euclidean"
-    colour: str = COLOURS[0]
-
-    @property
-    def method(self) -> "ClusterQuestion":
-        """The question with only what changes the clustering; its colour is the default."""
-        return replace(self, colour=COLOURS[0])
-
-
-class Clusterer:
-    """Compute clusterings of a bank, and keep the latest: asking again takes no time.
-
-    Parameters
-    ----------
-    bank : KernelBank
-    seed : int
-    """
-
-    def __init__(self, bank: KernelBank, seed: int):
-        self.bank, self.seed, self._turn = bank, seed, threading.Lock()
-        self._clustered = lru_cache(maxsize=32)(self._cluster)
-        self._laddered = lru_cache(maxsize=16)(self._ladder)
-
-    def clustering(self, question: ClusterQuestion, progress: Progress) -> Clustering:
-        """Return the answer to a question.
-
-        Raises
-        ------
-        StoppedError
-            Nobody waits for it any more.
-        """
-        with self._turn:
-            _progress.set(progress)
-            return self._clustered(question.method)
-
-    def check(self, question: ClusterQuestion) -> None:
-        """Raise a KclibError for what cannot be clustered."""
-        self.bank.only(*question.layers)
-        checks.check_known("scope", question.scope, SCOPES)
-        checks.check_known("distance that can be clustered by", question.distance, METHODS)
-        checks.check_known("colour", question.colour, COLOURS)
-        check_k(question.n_clusters, self.largest(question))
-
-    def largest(self, question: ClusterQuestion) -> int:
-        """Return the most clusters that a question's largest codebook can have: one for each kernel."""
-        counts = [self.bank.layer(name).n_kernels for name in set(question.layers)]
-        return sum(counts) if question.scope == "global" else max(counts)
-
-    def wanted(self, bank: KernelBank, question: ClusterQuestion) -> dict[str, int]:
-        """Return K by group: smaller groups keep all they have."""
-        return {
-            name: min(question.n_clusters, sum(layer.n_kernels for layer in layers))
-            for name, layers in grouping(bank, question.scope).items()
-        }
-
-    def _cluster(self, question: ClusterQuestion) -> Clustering:
-        bank, method, progress = self.bank.only(*question.layers), METHODS[question.distance], _progress.get()
-        wanted, fits = self.wanted(bank, question), {}
-        groups = {
-            name: tuple(layer.name for layer in layers)
-            for name, layers in grouping(bank, question.scope).items()
-        }
-        plain = question.distance == "euclidean"
-        if plain:
-            progress.begin("preparing every K:", len(bank))
-            ladders = {name: self._laddered(names) for name, names in groups.items()}
-        progress.begin("clustering:", len(bank))
-        for name, names in groups.items():
-            points = bank.only(*names).points
-            hear = progress.of(len(points))
-            if plain:
-                fits[name] = ladders[name].at(wanted[name], progress=hear)
-            else:
-                fits[name] = symmetric.fit(points, wanted[name], seed=self.seed, progress=hear, **method)
-            progress.check()
-        return of_fits(bank, fits, wanted, scope=question.scope, seed=self.seed, **method)
-
-    def _ladder(self, names: tuple[str, ...]) -> kmeans.Ladder:
-        """Cluster some layers at a few K, from which any other K is a fraction of a second away."""
-        points, progress = self.bank.only(*names).points, _progress.get()
-        ks = [k for k in RUNGS if k <= len(points)] or [len(points)]
-        ladder = kmeans.ladder(points, ks, tol=0.01, seed=self.seed, progress=progress.of(len(points)))
-        progress.check()
-        return ladder
+_REST = 0.3  # seconds without a move, after which a sketch is replaced by the clustering itself
+_STORED_AS = {"euclidean": "plain", "scale-free": "scaled", "symmetric": "turned"}  # methods of `kclib.sweep`
 
 
 @dataclass(frozen=True)
@@ -173,6 +64,9 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
     seed : int
     shown : int
         Representatives drawn on the codebook sheet, the most used first.
+    measured : pandas.DataFrame, optional
+        Accuracies known already, as `kclib.sweep` returns them; by default what the default store has of this
+        network and these images.
 
     Attributes
     ----------
@@ -193,7 +87,8 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         *,
         n_clusters: int = 64,
         seed: int = 0,
-        shown: int = 64,
+        shown: int = 72,
+        measured: pd.DataFrame | None = None,
     ):
         model, images = as_model(model), images if images is None else as_image_set(images)
         self.model, self.images, self.seed, self.shown = model, images, seed, shown
@@ -204,6 +99,8 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         self._convolutions = byte_counts.convolution_bytes(model.network)
         self._evaluations, self.clusterer = Newest(), Clusterer(self.bank, seed)
         self._dense: dict[int, Evaluation] = {}  # by number of images
+        self._measured, self._asked = measured, -math.inf
+        self._finals: Latest[ClusterQuestion, ClusterAnswer] = Latest()
 
     @property
     def table(self) -> pd.DataFrame:
@@ -235,37 +132,81 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
 
     def announced(self, question: ClusterQuestion) -> str:
         """Say at once what needs no clustering: how many kernels and bytes would be removed."""
-        bank, method = self.bank.only(*question.layers), METHODS[question.distance]
-        count = Count("fp32", scale_bits=32 * method["scaled"], orbit=N_TURNS if method["turned"] else 1)
-        groups = grouping(bank, question.scope)
-        wanted = self.clusterer.wanted(bank, question)
-        saved = sum(math.prod(x.shape) * x.itemsize for x in bank.layers)
-        saved -= sum(count.bytes(layers, wanted[name]) for name, layers in groups.items())
-        total = sum(wanted.values())
+        bank = self.clusterer.chosen(question.layers)
+        total = sum(self.clusterer.wanted(bank, question).values())
         return (
             f"clustering {len(bank):,} kernels into {total:,}: removes "
             f"{100 * (1 - total / len(bank)):.3f} % of them and "
-            f"{100 * saved / self._convolutions:.2f} % of the bytes of all convolutions …"
+            f"{self.bytes_removed(question):.2f} % of the bytes of all convolutions …"
         )
+
+    def bytes_removed(self, question: ClusterQuestion, precision: str = "fp32") -> float:
+        """Return the percent of all convolutions' bytes that a question's clustering would remove."""
+        bank, method = self.clusterer.chosen(question.layers), METHODS[question.distance]
+        count = Count(precision, orbit=N_TURNS if method["turned"] else 1)
+        if method["scaled"]:
+            count = replace(count, scale_bits=16 if precision == "fp16" else 32)
+        wanted = self.clusterer.wanted(bank, question)
+        saved = sum(math.prod(x.shape) * x.itemsize for x in bank.layers)
+        saved -= sum(
+            count.bytes(layers, wanted[name]) for name, layers in grouping(bank, question.scope).items()
+        )
+        return 100 * saved / self._convolutions
 
     def clustering(self, question: ClusterQuestion) -> Clustering:
         """Return the answer to a question as a clustering; kept, so that asking again takes no time."""
         return self.clusterer.clustering(question, Progress(lambda: False))
 
-    def answered(self, question: ClusterQuestion, stale: Stale) -> Answer[ClusterQuestion]:
-        """Return the codebook by use, the cluster sizes, and what is removed."""
+    def at_once(self, question: ClusterQuestion) -> ClusterAnswer | None:
+        """Return the answer if it is kept, or a sketch of it."""
+        self._asked = time.monotonic()
+        return self._ready(question)
+
+    def _ready(self, question: ClusterQuestion) -> ClusterAnswer | None:
+        if (answer := self._finals.get(question.method)) is not None:
+            return replace(answer, question=question)
+        if (sketch := self.clusterer.sketch(question)) is None:
+            return None
+        return self._answer(question, sketch[0], f"about {sketch[1]:.3g}")
+
+    def answered(self, question: ClusterQuestion, stale: Stale) -> ClusterAnswer:
+        """Return the codebooks by use, and what is removed; a sketch is there before, if there is time."""
         progress = Progress(stale, lambda sentence: self.change(stale, status=sentence))
+        if question.method not in self._finals:
+            self.clusterer.prepare(question, progress)
+            if self.answer and self.answer.question != question and (sketch := self._ready(question)):
+                self.change(stale, answer=sketch)
+            while time.monotonic() < self._asked + _REST:
+                progress.check()
+                time.sleep(_REST / 20)
         clustering = self.clusterer.clustering(question, progress)
-        removed = byte_counts.removed(self.model.network, clustering)
-        facts = {
-            "kernels": f"{clustering.n_kernels:,}",
-            "representatives": f"{clustering.n_clusters:,}",
-            "kernels removed": f"{removed['kernels_removed']:.3f} %",
-            "bytes of all convolutions removed": f"{removed['bytes_removed']:.2f} %",
-            "with a 16-bit codebook": f"{removed['bytes_removed_fp16']:.2f} %",
-            "inertia": f"{clustering.inertia:.4g}",
-        }
-        return Answer(question, self._figure(question, clustering), facts)
+        answer = self._answer(question, books_of(clustering), f"{clustering.inertia:.4g}", clustering)
+        self._finals[question.method] = answer
+        return answer
+
+    def known(self) -> pd.DataFrame:
+        """Return the accuracies known of clusterings like the one asked for, by K; the dense model has 0."""
+        table, question = self._known, self.question
+        if table.empty or len(question.layers) < len(self.bank.layers):
+            return table.iloc[:0]
+        alike = (table.scope == question.scope) & (table.method == _STORED_AS[question.distance])
+        table = table[(table.scope == "dense") | alike]
+        return table.groupby("k", as_index=False)[["kernels_removed", "bytes_removed", "top1"]].mean()
+
+    @cached_property
+    def _known(self) -> pd.DataFrame:
+        """Accuracies of the network: those given, or those stored, on as many images as there are most."""
+        table = self._measured
+        if table is None and self.images is not None:
+            table = Store().table("evaluation")
+            if not table.empty:
+                ours = (table.weights == models.fingerprint(self.model.network)) & (table.precision == "fp32")
+                table = table[ours & (table.data == self.images.name)]
+        if table is None or table.empty:
+            return pd.DataFrame(columns=["scope", "k", "method", "kernels_removed", "bytes_removed", "top1"])
+        table = table[table.images == table.images.max()]
+        removed = ["kernels_removed", "bytes_removed"]
+        return table.assign(**table[removed].fillna(0.0).astype(float))
 
     def evaluate(self, n_images: int) -> None:
         """Evaluate the clustering asked for now, on images drawn at random, in the background.
@@ -299,43 +240,33 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         """Wait until all is answered and evaluated; return whether that came to pass in time."""
         return super().wait(seconds) and self._evaluations.wait(seconds)
 
-    def curve(self) -> Figure:
-        """Return the accuracy of the rows on as many images as the newest, against bytes removed.
-
-        Raises
-        ------
-        InvalidValueError
-            Nothing was evaluated yet.
-        """
-        if not self.rows:
-            raise InvalidValueError("there is no accuracy to draw yet; evaluate something first.")
-        table = self.table[self.table.images == self.rows[-1]["images"]].sort_values("bytes_removed")
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        plots.accuracy_curve(table, x="bytes_removed", ax=figure.subplots())
-        return figure
-
-    def _figure(self, question: ClusterQuestion, clustering: Clustering) -> Figure:
-        figure = Figure(figsize=(11, 5), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        books = [by_use(group) for group in clustering.groups]
-        codebook = np.concatenate([book for book, _ in books])
-        counts = np.concatenate([uses for _, uses in books])
-        most = np.argsort(-counts, kind="stable")[: self.shown]
-        plots.kernel_sheet(
-            codebook[most], counts=counts[most], columns=8, one_scale=question.colour == COLOURS[1], ax=left
-        )
-        left.set_title(f"the {len(most)} most used of {len(codebook):,} representatives", fontsize=10)
-        right.set_prop_cycle(color=sns.color_palette("viridis", len(books)))
-        for group, (_, uses) in zip(clustering.groups, books, strict=True):
-            plots.cluster_sizes(uses, label=group.name, ax=right)
-        if len(books) > 1:
-            right.legend(fontsize=7, frameon=False)
-        figure.suptitle(
-            f"{called(self.bank, question.layers)}: {clustering.n_kernels:,} kernels, "
-            f"K = {question.n_clusters:,} ({SCOPES[question.scope]}, {question.distance})",
-            fontsize=11,
-        )
-        return figure
+    def _answer(
+        self,
+        question: ClusterQuestion,
+        books: Sequence[Book],
+        inertia: str,
+        clustering: Clustering | None = None,
+    ) -> ClusterAnswer:
+        bank = self.clusterer.chosen(question.layers)
+        if clustering is None:
+            n_clusters = sum(self.clusterer.wanted(bank, question).values())
+            removed = {
+                "kernels_removed": 100 * (1 - n_clusters / len(bank)),
+                "bytes_removed": self.bytes_removed(question),
+                "bytes_removed_fp16": self.bytes_removed(question, "fp16"),
+            }
+        else:
+            n_clusters = clustering.n_clusters
+            removed = byte_counts.removed(self.model.network, clustering)
+        facts = {
+            "kernels": f"{len(bank):,}",
+            "representatives": f"{n_clusters:,}",
+            "kernels removed": f"{removed['kernels_removed']:.3f} %",
+            "bytes of all convolutions removed": f"{removed['bytes_removed']:.2f} %",
+            "with a 16-bit codebook": f"{removed['bytes_removed_fp16']:.2f} %",
+            "inertia": inertia,
+        }
+        return ClusterAnswer(question, facts, tuple(books), bank, self.shown, clustering)
 
     def _measure(self, question: ClusterQuestion, n_images: int, stale: Stale) -> None:
         rows, status = attempted(lambda: self._evaluated_rows(question, n_images, stale))

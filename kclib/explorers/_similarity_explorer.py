@@ -11,6 +11,7 @@ from kclib.explorers._background import Answer, Explorer, Progress, Stale, calle
 from kclib.kernels import KernelBank
 from kclib.similarity import null_models
 
+_FEWEST = 3  # kernels of a layer that a null model can be made of
 _MOST = 3000  # kernels compared at once: an answer within a second or two
 
 
@@ -46,15 +47,18 @@ class SimilarityExplorer(Explorer[SimilarityQuestion]):
         """Return the histogram over its null models, and how much closer real kernels are."""
         named, progress = similarity.named(question.distance), Progress(stale)
         rows = rows_of(self.bank, self.rows, question.layers)
-        points = self.bank.points[rows[:: -(-len(rows) // _MOST) or 1]]
-        points = points[named.comparable(points)]
-        if len(points) < 3:
+        rows = rows[:: -(-len(rows) // _MOST) or 1]
+        parts = [self.bank.points[layer.of(rows)] for layer in self.bank.layers]
+        parts = [part[named.comparable(part)] for part in parts if len(part)]
+        if not (enough := [part for part in parts if len(part) >= _FEWEST]):
             raise InvalidValueError(
-                f"{len(points)} sampled kernels of {called(self.bank, question.layers)} can be compared; "
-                "give at least 3."
+                f"{sum(map(len, parts))} sampled kernels of {called(self.bank, question.layers)} can be "
+                f"compared; give at least {_FEWEST}."
             )
+        points = np.concatenate(enough)
         sets = {"real kernels": points}
-        sets |= {null: null_models.drawn(null, points, seed=self.seed) for null in null_models.named_nulls}
+        for null in null_models.named_nulls:  # layer by layer: chance does not mix strong layers with weak
+            sets[null] = np.concatenate([null_models.drawn(null, x, seed=self.seed) for x in enough])
         largest = named.largest
         if np.isinf(largest):
             largest = 2 * np.linalg.norm(points, axis=1).max()

@@ -4,7 +4,7 @@ import numpy as np
 
 from kclib._util import threads
 from kclib._util.compiled import njit
-from kclib.kmeans import _nearest
+from kclib.kmeans import _nearest, _ward
 from kclib.kmeans._inner_loops import TILE, scanned
 
 
@@ -37,12 +37,13 @@ def split(
     *,
     rounds: int,
     trials: int = 1,
+    leaves: int = 0,
     sample: int = 64,
     seed: int,
     n_threads: int,
     done=None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run k-means++ and a few rounds of Lloyd's algorithm in each cell on its own.
+    """Find centres and run a few rounds of Lloyd's algorithm in each cell on its own.
 
     Parameters
     ----------
@@ -58,11 +59,14 @@ def split(
         Of Lloyd's algorithm.
     trials : int
         Draws that each centre of k-means++ is the best of.
+    leaves : int
+        Points a cluster that are merged by Ward's criterion, instead of k-means++; 0 for that.
     sample : int
         Points a cluster that the centres of a large cell are found on.
     seed, n_threads : int
     done : callable, optional
-        Called with shares of the work.
+        Called with shares of the work. Once it answers true, the cells that are left are cut into runs of
+        their points.
 
     Returns
     -------
@@ -80,15 +84,15 @@ def split(
     parts = min(256, len(counts))
     edges = np.searchsorted(cost, np.linspace(0, cost[-1], parts + 1))
     edges[0], edges[-1] = 0, len(counts)
-    dims = (0,) * points.shape[1]
+    dims, stop = (0,) * points.shape[1], np.zeros(1, np.bool_)
 
     def run(i: int) -> None:
         _cells(
             points, sample_weight, order, starts, first, edges[i], edges[i + 1],
-            rounds, trials, sample, seed, dims, centres, labels,
+            rounds, trials, leaves, sample, seed, dims, centres, labels, stop,
         )  # fmt: skip
 
-    threads.side_by_side(run, parts, n_threads, done)
+    threads.side_by_side(run, parts, n_threads, done, stop)
     return centres, labels
 
 
@@ -103,11 +107,13 @@ def _cells(
     end,
     rounds,
     trials,
+    leaves,
     sample,
     seed,
     dims,
     centres,
     labels,
+    stop,
 ):
     for cell in range(begin, end):
         rows = order[starts[cell] : starts[cell + 1]]
@@ -115,6 +121,9 @@ def _cells(
         if len(rows) == 0 or k == 0:
             continue
         cell_centres = centres[first[cell] : first[cell + 1]]
+        if stop[0]:
+            _runs(points, rows, first[cell], cell_centres, labels)
+            continue
         np.random.seed(seed + cell)  # noqa: NPY002 - numba's own generator, one a thread
         chosen = rows if k == 1 else _sampled(rows, sample_weight, k, sample)
         x, w = _gathered(points, sample_weight, chosen, dims)
@@ -122,7 +131,10 @@ def _cells(
         if k == 1:
             _means(x, w, local, cell_centres, np.zeros(len(chosen), np.float32), dims)
         else:
-            _plus_plus(x, w, cell_centres, trials, dims)
+            if leaves > 0:
+                _merged(x, w, cell_centres, leaves, dims, stop)
+            else:
+                _plus_plus(x, w, cell_centres, trials, dims)
             _lloyd(x, w, cell_centres, local, rounds, dims)
         if len(chosen) < len(rows):
             x, w = _gathered(points, sample_weight, rows, dims)
@@ -130,6 +142,16 @@ def _cells(
             _lloyd(x, w, cell_centres, local, 0, dims)
         for i, row in enumerate(rows):
             labels[row] = first[cell] + local[i]
+
+
+@njit(nogil=True, cache=True)
+def _runs(points, rows, first, centres, labels):
+    """Cut a cell into runs of about as many points, with one of them as centre."""
+    k = len(centres)
+    for i, row in enumerate(rows):
+        run = i * k // len(rows)
+        labels[row] = first + run
+        centres[run] = points[row]
 
 
 @njit(nogil=True, cache=True)
@@ -159,6 +181,58 @@ def _gathered(points, sample_weight, rows, dims):
         if len(sample_weight) > 0:
             w[i] = sample_weight[row]
     return x, w
+
+
+@njit(nogil=True, cache=True)
+def _merged(x, w, centres, leaves, dims, stop):
+    """Write the means of the clusters that Ward's merges of some points leave, `leaves` points a cluster."""
+    k = len(centres)
+    chosen, mass = _coreset(x, w, k, leaves * k)
+    some = np.empty((len(dims), len(chosen)), np.float32)
+    for a in range(len(dims)):
+        for i, at in enumerate(chosen):
+            some[a, i] = x[a, at]
+    pairs, heights = _ward.chained(some.T.copy(), mass, dims, stop)
+    labels = _ward.cut(pairs, heights, k)
+    for i in range(len(chosen)):
+        centres[labels[i]] = some[:, i]  # for clusters without weight
+    _means(some, mass, labels, centres, np.zeros(len(chosen), np.float32), dims)
+
+
+@njit(nogil=True, cache=True)
+def _coreset(x, w, k, size):
+    """Return about `size` points, at least k, that stand for all, and their sample weights.
+
+    Half of the chance is uniform, half in proportion to the squared distance from the mean, so far points
+    are not missed (Bachem, Lucic and Krause 2018, *Scalable k-means clustering via lightweight coresets*).
+    """
+    d, n = x.shape
+    everything = np.arange(n), w
+    if n <= size:
+        return everything
+    mean, square, total, spread = np.zeros(d), np.zeros(n), 0.0, 0.0
+    for i in range(n):
+        total += w[i]
+        for a in range(d):
+            mean[a] += np.float64(w[i]) * x[a, i]
+    for i in range(n):
+        for a in range(d):
+            square[i] += (x[a, i] - mean[a] / max(total, 1e-300)) ** 2
+        spread += w[i] * square[i]
+    if spread <= 0:
+        return everything
+    chosen, mass, count = np.empty(n, np.int64), np.empty(n, np.float32), 0
+    passed, next_one = 0.0, np.random.random()  # noqa: NPY002
+    for i in range(n):
+        chance = min(1.0, 0.5 * size * w[i] * (1 / total + square[i] / spread))
+        passed += chance
+        if passed > next_one:
+            chosen[count], mass[count] = i, w[i] / chance
+            next_one += 1.0
+            count += 1
+    if count < k:
+        return everything
+    return chosen[:count], mass[:count]
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)

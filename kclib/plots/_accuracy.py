@@ -53,7 +53,7 @@ def accuracy_curve(table: pd.DataFrame, *, x: str = "kernels_removed", ax: Axes 
     ax.axhline(dense, color="0.4", linestyle="--", linewidth=1, label=f"dense model, {dense:.2f} %")
     if _as_the_reports(table):
         ax.plot(100 - REPORT_POINT[x], dense - REPORT_POINT["drop"], "k*", markersize=11,
-                label=f"IPSJ report: {REPORT_POINT[x]:g} % for 9 points")  # fmt: skip
+                label=f"IPSJ report (another network): {REPORT_POINT[x]:g} % for 9 points")  # fmt: skip
     ax.set(xscale="log", ylabel="top-1 accuracy (%)", ylim=(0, 100))
     ax.set_xlabel(
         {"kernels_removed": "kernels removed (%)", "bytes_removed": "convolution bytes removed (%)"}[x]

@@ -44,7 +44,7 @@ def kernel_sheet(
     m, height, width = kernels.shape
     rows = -(-m // columns)
     if counts is not None:
-        captions = [_short(count) for count in counts]
+        captions = [short(count) for count in counts]
     if captions is not None and len(captions) != m:
         raise InvalidValueError(f"there are {len(captions)} captions; {m} kernels need one each.")
     gap = 1 if captions is None else 2
@@ -110,7 +110,7 @@ def norm_histogram(norms: dict[str, np.ndarray], *, ax: Axes | None = None) -> A
     return ax
 
 
-def _short(count: int) -> str:
+def short(count: int) -> str:
     """Write a count in at most four characters."""
     for unit, name in ((1_000_000, "M"), (1_000, "k")):
         if count >= 0.9995 * unit:

@@ -17,9 +17,10 @@ from kclib.compression import byte_counts
 from kclib.datasets import ImageSet
 from kclib.errors import InvalidValueError, UnknownNameError
 from kclib.evaluation import _accuracy
-from kclib.explorers import ClusterExplorer, _cluster_explorer
+from kclib.explorers import ClusterExplorer, _cluster_explorer, _clusterer
 from kclib.explorers._background import Explorer
-from kclib.explorers._cluster_explorer import COLOURS, METHODS, ClusterQuestion, Running
+from kclib.explorers._cluster_explorer import Running
+from kclib.explorers._clusterer import COLOURS, METHODS, ClusterQuestion
 from kclib.kmeans import symmetric as kmeans_symmetric
 from kclib.models import Model
 from kclib.store import Store
@@ -28,6 +29,12 @@ LAYERS = ("0", "2")  # of 24 and 128 kernels
 ALL = 152
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch):
+    """No test waits until nobody moves a slider."""
+    monkeypatch.setattr(_cluster_explorer, "_REST", 0.0)
 
 
 def tiny_model(call=lambda: None) -> Model:
@@ -79,19 +86,16 @@ def evaluating(gate):
 
 @pytest.fixture
 def fits(monkeypatch):
-    """The K of each fit made: rungs not counted."""
-    made, at, symmetric = [], kmeans.Ladder.at, kmeans_symmetric.fit
+    """The K of each fit made; trees and sketches are not counted."""
+    made = []
 
-    def counted_at(ladder, n_clusters, **options):
-        made.append(n_clusters)
-        return at(ladder, n_clusters, **options)
+    def counted(genuine):
+        return lambda points, n_clusters, **options: (
+            made.append(n_clusters) or genuine(points, n_clusters, **options)
+        )
 
-    def counted(points, n_clusters, **options):
-        made.append(n_clusters)
-        return symmetric(points, n_clusters, **options)
-
-    monkeypatch.setattr(kmeans.Ladder, "at", counted_at)
-    monkeypatch.setattr(kmeans_symmetric, "fit", counted)
+    for owner, name in ((kmeans.Tree, "fit"), (kmeans, "fit"), (kmeans_symmetric, "fit")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     return made
 
 
@@ -119,7 +123,7 @@ def answered(explorer):
 
 
 def expected_clustering(bank, question, seed=5):
-    """Cluster without the explorer; a ladder is what makes the K of its slider quick."""
+    """Cluster without the explorer: from a tree, or nearly one kernel each."""
     bank = bank.only(*question.layers)
     if question.distance != "euclidean":
         method = METHODS[question.distance]
@@ -129,9 +133,11 @@ def expected_clustering(bank, question, seed=5):
     found, wanted = {}, {}
     for name, layers in _scopes.grouping(bank, question.scope).items():
         points = np.concatenate([bank.points[layer.rows] for layer in layers])
-        rungs = [k for k in (16, 64, 256, 1024, 4096) if k <= len(points)]
-        wanted[name] = min(question.n_clusters, len(points))
-        found[name] = kmeans.ladder(points, rungs, tol=0.01, seed=seed).at(wanted[name])
+        k = wanted[name] = min(question.n_clusters, len(points))
+        if 2 * k > len(points):
+            found[name] = kmeans.fit(points, k, max_iter=1, seed=seed)
+        else:
+            found[name] = kmeans.tree(points, seed=seed).fit(k, max_iter=1)
     return _clustering.of_fits(bank, found, wanted, scope=question.scope, seed=seed)
 
 
@@ -169,7 +175,7 @@ def test_the_answer_is_that_of_a_clustering_made_without_the_explorer(explorer, 
     uses = [clustering.by_use(group)[1] for group in expected.groups]
     assert [line.get_ydata().tolist() for line in right.lines] == [counts.tolist() for counts in uses]
     every = np.sort(np.concatenate(uses))[::-1]
-    assert [int(text.get_text()) for text in left.texts] == every[:64].tolist()
+    assert [int(text.get_text()) for text in left.texts] == every[:72].tolist()
     title = answer.figure.get_suptitle()
     assert f"{expected.n_kernels} kernels, K = {question.n_clusters} (" in title
     assert question.distance in title
@@ -193,18 +199,70 @@ def test_bytes_removed_are_counted_against_every_convolution_of_the_network(expl
     assert re.findall(r"[\d.]+ %", announced) == [f"{100 * 22 / 24:.3f} %", f"{removed:.2f} %"]
 
 
-def test_what_is_announced_is_the_status_until_the_answer_is_there(explorer, monkeypatch):
-    gate, at = Gate(), kmeans.Ladder.at
-    monkeypatch.setattr(kmeans.Ladder, "at", lambda *args, **options: gate() or at(*args, **options))
+def test_a_sketch_answers_at_once_and_the_clustering_takes_its_place(explorer, monkeypatch):
+    gate, fit = Gate(), kmeans.Tree.fit
+    monkeypatch.setattr(kmeans.Tree, "fit", lambda *args, **options: gate() or fit(*args, **options))
     explorer.show()
     gate.close()
     explorer.choose(n_clusters=30)
+    sketch = explorer.answer
+    assert (sketch.question.n_clusters, sketch.is_final) == (30, False)
     assert gate.reached.wait(PATIENCE)
     assert explorer.status == explorer.announced(explorer.question)
-    assert explorer.answer.question.n_clusters == 20
     gate.open.set()
     assert explorer.wait(PATIENCE)
-    assert (explorer.status, explorer.answer.question.n_clusters) == ("", 30)
+    answer = explorer.answer
+    assert (explorer.status, answer.question.n_clusters, answer.is_final) == ("", 30, True)
+    assert {name: text for name, text in sketch.facts.items() if name != "inertia"} == {
+        name: text for name, text in answer.facts.items() if name != "inertia"
+    }
+    guess, exact = (float(x.facts["inertia"].removeprefix("about ")) for x in (sketch, answer))
+    assert guess == pytest.approx(exact, rel=0.2)
+
+
+def test_a_kept_answer_does_not_wait_for_the_one_under_way(explorer, monkeypatch):
+    gate, fit = Gate(), kmeans.Tree.fit
+    first = explorer.show()
+    monkeypatch.setattr(kmeans.Tree, "fit", lambda *args, **options: gate() or fit(*args, **options))
+    gate.close()
+    explorer.choose(n_clusters=30)
+    assert gate.reached.wait(PATIENCE)
+    explorer.choose(n_clusters=20)
+    assert explorer.answer == first
+    assert explorer.status == ""
+    gate.open.set()
+    assert explorer.wait(PATIENCE)
+    assert explorer.answer == first, "what was under way is dropped"
+
+
+def test_only_the_last_of_many_moves_is_clustered(explorer, fits, monkeypatch):
+    explorer.show()
+    fits.clear()
+    monkeypatch.setattr(_cluster_explorer, "_REST", 0.5)
+    seen = []
+    for k in range(2, 30):
+        explorer.choose(n_clusters=k)
+        seen.append(explorer.answer.question.n_clusters)
+    assert seen == list(range(2, 30)), "each is sketched"
+    assert explorer.wait(PATIENCE)
+    assert fits == [29]
+    assert explorer.answer.is_final
+
+
+def test_a_codebook_beyond_the_leaves_is_sketched_from_the_leaves():
+    points = np.random.default_rng(0).normal(size=(8000, 3)).astype(np.float32)
+    sketcher = _clusterer.Sketcher.of(points, kmeans.tree(points, leaves=128))
+    inertias, most = [], []
+    for k in (128, 512, 8000):
+        centres, counts, inertia = sketcher.sketch(k)
+        assert len(centres) == len(counts) <= k
+        inertias.append(inertia)
+        most.append(counts.max())
+    assert inertias[1] == pytest.approx(kmeans.fit(points, 512).inertia, rel=0.2)
+    assert inertias[2] < 0.1 * inertias[0]
+    assert most[0] > most[1] > most[2]
+    fitted = np.bincount(kmeans.fit(points, 512).labels)
+    assert most[1] == pytest.approx(fitted.max(), rel=0.5)
 
 
 def test_the_sheet_shows_the_most_used_representatives_of_all_codebooks(explorer):
@@ -218,13 +276,13 @@ def test_the_sheet_shows_the_most_used_representatives_of_all_codebooks(explorer
     most = np.argsort(-uses, kind="stable")[:12]
     assert [int(text.get_text()) for text in sheet.texts] == uses[most].tolist()
     first = np.ma.filled(sheet.images[0].get_array(), np.nan)[:3, :3]
-    np.testing.assert_allclose(first, codebook[most[0]] / np.abs(codebook[most[0]]).max(), rtol=1e-6)
+    np.testing.assert_allclose(first, codebook[most[0]] / np.abs(codebook[most]).max(), rtol=1e-6)
 
 
 def test_one_scale_for_all_shows_which_representatives_are_strong(explorer):
     each, one = (
         np.ma.filled(asked(explorer, colour=colour).figure.axes[0].images[0].get_array(), np.nan)
-        for colour in COLOURS
+        for colour in reversed(COLOURS)
     )
     largest = [np.abs(sheet[:3, 4 * i : 4 * i + 3]).max() for sheet in (each, one) for i in range(8)]
     assert largest[:8] == pytest.approx([1] * 8)
@@ -235,7 +293,7 @@ def test_one_scale_for_all_shows_which_representatives_are_strong(explorer):
 def test_it_begins_with_every_layer_and_no_more_clusters_than_kernels():
     model = tiny_model()
     assert ClusterExplorer(model).question == ClusterQuestion(
-        LAYERS, "global", 64, "euclidean", "each kernel's own scale"
+        LAYERS, "global", 64, "euclidean", "one scale for all"
     )
     assert ClusterExplorer(model, n_clusters=1000).question.n_clusters == ALL
 
@@ -277,7 +335,7 @@ def test_a_layer_named_twice_counts_once(explorer):
         ({"scope": "gobal"}, UnknownNameError, "unknown scope 'gobal'.*mean 'global'"),
         ({"distance": "cosine"}, UnknownNameError, "distance that can be clustered by 'cosine'"),
         ({"colour": "red"}, UnknownNameError, "unknown colour 'red'"),
-        ({"n_clusters": 1}, InvalidValueError, "K is 1;"),
+        ({"n_clusters": 0}, InvalidValueError, "K is 0;"),
         ({"n_clusters": 2.5}, InvalidValueError, "K is 2.5;"),
         ({"layers": ("0",), "n_clusters": 25}, InvalidValueError, "K is 25;"),
     ],
@@ -319,12 +377,10 @@ def test_a_clustering_that_is_asked_for_twice_is_made_once(explorer, fits):
     assert fits == [8, 16, 8, 8, 8]
 
 
-def test_a_ladder_is_made_once_for_each_choice_of_layers(explorer, monkeypatch):
-    made, genuine = [], kmeans.ladder
+def test_a_tree_is_made_once_for_each_choice_of_layers(explorer, monkeypatch):
+    made, genuine = [], kmeans.tree
     monkeypatch.setattr(
-        kmeans,
-        "ladder",
-        lambda points, ks, **options: made.append(len(points)) or genuine(points, ks, **options),
+        kmeans, "tree", lambda points, **options: made.append(len(points)) or genuine(points, **options)
     )
     for changes in (
         {"n_clusters": 8}, {"n_clusters": 9}, {"layers": ("0",)}, {"n_clusters": 10}, {"layers": LAYERS},
@@ -336,11 +392,11 @@ def test_a_ladder_is_made_once_for_each_choice_of_layers(explorer, monkeypatch):
 @pytest.mark.parametrize(
     ("owner", "name", "changes", "made"),
     [  # the one that is stopped; that of the newer question, if it takes one of its own; the whole one
-        (kmeans, "ladder", {"n_clusters": 16}, 2),
-        (kmeans.Ladder, "at", {"n_clusters": 100}, 3),
+        (kmeans, "tree", {"n_clusters": 16}, 2),
+        (kmeans.Tree, "fit", {"n_clusters": 60}, 3),
         (kmeans_symmetric, "fit", {"n_clusters": 30, "distance": "symmetric"}, 3),
     ],
-    ids=["ladder", "K of a ladder", "symmetric"],
+    ids=["tree", "K of a tree", "symmetric"],
 )
 def test_a_clustering_stopped_by_a_newer_question_is_made_whole_when_it_is_asked_for_again(
     explorer, monkeypatch, owner, name, changes, made
@@ -358,8 +414,8 @@ def test_a_clustering_stopped_by_a_newer_question_is_made_whole_when_it_is_asked
         ended.append(1)
         return found
 
-    if owner is kmeans.Ladder:
-        explorer.show()  # makes the ladder
+    if owner is kmeans.Tree:
+        explorer.show()  # makes the tree
     monkeypatch.setattr(owner, name, gated)
     gate.close()
     explorer.choose(**changes)
@@ -638,13 +694,13 @@ def test_time_left_is_what_is_left_at_the_pace_so_far(monkeypatch):
 def test_time_left_counts_from_the_first_image_and_not_from_the_clustering(evaluating, monkeypatch):
     now = SimpleNamespace(seconds=1000.0)
     monkeypatch.setattr(_cluster_explorer, "time", SimpleNamespace(monotonic=lambda: now.seconds))
-    at = kmeans.Ladder.at
+    fit = kmeans.Tree.fit
 
     def slow(*args, **options):
         now.seconds += 500
-        return at(*args, **options)
+        return fit(*args, **options)
 
-    monkeypatch.setattr(kmeans.Ladder, "at", slow)
+    monkeypatch.setattr(kmeans.Tree, "fit", slow)
     evaluating.model.network[5].call = lambda: setattr(now, "seconds", now.seconds + 10)
     left = []
     evaluating.listeners.append(lambda: evaluating.running and left.append(evaluating.running.seconds_left))
@@ -673,45 +729,6 @@ def test_a_number_of_images_that_there_are_not_is_refused(evaluating, gate, n_im
     gate.open.set()
     assert evaluating.wait(PATIENCE)
     assert len(evaluating.rows) == 2, "the one under way went on"
-
-
-def errorbars(ax):
-    """Return the points of each curve, by name."""
-    return {c.get_label(): np.array(c.lines[0].get_data(), float).T for c in ax.containers}
-
-
-def test_the_curve_shows_accuracy_against_bytes_kept_on_as_many_images_as_the_newest(evaluating):
-    for n_images, changes in (
-        (80, {"n_clusters": 8}), (50, {"n_clusters": 40}), (50, {"n_clusters": 4}), (50, {"scope": "layer"}),
-        (50, {"distance": "symmetric"}), (50, {"layers": ("2",)}),
-    ):  # fmt: skip
-        evaluated(evaluating, n_images, **changes)
-    (ax,) = evaluating.curve().axes
-    _, _, dense, *rows = evaluating.rows
-    assert [row["images"] for row in rows] == [50] * 5
-
-    def points(*rows):
-        return [[100 - row["bytes_removed"], row["top1"]] for row in rows]
-
-    expected = {
-        "one codebook for all": points(rows[0], rows[1]),
-        "one codebook a layer": points(rows[2]),
-        "a codebook a layer, symmetric": points(rows[3]),
-        "a codebook a layer, 2, symmetric": points(rows[4]),
-    }
-    found = errorbars(ax)
-    assert set(found) == set(expected)
-    for name, places in expected.items():
-        np.testing.assert_allclose(found[name], sorted(places, key=lambda place: -place[0]))
-    assert f"dense model, {dense['top1']:.2f} %" in [line.get_label() for line in ax.lines]
-    assert ax.get_xlabel() == "convolution bytes removed (%)"
-    evaluated(evaluating, 80)
-    assert sum(map(len, errorbars(evaluating.curve().axes[0]).values())) == 2
-
-
-def test_a_curve_of_no_rows_is_refused_in_a_sentence(evaluating):
-    with pytest.raises(InvalidValueError, match="evaluate"):
-        evaluating.curve()
 
 
 def test_choices_from_many_threads_during_evaluations_end_with_the_last_questions_own_answer(evaluating):

@@ -92,7 +92,8 @@ def test_similarity_is_that_of_pairs_measured_one_by_one(bank, distance, layers)
         "median distance to the nearest": f"{median_nearest(points, distance):.3g}",
     }
     for null in null_models.named_nulls:
-        drawn = null_models.drawn(null, points, seed=5)
+        parts = [chosen_points(bank, rows, (name,)) for name in LAYERS if name in layers]
+        drawn = np.concatenate([null_models.drawn(null, part, seed=5) for part in parts])
         expected[f"in “{null}”"] = f"{median_nearest(drawn, distance):.3g}"
     assert answer.facts == expected
     (ax,) = answer.figure.axes
@@ -109,6 +110,20 @@ def test_similarity_is_that_of_pairs_measured_one_by_one(bank, distance, layers)
     assert values.sum() == pytest.approx(100)
     assert f"{distance} distance (" in ax.get_xlabel()
     assert f"all pairs of {len(points)} kernels" in ax.get_title()
+
+
+def test_chance_is_no_closer_than_reality_where_a_strong_and_a_weak_layer_are_chosen():
+    """Null models over both layers at once would have kernels of any length between theirs."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(8, 32, 3), nn.Conv2d(32, 32, 3))
+    with torch.no_grad():
+        network[0].weight.mul_(30)
+    bank = kernels.extract(network)
+    explorer = SimilarityExplorer(bank, kernels.sample(bank, 200))
+    explorer.choose(layers=("0", "1"), distance="euclidean")
+    assert explorer.wait(PATIENCE)
+    real, *nulls = (float(text) for text in list(explorer.answer.facts.values())[1:])
+    assert nulls == pytest.approx([real] * 3, rel=0.3)
 
 
 def test_similarity_of_more_kernels_than_a_moment_allows_is_that_of_evenly_spread_ones(bank, monkeypatch):
@@ -282,7 +297,7 @@ def test_the_clusters_of_a_map_are_made_once_for_each_kind_and_number(bank, monk
         ({"layers": ()}, InvalidValueError, "name at least one"),
         ({"kind": "unt"}, UnknownNameError, "unknown kind of map 'unt'.*mean 'unit'"),
         ({"colour": "norms"}, UnknownNameError, "unknown colour 'norms'.*mean 'norm'"),
-        ({"n_clusters": 1}, InvalidValueError, r"^K is 1;"),
+        ({"n_clusters": 0}, InvalidValueError, r"^K is 0;"),
         ({"n_clusters": 31}, InvalidValueError, r"^K is 31;"),
     ],
 )

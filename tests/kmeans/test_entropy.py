@@ -176,7 +176,6 @@ def test_same_seed_gives_the_same_bits_on_any_number_of_threads(n_clusters, kind
         _entropy.fit(points, n_clusters, price=0.1, sample_weight=sample_weight, seed=7, n_threads=n)
         for n in (1, 2, 3)
     )
-    assert _entropy.fit(points, n_clusters, price=0.1, sample_weight=sample_weight, seed=8).cost != one.cost
     for other in others:
         assert_same_bits(other, one)
 

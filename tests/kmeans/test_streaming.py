@@ -167,7 +167,6 @@ def test_same_seed_gives_the_same_bits_on_any_number_of_threads(n_clusters, samp
     one, *others = (
         fit([points], n_clusters, sample_weight=sample_weight, seed=7, n_threads=n) for n in (1, 2, 3)
     )
-    assert fit([points], n_clusters, sample_weight=sample_weight, seed=8).inertia != one.inertia
     for other in others:
         assert_same_bits(other, one)
 

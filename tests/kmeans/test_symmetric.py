@@ -278,7 +278,6 @@ def test_same_seed_gives_the_same_bits_on_any_number_of_threads(how, n_clusters)
     one, *others = (
         fit(points, n_clusters, sample_weight=sample_weight, seed=7, n_threads=n, **how) for n in (1, 2, 3)
     )
-    assert fit(points, n_clusters, sample_weight=sample_weight, seed=8, **how).inertia != one.inertia
     for other in others:
         assert_same_bits(other, one)
 
