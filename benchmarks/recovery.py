@@ -17,11 +17,10 @@ from kclib import models, plots, recovery
 from kclib._util import files
 from kclib.compression import byte_counts
 from kclib.evaluation import peers
-from kclib.recovery import _sequential, sensitivity
+from kclib.recovery import _sequential
 
 OUT = Path("reports/bench/recovery.json")
-SHARES = (16, 24, 32, 48)  # the convolutions keep one byte of so many
-SMALLER = 0.36  # of each K at 1/48: what takes less than 1/64
+SHARES = (32, 48, 64, 100, 140)  # the convolutions keep one byte of so many
 RECIPE = replace(recovery.RECIPE, epochs=3)
 SMALL = replace(RECIPE, images=1600, held_back=1000)  # for inputs of four times the pixels
 SON = ((64, False), (512, False), (512, True))
@@ -104,64 +103,31 @@ def clustered(
         return kclib.load(path, architecture=bench.model)
     start = time.perf_counter()
     base = others(bench.model) if others else bench.model
-    spent = byte_counts.stored_bytes(base) - byte_counts.convolution_bytes(
-        base
-    )  # by what is compressed already
-    chosen = kclib.shrink(
-        base,
-        bench.images.calibration,
-        bench.images.held_back,
-        bench.dense_bytes / share - spent,
-        dense=bench.model,
-    )
+    # what is compressed already
+    spent = byte_counts.stored_bytes(base) - byte_counts.convolution_bytes(base)
+    n_bytes = bench.dense_bytes / share - spent
+    chosen = kclib.shrink(base, bench.images.calibration, n_bytes=n_bytes, dense=bench.model)
     print(chosen.table.to_string(index=False), flush=True)
     packed = kclib.compress(chosen.model, chosen.clustering, precision="fp16")
     kclib.save(packed, path, architecture=None)
     bench.rows.put(
-        bench.key("search", share) | {"seconds": time.perf_counter() - start, "clusters": chosen.n_clusters}
+        bench.key("search", share) | {"seconds": time.perf_counter() - start, "price": chosen.price}
     )
     return kclib.load(path, architecture=bench.model)
 
 
-def at_share(bench: Bench, share: int, others: Callable | None = None) -> None:
-    """Measure clustering at one budget, as it is and trained."""
-    network = clustered(bench, share, others)
-    n_bytes, key = byte_counts.stored_bytes(network), bench.key("clustering, corrected", share)
-    if not bench.rows.get(**key):
-        bench.measure(key, n_bytes, network, bench.rows.get(**bench.key("search", share))["seconds"])
-    bench.trained(bench.key("clustering, trained", share), n_bytes, network, f"{bench.model.name}-{share}")
-
-
 def own(bench: Bench, others: Callable | None = None) -> None:
-    """Measure clustering at each budget, and the control."""
+    """Measure clustering at each budget, as it is and then trained, and the control."""
     for share in SHARES:
-        at_share(bench, share, others)
+        network, key = clustered(bench, share, others), bench.key("clustering, corrected", share)
+        if not bench.rows.get(**key):
+            took = bench.rows.get(**bench.key("search", share))["seconds"]
+            bench.measure(key, byte_counts.stored_bytes(network), network, took)
+    for share in SHARES:
+        network, key = clustered(bench, share, others), bench.key("clustering, trained", share)
+        bench.trained(key, byte_counts.stored_bytes(network), network, f"{bench.model.name}-{share}")
     dense = bench.key("dense, trained as long", None)
     bench.trained(dense, bench.dense_bytes, bench.model, f"{bench.model.name}-dense")
-
-
-def smallest(bench: Bench) -> None:
-    """Measure at 1/64, where sharing out anew breaks down, and with the K of 1/48, smaller by one factor.
-
-    The rows go beside the others', into ``smallest.json``; the smaller K are trained for one epoch.
-    """
-    n_clusters = bench.rows.get(**bench.key("search", 48))["clusters"]
-    bench = replace(bench, rows=Rows(OUT.with_stem("smallest")))
-    at_share(bench, 64)
-    others_at(bench, 64)
-    key = bench.key("smaller K of 1/48, corrected", 64)
-    if bench.rows.get(**(last := bench.key("smaller K of 1/48, trained", 64))):
-        return
-    start, first = time.perf_counter(), next(iter(n_clusters))
-    fewer = {name: k if name == first else max(2, round(k * SMALLER)) for name, k in n_clusters.items()}
-    sample_weight = sensitivity.importance(bench.model, bench.images.calibration, kclib.extract(bench.model))
-    found = _sequential.correct(bench.model, bench.images.calibration, fewer, sample_weight=sample_weight)
-    network = kclib.compress(found.model, found.clustering, precision="fp16")
-    n_bytes, took = byte_counts.stored_bytes(network), time.perf_counter() - start
-    if not bench.rows.get(**key):
-        bench.measure(key, n_bytes, network, took)
-    bench = replace(bench, recipe=replace(RECIPE, epochs=1))
-    bench.trained(last, n_bytes, network, f"{bench.model.name}-smallest")
 
 
 def others_at(bench: Bench, share: int) -> None:
@@ -231,7 +197,6 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shipped = bench_of(kclib.load_model(), images, RECIPE, folder, rows)
     own(shipped)
-    smallest(shipped)
     others(shipped)
     own(bench_of(networks.resnet18(folder), images, RECIPE, folder, rows), pointwise(images.calibration))
     if (features := networks.features_file()) is not None:

@@ -17,7 +17,7 @@ from kclib.evaluation import Drop
 from kclib.models import _model
 from kclib.recovery import _sequential
 
-_BITS, _STEEP = 4.3, 3.0  # bits a kernel of the shipped model at a price of 0.1; twice as many at an eighth
+_PRICE, _BITS, _STEEP = 0.15, 2.9, 2.3  # a price, the bits a kernel that it buys, and how fast prices rise
 _WITHIN = 0.97  # of the bytes are spent, at least
 _TRIES = 10  # for a number of bytes; most often two are made
 _LEAST_STEP = 1.1  # factor between prices
@@ -176,7 +176,7 @@ class _Trials:
         under = [x for x in tried if x.n_bytes <= n_bytes]
         least = _LEAST_STEP ** (1 << len(tried))
         if not tried:
-            price = 0.1 * (_BITS / bits) ** _STEEP
+            price = _PRICE * (_BITS / bits) ** _STEEP
         elif over and under:
             low, high = over[-1], under[0]
             share = math.log(self._bits(low) / bits) / math.log(self._bits(low) / self._bits(high))
@@ -227,7 +227,7 @@ def _cheapest(trials: _Trials, max_drop: float) -> Shrunk:
     def fits(price: float) -> bool:
         return trials.at(price).drop.points.estimate <= max_drop
 
-    price = 0.1
+    price = _PRICE
     low = high = None  # prices that fit, and that do not
     while low is None or high is None:
         if not _LOWEST <= price <= _HIGHEST:
