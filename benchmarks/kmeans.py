@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import psutil
 from safetensors.numpy import load_file
-from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.cluster import BisectingKMeans, KMeans, MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from tqdm.auto import tqdm
 
@@ -26,7 +26,7 @@ import kclib
 from kclib import kmeans
 from kclib._util import files
 from kclib._util import threads as util_threads
-from kclib.kmeans import _fitting, _lloyd, _nearest
+from kclib.kmeans import _fitting, _lloyd, _nearest, _starting
 
 OUT = Path("reports/bench")
 LADDER = [*(2**power for power in range(4, 18)), 235_367]
@@ -57,6 +57,10 @@ def scikit_kmeans(k: int) -> Callable:
     )
 
 
+def scikit_bisecting(k: int) -> Callable:
+    return lambda points: BisectingKMeans(k, max_iter=25, random_state=0).fit(points).cluster_centers_
+
+
 def scikit_minibatch(k: int) -> Callable:
     return lambda points: (
         MiniBatchKMeans(k, batch_size=16_384, n_init=1, random_state=0).fit(points).cluster_centers_
@@ -64,14 +68,14 @@ def scikit_minibatch(k: int) -> Callable:
 
 
 def peers(k: int) -> dict[str, Callable]:
-    if k == 256:
-        return {f"faiss, 25 iterations, {s}": faiss_kmeans(k, 25, s) for s in ("random", "k-means++")}
-    if k == 4096:
-        return {
-            **{f"faiss, 25 iterations, {s}": faiss_kmeans(k, 25, s) for s in ("random", "k-means++")},
-            "scikit-learn KMeans, 25 iterations": scikit_kmeans(k),
-            "scikit-learn MiniBatchKMeans": scikit_minibatch(k),
-        }
+    if k <= 4096:
+        found = {f"faiss, 25 iterations, {s}": faiss_kmeans(k, 25, s) for s in ("random", "k-means++")}
+        if k == 256:
+            found["scikit-learn BisectingKMeans"] = scikit_bisecting(k)
+        if k == 4096:
+            found["scikit-learn KMeans, 25 iterations"] = scikit_kmeans(k)
+            found["scikit-learn MiniBatchKMeans"] = scikit_minibatch(k)
+        return found
     return {
         f"faiss, {n} iterations, random": faiss_kmeans(k, n, "random") for n in ((25,) if k < 1e5 else (5,))
     }
@@ -91,7 +95,7 @@ def inertia(points: np.ndarray, centres: np.ndarray) -> float:
 def against_peers(points: np.ndarray, repeats: int, rows: list[dict]) -> Iterator[list[dict]]:
     """Yield the rows so far, those of an earlier run first."""
     known = {(row["K"], row["peer"]) for row in rows}
-    for k in (256, 4096, 65_536, 235_367):
+    for k in (256, 1024, 4096, 65_536, 235_367):
         for name, peer in peers(k).items():
             if (k, name) in known:
                 continue
@@ -123,28 +127,40 @@ def against_single_fits(points: np.ndarray, repeats: int) -> tuple[dict, list[di
         singles = [
             timed(lambda k=k, seed=seed: kmeans.fit(points, k, seed=seed)) for k in tqdm(LADDER, leave=False)
         ]
-        whole, ladder = timed(lambda seed=seed: kmeans.ladder(points, LADDER, seed=seed))
-        runs.append((singles, whole, ladder))
+        whole, (tree, rungs) = timed(lambda seed=seed: laddered(points, seed))
+        runs.append((singles, whole, rungs, tree))
     rungs = [
         {
             "K": k,
             "alone (s)": statistics.median(singles[i][0] for singles, _, _ in runs),
             "inertia ratio": statistics.median(
-                ladder.rungs[i].inertia / singles[i][1].inertia for singles, _, ladder in runs
+                rungs[i].inertia / singles[i][1].inertia for singles, _, rungs, _ in runs
             ),
+            "cut alone, estimated": statistics.median(
+                tree.cut(k).inertia / singles[i][1].inertia for singles, _, _, tree in runs
+            )
+            if k <= runs[0][3].n_leaves
+            else None,
+            "cut (s)": timed(lambda k=k: runs[0][3].cut(k))[0] if k <= runs[0][3].n_leaves else None,
         }
         for i, k in enumerate(LADDER)
     ]
     total = {
-        "ladder (s)": statistics.median(whole for _, whole, _ in runs),
-        "single fits (s)": statistics.median(sum(t for t, _ in singles) for singles, _, _ in runs),
-        "ratio": statistics.median(whole / sum(t for t, _ in singles) for singles, whole, _ in runs),
-        "to the largest alone": statistics.median(whole / singles[-1][0] for singles, whole, _ in runs),
+        "ladder (s)": statistics.median(whole for _, whole, *_ in runs),
+        "single fits (s)": statistics.median(sum(t for t, _ in singles) for singles, *_ in runs),
+        "ratio": statistics.median(whole / sum(t for t, _ in singles) for singles, whole, *_ in runs),
+        "to the largest alone": statistics.median(whole / singles[-1][0] for singles, whole, *_ in runs),
         "a K between, K = 3,000 (s)": statistics.median(
-            timed(lambda ladder=ladder: ladder.at(3000))[0] for _, _, ladder in runs
+            timed(lambda tree=tree: tree.fit(3000, max_iter=1))[0] for *_, tree in runs
         ),
     }
     return total, rungs
+
+
+def laddered(points: np.ndarray, seed: int) -> tuple[kmeans.Tree, list[kmeans.KMeans]]:
+    """Return one tree, and from it, in a round each, a clustering for every K of the ladder."""
+    tree = kmeans.tree(points, seed=seed)
+    return tree, [tree.fit(k, max_iter=1) for k in LADDER]
 
 
 def growth(points: np.ndarray, repeats: int) -> dict:
@@ -200,7 +216,7 @@ def peak(file: Path, k: int) -> dict:
     """Fit in a process that has done nothing before, and watch its memory without mapped files."""
     process, high, done = psutil.Process(), [], threading.Event()
     points = np.load(file, mmap_mode="r")
-    kmeans.ladder(points[:20_000], (16, 512))  # compile
+    kmeans.tree(points[:20_000]).fit(5000)  # compile
 
     def private() -> int:
         info = process.memory_info()
@@ -228,7 +244,7 @@ def peak(file: Path, k: int) -> dict:
 def lost(points: np.ndarray, k: int) -> float:
     """How much more inertia labels have that are looked for as in the rounds, not exactly."""
     options, threads = kmeans.Options(25, None, 1.6, 0, None), util_threads.threads()
-    centres, guess = _lloyd.start(points, None, k, options)
+    centres, guess = _starting.start(points, None, k, options)
     guess = _nearest.nearest(points, centres, guess=guess, reach=1.6).labels
     centres = _lloyd.means(points, None, guess, centres, threads)
     near, exact = (_nearest.nearest(points, centres, guess=guess, reach=reach) for reach in (1.6, None))
@@ -279,7 +295,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     points = load(options.weights)
-    kmeans.ladder(points[:20_000], (16, 512))  # compile
+    kmeans.tree(points[:20_000]).fit(5000)  # compile
     name = Path(options.weights).name.split(".")[0]
     path = OUT / f"kmeans-{name}.json"
     result = json.loads(path.read_text()) if path.exists() else {}  # a run that was stopped goes on

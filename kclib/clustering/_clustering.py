@@ -262,7 +262,7 @@ def of_fits(
     turned: bool = False,
     seed: int = 0,
 ) -> Clustering:
-    """Return fits of each group's kernels (rungs of a `kmeans.ladder`, say) as the clustering of a bank.
+    """Return fits of each group's kernels (from a `kmeans.tree`, say) as the clustering of a bank.
 
     Parameters
     ----------

@@ -30,7 +30,7 @@ class Progress:
     Parameters
     ----------
     call : callable, optional
-        Called with each `FitStep`; a true answer asks to stop after the step at hand.
+        Called with each `FitStep`; a true answer asks to stop at once.
 
     Attributes
     ----------
@@ -50,9 +50,20 @@ class Progress:
         if self.call and self.call(FitStep(share, self.inertia * self.unit)):
             self.stopped = True
 
-    def part(self, weight: float) -> Callable[[float], None]:
-        """Return a function that reports shares of a part of the whole."""
-        return lambda share: self(share * weight)
+    def part(self, weight: float) -> Callable[[float], bool]:
+        """Return a function that reports shares of a part of the whole, and tells whether to stop."""
+
+        def report(share: float) -> bool:
+            if share or not self.stopped:
+                self(share * weight)
+            return self.stopped
+
+        return report
+
+
+def scaled(call: Callable[[FitStep], object] | None, part: float) -> Callable[[FitStep], object] | None:
+    """Return what a fit calls that is only a part of the work."""
+    return call and (lambda step: call(FitStep(step.share * part, step.inertia)))
 
 
 class Fits:

@@ -1,20 +1,18 @@
-"""k-means for millions of small points and any K: one fit, or a ladder of them."""
+"""k-means for millions of small points and any K."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import psutil
 
 from kclib._util import checks, threads
 from kclib.errors import InvalidValueError, NotEnoughMemoryError
-from kclib.kmeans import _lloyd, _nearest, _settings, _streaming
+from kclib.kmeans import _lloyd, _settings, _starting, _streaming
 from kclib.kmeans._fit_progress import FitStep, Progress
 from kclib.kmeans._rescaling import Frame
 from kclib.kmeans._settings import KMeans, Options
 
-_A_CELL, _FEWEST_A_CELL = 128, 8  # clusters started in one cell of a ladder; fewer would start worse
-_QUICK_A_CELL = 32
 _IN_MEMORY = 1 << 23  # points that are clustered in memory
 _START = 0.2  # share of the work that finding a start is
 
@@ -35,8 +33,8 @@ def fit(
 ) -> KMeans:
     """Cluster points by squared Euclidean distance.
 
-    A start (`_lloyd.start`: k-means++, above a few hundred clusters in about √K cells), Lloyd's rounds over
-    all points, and exact labels (`_nearest.nearest`). The same seed gives the same bits for any thread count.
+    A start (`_starting.start`: a fine codebook, merged by Ward's criterion), Lloyd's rounds over all points,
+    and exact labels (`_nearest.nearest`). The same seed gives the same bits for any thread count.
 
     Parameters
     ----------
@@ -52,7 +50,7 @@ def fit(
     max_iter : int
         Most rounds over all points.
     tol : float, optional
-        Stop once a round lowers the inertia by no more than this share of it; by default 0.002 up to
+        Stop once a round lowers the inertia by no more than this share of it; by default 0.001 up to
         K = 256 and 0.01 above, where a round costs more.
     reach : float, optional
         How far the rounds above K = 256 look for a nearer centre, in root mean square radii of a cluster
@@ -65,7 +63,7 @@ def fit(
     device : str
         A torch device for the search of nearest centres; ``cpu`` takes the faster way for processors.
     progress : callable, optional
-        Called with each `FitStep`. A true answer stops after the round at hand; the best so far is returned.
+        Called with each `FitStep`. A true answer stops at once; the best so far is returned (`KMeans.exact`).
 
     Raises
     ------
@@ -93,87 +91,6 @@ def fit(
     if init is None:
         return framed.alone(n_clusters, report)
     return framed.fit(framed.frame.into(_checked_init(init, n_clusters, points.shape[1])), None, report)
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """Clusterings of the same points at several K, and any K between, quickly.
-
-    Attributes
-    ----------
-    rungs : tuple of KMeans
-        One for each K, ascending.
-    """
-
-    rungs: tuple[KMeans, ...]
-    _framed: "Framed"
-
-    @property
-    def ks(self) -> tuple[int, ...]:
-        """Number of clusters of each rung."""
-        return tuple(len(rung.centres) for rung in self.rungs)
-
-    def at(self, n_clusters: int, *, progress: Callable[[FitStep], object] | None = None) -> KMeans:
-        """Return a clustering of any K: a rung, or one grown from a rung below, in one round at most.
-
-        Raises
-        ------
-        InvalidValueError
-            K below 1 or above the number of points.
-        """
-        _settings.check_k(n_clusters, len(self._framed.points))
-        below = [rung for rung in self.rungs if len(rung.centres) <= n_clusters]
-        if below and len(below[-1].centres) == n_clusters:
-            return below[-1]
-        options = replace(self._framed.options, max_iter=min(1, self._framed.options.max_iter))
-        return replace(self._framed, options=options).grown(
-            below, n_clusters, Progress(progress), a_cell=_QUICK_A_CELL
-        )
-
-
-def ladder(
-    points: np.ndarray,
-    ks: Iterable[int],
-    *,
-    sample_weight: np.ndarray | None = None,
-    max_iter: int = 25,
-    tol: float | None = None,
-    reach: float | None = 1.6,
-    seed: int = 0,
-    n_threads: int | None = None,
-    progress: Callable[[FitStep], object] | None = None,
-) -> Ladder:
-    """Cluster the same points at several K, each grown from the next smaller.
-
-    The clusters of a rung are the cells in which the centres of the next rung are started. Rounds, exact
-    labels and parameters are those of `fit`.
-
-    Parameters
-    ----------
-    points, sample_weight, max_iter, tol, reach, seed, n_threads
-    ks : iterable of int
-        In any order; each 1 to n.
-    progress : callable, optional
-        Called with each `FitStep`; a true answer ends the ladder with the rung at hand.
-    """
-    ks = checked_ks(ks)
-    options = Options(max_iter, tol, reach, seed, n_threads)
-    points = _settings.checked_points(points)
-    for k in ks:
-        _settings.check_k(k, len(points))
-    sample_weight = _settings.checked_sample_weight(sample_weight, len(points))
-    check_memory(_lloyd.memory(*points.shape, ks[-1], options.threads), len(points), ks[-1])
-    framed, rungs, stopped = Framed.of(points, sample_weight, options), [], False
-    work = np.sqrt(np.array(ks, float)) + 20
-    for k, part in zip(ks, work / work.sum(), strict=True):
-        if stopped:
-            break
-        report = Progress(_scaled(progress, part))
-        rung = framed.grown(rungs, k, report)
-        stopped = report.stopped
-        if not rungs or len(rung.centres) > len(rungs[-1].centres):
-            rungs.append(rung)
-    return Ladder(tuple(rungs), framed)
 
 
 def checked_ks(ks: Iterable[int]) -> list[int]:
@@ -234,23 +151,7 @@ class Framed:
 
     def alone(self, k: int, report: Progress) -> KMeans:
         """Return a clustering that is started without the help of another."""
-        return self.fit(
-            *_lloyd.start(self.points, self.sample_weight, k, self.options, report.part(_START)), report
-        )
-
-    def grown(self, rungs: Sequence[KMeans], k: int, report: Progress, *, a_cell: int = _A_CELL) -> KMeans:
-        """Return a clustering whose centres are started in the clusters of a smaller one, some in each."""
-        coarse = [rung for rung in rungs if len(rung.centres) * a_cell <= k] or list(rungs[:1])
-        few = not coarse or len(coarse[-1].centres) * _FEWEST_A_CELL > k
-        if few or _lloyd.is_flat(len(self.points), k):
-            return self.alone(k, report)
-        cells = coarse[-1]
-        centres = self.frame.into(cells.centres)
-        errors = _nearest.errors(self.points, centres, cells.labels, n_threads=self.options.threads)
-        assigned = _nearest.Assignment(cells.labels, errors)
-        start = _lloyd.grow(
-            self.points, self.sample_weight, assigned, len(centres), k, self.options, report.part(_START)
-        )
+        start = _starting.start(self.points, self.sample_weight, k, self.options, report.part(_START))
         return self.fit(*start, report)
 
 
@@ -268,10 +169,6 @@ def _is_row(value: object) -> bool:
     return getattr(value, "ndim", None) == 1 or (
         isinstance(value, (list, tuple)) and np.asarray(value, object).ndim == 1
     )
-
-
-def _scaled(progress, part: float):
-    return (lambda step: progress(FitStep(step.share * part, step.inertia))) if progress else None
 
 
 def _checked_init(init, n_clusters: int, d: int) -> np.ndarray:

@@ -1,7 +1,6 @@
-"""Lloyd's rounds over all points, with exact nearest centres in each, and the start they need."""
+"""Lloyd's rounds over all points, with exact nearest centres in each."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,14 +8,10 @@ import pandas as pd
 
 from kclib._util import threads
 from kclib._util.compiled import njit
-from kclib.kmeans import _nearest, _seeding
+from kclib.kmeans import _nearest
 from kclib.kmeans._fit_progress import Progress
 from kclib.kmeans._settings import FLAT, KMeans, Options
 
-_FLAT_WORK = 1 << 24  # distances
-_FLAT_SAMPLE = 256  # points a cluster that they are drawn from
-_LOCAL_ROUNDS = 5
-_TRIALS = 3
 ROUND_SHARE = 0.15  # of the work that is left, for a round: how many there will be is not known
 
 
@@ -47,6 +42,9 @@ def fit(
         part = progress.part(ROUND_SHARE * progress.left)
         near = reach if guess is not None else None  # a guess for want of a better is looked up in full
         assigned = _nearest.nearest(points, centres, guess=guess, reach=near, n_threads=n_threads, done=part)
+        if progress.stopped:
+            guess = assigned.labels
+            break
         centres, assigned = filled(points, sample_weight, centres, assigned, n_threads)
         guess = assigned.labels
         if not rounds.another(total(assigned.errors, sample_weight)):
@@ -54,11 +52,17 @@ def fit(
         centres = means(points, sample_weight, guess, centres, n_threads)
     part = progress.part(progress.left)
     assigned = _nearest.nearest(points, centres, guess=guess, n_threads=n_threads, done=part)
-    assigned = _nearest.Assignment(merged(centres, assigned.labels), assigned.errors)
-    centres, assigned = filled(points, sample_weight, centres, assigned, n_threads)
-    progress.inertia = total(assigned.errors, sample_weight)
+    labels, errors, exact = merged(centres, assigned.labels), assigned.errors, not progress.stopped
+    if exact:
+        centres, assigned = filled(
+            points, sample_weight, centres, _nearest.Assignment(labels, errors), n_threads
+        )
+        labels, errors = assigned.labels, assigned.errors
+    else:
+        centres, labels = used(centres, labels)
+    progress.inertia = total(errors, sample_weight)
     progress(progress.left)
-    return KMeans(centres, assigned.labels, progress.inertia, rounds.made, rounds.converged)
+    return KMeans(centres, labels, progress.inertia, rounds.made, rounds.converged, exact=exact)
 
 
 @dataclass
@@ -82,71 +86,11 @@ class Rounds:
         return True
 
 
-def is_flat(n: int, n_clusters: int) -> bool:
-    """Tell whether centres are started on all points at once: few clusters, or little work."""
-    return n_clusters <= FLAT or n * n_clusters <= _FLAT_WORK
-
-
 def memory(n: int, d: int, n_clusters: int, n_threads: int) -> int:
     """Return about how many bytes a fit takes at most, beside the points."""
     per_point = 4 * (2 * d + 10)  # a framed copy, the cells' copies, orders, labels and errors
     per_centre = 4 * (12 * d + 16) + 4 * n_threads * (d + 6)
     return n * per_point + n_clusters * per_centre + (64 << 20)
-
-
-def start(
-    points: np.ndarray,
-    sample_weight: np.ndarray | None,
-    n_clusters: int,
-    options: Options,
-    done: Callable[[float], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return K centres to start from, and a near one of each point if that came with them.
-
-    Up to a few hundred clusters, or with few points: k-means++ and Lloyd on a sample. Above: a coarse
-    k-means makes about √K cells, K is shared out over them (`_seeding.shares`), and a small k-means runs in
-    each.
-    """
-    if is_flat(len(points), n_clusters):
-        return _flat(points, sample_weight, n_clusters, options), None
-    coarse, _ = start(points, sample_weight, round(math.sqrt(n_clusters)), options)
-    cells = _nearest.near(points, coarse, n_threads=options.threads)
-    assigned = _nearest.Assignment(cells, _nearest.errors(points, coarse, cells, n_threads=options.threads))
-    return grow(points, sample_weight, assigned, len(coarse), n_clusters, options, done)
-
-
-def grow(
-    points: np.ndarray,
-    sample_weight: np.ndarray | None,
-    assigned: _nearest.Assignment,
-    n_cells: int,
-    n_clusters: int,
-    options: Options,
-    done: Callable[[float], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return K centres made inside the clusters of a smaller clustering, and a near one of each point."""
-    sizes = np.bincount(assigned.labels, minlength=n_cells)
-    loss = assigned.errors if sample_weight is None else assigned.errors * sample_weight
-    inertias = np.bincount(assigned.labels, loss, minlength=n_cells)
-    counts = _seeding.shares(inertias, sizes, n_clusters, points.shape[1])
-    return _seeding.split(
-        points, sample_weight, assigned.labels, counts,
-        rounds=_LOCAL_ROUNDS, trials=_TRIALS, seed=options.seed, n_threads=options.threads, done=done,
-    )  # fmt: skip
-
-
-def _flat(points, sample_weight, n_clusters: int, options: Options) -> np.ndarray:
-    able = np.arange(len(points)) if sample_weight is None else np.flatnonzero(sample_weight)
-    if len(able) < n_clusters:
-        able = np.arange(len(points))
-    size = min(len(able), max(_FLAT_SAMPLE * n_clusters, 4096))
-    rows = np.sort(np.random.default_rng(options.seed).choice(able, size, replace=False))
-    return _seeding.split(
-        points[rows], None if sample_weight is None else sample_weight[rows],
-        np.zeros(size, np.int32), np.array([n_clusters]),
-        rounds=20, trials=2 + round(math.log(n_clusters)),  # greedy k-means++'s own choice
-        sample=size, seed=options.seed, n_threads=options.threads,
-    )[0]  # fmt: skip
 
 
 def total(errors: np.ndarray, sample_weight: np.ndarray | None) -> float:
@@ -236,8 +180,8 @@ def unused(centres: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def used(centres: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the centres that some point has, and the labels, int32 ``(n,)``, numbered anew."""
-    kept = np.unique(labels)
-    return centres[kept], np.searchsorted(kept, labels).astype(np.int32)
+    kept = np.bincount(labels, minlength=len(centres)) > 0
+    return centres[kept], (np.cumsum(kept, dtype=np.int32) - np.int32(1))[labels]
 
 
 def distinct(points: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ def nearest(
     guess: np.ndarray | None = None,
     reach: float | None = None,
     n_threads: int | None = None,
-    done: Callable[[float], None] | None = None,
+    done: Callable[[float], object] | None = None,
 ) -> Assignment:
     """Return each point's nearest centre, exact to float32 rounding.
 
@@ -62,32 +62,42 @@ def nearest(
         a half of the time. None is exact.
     n_threads : int, optional
     done : callable, optional
-        Called with shares of the work, which sum to 1.
+        Called with shares of the work, which sum to 1. Once it answers true, the search ends: points that are
+        left keep their guess.
     """
     n_threads = threads.threads(n_threads)
+    if guess is not None and done and done(0.0):
+        return Assignment(guess, errors(points, centres, guess, n_threads=n_threads))
     if len(centres) == 1:
         labels = np.zeros(len(points), np.int32)
         if done:
             done(1.0)
         return Assignment(labels, errors(points, centres, labels, n_threads=n_threads))
     if guess is None:
-        guess = near(points, centres, n_threads=n_threads)
+        guess = near(points, centres, n_threads=n_threads, done=done)
     order, starts = by_label(guess, len(centres))
     return Assignment(*_pruned_search.pruned(points, centres, order, starts, reach, n_threads, done))
 
 
-def near(points: np.ndarray, centres: np.ndarray, *, n_threads: int | None = None) -> np.ndarray:
+def near(
+    points: np.ndarray,
+    centres: np.ndarray,
+    *,
+    n_threads: int | None = None,
+    done: Callable[[float], object] | None = None,
+) -> np.ndarray:
     """Return a near centre of each point, int32 ``(n,)``; the nearest, mostly, and so a good guess.
 
     Up to a few hundred centres, faiss compares them all, in products that lose digits far from the origin.
-    Above, only those are compared that lie around the nearest of √K pivots.
+    Above, only those are compared that lie around the nearest of √K pivots. Once `done`, which hears of no
+    shares, answers true, any centre is near enough.
     """
     n_threads = threads.threads(n_threads)
     if len(centres) == 1:
         return np.zeros(len(points), np.int32)
     if len(centres) <= _COMPARED:
-        return _compared(points, centres, n_threads)
-    return _around_pivots(points, centres, n_threads)
+        return _compared(points, centres, n_threads, done)
+    return _around_pivots(points, centres, n_threads, done)
 
 
 def by_label(labels: np.ndarray, n_clusters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,15 +113,16 @@ def by_label(labels: np.ndarray, n_clusters: int) -> tuple[np.ndarray, np.ndarra
     return _by_label(np.asarray(labels, np.int32), n_clusters)
 
 
-def _compared(points, centres, n_threads: int) -> np.ndarray:
+def _compared(points, centres, n_threads: int, done=None) -> np.ndarray:
     index = faiss.IndexFlatL2(centres.shape[1])
     index.add(centres)
-    labels, parts = np.empty(len(points), np.int32), threads.blocks(len(points))
+    labels, parts, stop = np.zeros(len(points), np.int32), threads.blocks(len(points)), np.zeros(1, np.bool_)
 
     def search(i: int) -> None:
-        labels[parts[i]] = index.search(points[parts[i]], 1)[1][:, 0]
+        if not stop[0]:
+            labels[parts[i]] = index.search(points[parts[i]], 1)[1][:, 0]
 
-    threads.side_by_side(search, len(parts), n_threads)
+    threads.side_by_side(search, len(parts), n_threads, _quiet(done), stop)
     return labels
 
 
@@ -128,22 +139,27 @@ def errors(
     return result
 
 
-def _around_pivots(points, centres, n_threads: int) -> np.ndarray:
+def _quiet(done: Callable[[float], object] | None) -> Callable[[float], object] | None:
+    """Return what asks whether to stop, and tells of no work."""
+    return done and (lambda _: done(0.0))
+
+
+def _around_pivots(points, centres, n_threads: int, done=None) -> np.ndarray:
     pivots = centres[:: int(np.sqrt(len(centres)))]
     order, starts = by_label(_compared(centres, pivots, n_threads), len(pivots))
     cells = [order[a:b] for a, b in pairwise(starts)]
-    rows, offsets = by_label(_compared(points, pivots, n_threads), len(pivots))
-    guess = np.zeros(len(points), np.int32)
+    rows, offsets = by_label(_compared(points, pivots, n_threads, done), len(pivots))
+    guess, stop = np.zeros(len(points), np.int32), np.zeros(1, np.bool_)
 
     def search(i: int) -> None:
         members = rows[offsets[i] : offsets[i + 1]]
-        if len(members) and len(cells[i]):
+        if len(members) and len(cells[i]) and not stop[0]:
             index = faiss.IndexFlatL2(centres.shape[1])
             index.add(centres[cells[i]])
             for part in threads.blocks(len(members)):
                 guess[members[part]] = cells[i][index.search(points[members[part]], 1)[1][:, 0]]
 
-    threads.side_by_side(search, len(pivots), n_threads)
+    threads.side_by_side(search, len(pivots), n_threads, _quiet(done), stop)
     return guess
 
 

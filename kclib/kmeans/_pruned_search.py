@@ -12,7 +12,7 @@ from kclib.kmeans._inner_loops import TILE, scanned, square
 
 _BUNCH = 16  # tiles under one outer box
 _SHELLS = 64  # distance classes that a cluster's candidates are sorted into
-_PARTS = 64  # pieces of work a pass is cut into, whatever the number of threads: same bits for any
+_PARTS, _A_PART = 256, 1024  # pieces of work that a pass is cut into, at most; points of one, at least
 
 
 def pruned(
@@ -22,28 +22,31 @@ def pruned(
     starts: np.ndarray,
     reach: float | None,
     n_threads: int,
-    done: Callable[[float], None] | None = None,
+    done: Callable[[float], object] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return labels, int32 ``(n,)``, and squared distances, float32 ``(n,)``; see `_nearest.nearest`.
 
-    `order` and `starts` list the points by their guess, as `_nearest.by_label` does.
+    `order` and `starts` list the points by their guess, as `_nearest.by_label` does. Once `done` answers
+    true, the guess is the label of all points that are left.
     """
     n, k = len(points), len(centres)
     tiles = _tiles(centres)
     # A cluster costs about as much as a few of its points; the parts should be alike.
     cost = starts + 8 * np.arange(k + 1)
-    edges = np.searchsorted(cost, np.linspace(0, cost[-1], _PARTS + 1))
+    parts = max(1, min(_PARTS, n // _A_PART))
+    edges = np.searchsorted(cost, np.linspace(0, cost[-1], parts + 1))
     labels, result = np.empty(n, np.int32), np.empty(n, np.float32)
     limit = np.float32(reach or 0)
     dims = (0,) * points.shape[1]  # numba compiles for its length
+    stop = np.zeros(1, np.bool_)
 
     def run(i: int) -> None:
         _search(
             points, order, starts, centres, tiles.ids, tiles.rows, tiles.columns, tiles.turned,
-            tiles.boxes, tiles.outer, edges[i], edges[i + 1], limit, dims, labels, result,
+            tiles.boxes, tiles.outer, edges[i], edges[i + 1], limit, dims, labels, result, stop,
         )  # fmt: skip
 
-    threads.side_by_side(run, _PARTS, n_threads, done)
+    threads.side_by_side(run, parts, n_threads, done, stop)
     return labels, result
 
 
@@ -86,7 +89,7 @@ def _tiles(centres: np.ndarray) -> _Tiles:
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
 def _search(
     points, order, starts, centres, ids, rows, columns, turned, boxes, outer,
-    first, last, reach, dims, labels, errors,
+    first, last, reach, dims, labels, errors, stop,
 ):  # fmt: skip
     """Search for the points of guesses `first` to `last`."""
     room = len(ids) + TILE
@@ -99,6 +102,10 @@ def _search(
     scratch = np.empty(TILE, np.float32)
     for j in range(first, last):
         cell = order[starts[j] : starts[j + 1]]
+        if stop[0]:
+            for row in cell:
+                labels[row], errors[row] = j, square(points[row], centres[j], dims)
+            continue
         if len(cell) == 0:
             continue
         largest, mean = _radii(points, cell, centres[j], dims)

@@ -4,7 +4,7 @@ import numpy as np
 
 from kclib._util import threads
 from kclib._util.compiled import njit
-from kclib.kmeans import _nearest
+from kclib.kmeans import _nearest, _ward
 from kclib.kmeans._inner_loops import TILE, scanned
 
 
@@ -37,12 +37,13 @@ def split(
     *,
     rounds: int,
     trials: int = 1,
+    leaves: int = 0,
     sample: int = 64,
     seed: int,
     n_threads: int,
     done=None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run k-means++ and a few rounds of Lloyd's algorithm in each cell on its own.
+    """Find centres and run a few rounds of Lloyd's algorithm in each cell on its own.
 
     Parameters
     ----------
@@ -58,11 +59,14 @@ def split(
         Of Lloyd's algorithm.
     trials : int
         Draws that each centre of k-means++ is the best of.
+    leaves : int
+        Points a cluster that are merged by Ward's criterion, instead of k-means++; 0 for that.
     sample : int
         Points a cluster that the centres of a large cell are found on.
     seed, n_threads : int
     done : callable, optional
-        Called with shares of the work.
+        Called with shares of the work. Once it answers true, the cells that are left are cut into runs of
+        their points.
 
     Returns
     -------
@@ -80,15 +84,15 @@ def split(
     parts = min(256, len(counts))
     edges = np.searchsorted(cost, np.linspace(0, cost[-1], parts + 1))
     edges[0], edges[-1] = 0, len(counts)
-    dims = (0,) * points.shape[1]
+    dims, stop = (0,) * points.shape[1], np.zeros(1, np.bool_)
 
     def run(i: int) -> None:
         _cells(
             points, sample_weight, order, starts, first, edges[i], edges[i + 1],
-            rounds, trials, sample, seed, dims, centres, labels,
+            rounds, trials, leaves, sample, seed, dims, centres, labels, stop,
         )  # fmt: skip
 
-    threads.side_by_side(run, parts, n_threads, done)
+    threads.side_by_side(run, parts, n_threads, done, stop)
     return centres, labels
 
 
@@ -103,11 +107,13 @@ def _cells(
     end,
     rounds,
     trials,
+    leaves,
     sample,
     seed,
     dims,
     centres,
     labels,
+    stop,
 ):
     for cell in range(begin, end):
         rows = order[starts[cell] : starts[cell + 1]]
@@ -115,6 +121,9 @@ def _cells(
         if len(rows) == 0 or k == 0:
             continue
         cell_centres = centres[first[cell] : first[cell + 1]]
+        if stop[0]:
+            _runs(points, rows, first[cell], cell_centres, labels)
+            continue
         np.random.seed(seed + cell)  # noqa: NPY002 - numba's own generator, one a thread
         chosen = rows if k == 1 else _sampled(rows, sample_weight, k, sample)
         x, w = _gathered(points, sample_weight, chosen, dims)
@@ -122,7 +131,10 @@ def _cells(
         if k == 1:
             _means(x, w, local, cell_centres, np.zeros(len(chosen), np.float32), dims)
         else:
-            _plus_plus(x, w, cell_centres, trials, dims)
+            if leaves > 0:
+                _merged(x, w, cell_centres, leaves, dims, stop)
+            else:
+                _plus_plus(x, w, cell_centres, trials, dims)
             _lloyd(x, w, cell_centres, local, rounds, dims)
         if len(chosen) < len(rows):
             x, w = _gathered(points, sample_weight, rows, dims)
@@ -130,6 +142,16 @@ def _cells(
             _lloyd(x, w, cell_centres, local, 0, dims)
         for i, row in enumerate(rows):
             labels[row] = first[cell] + local[i]
+
+
+@njit(nogil=True, cache=True)
+def _runs(points, rows, first, centres, labels):
+    """Cut a cell into runs of about as many points, with one of them as centre."""
+    k = len(centres)
+    for i, row in enumerate(rows):
+        run = i * k // len(rows)
+        labels[row] = first + run
+        centres[run] = points[row]
 
 
 @njit(nogil=True, cache=True)
@@ -159,6 +181,24 @@ def _gathered(points, sample_weight, rows, dims):
         if len(sample_weight) > 0:
             w[i] = sample_weight[row]
     return x, w
+
+
+@njit(nogil=True, cache=True)
+def _merged(x, w, centres, leaves, dims, stop):
+    """Write the means of the clusters that Ward's merges of some points leave, `leaves` points a cluster."""
+    n, k = x.shape[1], len(centres)
+    size = min(n, leaves * k)
+    some, mass = np.empty((len(dims), size), np.float32), np.empty(size, np.float32)
+    for i in range(size):
+        first, end = i * n // size, (i + 1) * n // size
+        at = first + np.random.randint(end - first)  # noqa: NPY002
+        mass[i] = w[at]
+        some[:, i] = x[:, at]
+    pairs, heights = _ward.chained(some.T.copy(), mass, dims, stop)
+    labels = _ward.cut(pairs, heights, k)
+    for i in range(size):
+        centres[labels[i]] = some[:, i]  # for clusters without weight
+    _means(some, mass, labels, centres, np.zeros(size, np.float32), dims)
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)

@@ -20,7 +20,7 @@ class KMeans:
     centres : numpy.ndarray
         float32 ``(K, d)``, all distinct.
     labels : numpy.ndarray
-        int32 ``(n,)``: the index of each point's nearest centre, exact to float32 rounding.
+        int32 ``(n,)``: the index of each point's nearest centre, exact to float32 rounding; see `exact`.
     inertia : float
         Weighted sum of squared distances of the points to their centres, summed in float64.
     iterations : int
@@ -31,6 +31,9 @@ class KMeans:
     search : str
         How the labels were found: ``pruned`` (by the triangle inequality), ``streamed`` (likewise, block by
         block), or the name of a torch device (every centre compared there). All are exact.
+    exact : bool
+        Whether each label is the nearest centre; False if the caller stopped the search. Some labels then are
+        of a centre near by, and fewer than K clusters may come back.
     """
 
     centres: np.ndarray
@@ -39,6 +42,7 @@ class KMeans:
     iterations: int
     converged: bool
     search: str = "pruned"
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Options:
 
     def tolerance(self, n_clusters: int) -> float:
         """Return the share of the inertia that a round must gain; by default more where it costs more."""
-        return self.tol if self.tol is not None else 2e-3 if n_clusters <= FLAT else 1e-2
+        return self.tol if self.tol is not None else 1e-3 if n_clusters <= FLAT else 1e-2
 
     @property
     def threads(self) -> int:

@@ -9,7 +9,7 @@ from joblib import Parallel, delayed
 
 from kclib._util import checks
 from kclib.errors import InvalidValueError
-from kclib.kmeans import _lloyd, _nearest, _rescaling
+from kclib.kmeans import _lloyd, _nearest, _rescaling, _starting
 from kclib.kmeans._fit_progress import Progress
 from kclib.kmeans._settings import FLAT, KMeans, Options
 
@@ -186,7 +186,7 @@ def _from_sample(
     """Return the centres of a fit of a sample; those that it cannot find lie where no point is."""
     size = _sample_size(parts.n, n_clusters)
     sample, mass = parts.sample(size, sample_weight, options.seed)
-    start = _lloyd.start(sample, mass, min(n_clusters, len(sample)), options)
+    start = _starting.start(sample, mass, min(n_clusters, len(sample)), options)
     centres = _lloyd.fit(sample, mass, *start, options, Progress()).centres
     missing = np.arange(n_clusters - len(centres), dtype=np.float32)[:, None]
     far = np.repeat(_FAR * (1 + missing), parts.d, axis=1)

@@ -7,12 +7,11 @@ from functools import cached_property
 import numpy as np
 
 from kclib._util import checks
-from kclib.kmeans import _fitting, _lloyd, _nearest, _settings, _ward
+from kclib.kmeans import _fitting, _lloyd, _nearest, _settings, _starting
 from kclib.kmeans._fit_progress import FitStep, Progress
 from kclib.kmeans._settings import KMeans, Options
 
 _START = 0.4  # share of the work
-_ROUNDS_OF_A_CUT = 3
 _SAMPLE = 1 << 14  # points from which a cut's inertia is estimated
 
 
@@ -53,12 +52,9 @@ class Tree:
 
     labels: np.ndarray
     counts: np.ndarray
-    _framed: "_fitting.Framed"
-    _means: np.ndarray  # float32 (L, d), framed: each leaf's weighted mean
-    _mass: np.ndarray  # float64 (L,): sample weights of each leaf, which sum to 1
-    _merges: "_ward.Merges"
-    _within: float  # inertia of the points around their leaves
-    _total: float  # sum of the sample weights
+    _framed: _fitting.Framed
+    _leaves: _starting.Leaves
+    _within: float  # framed inertia of the points around their leaves
 
     @property
     def n_leaves(self) -> int:
@@ -66,7 +62,7 @@ class Tree:
         return len(self.counts)
 
     def cut(self, n_clusters: int) -> Codebook:
-        """Return a codebook of K centres: the tree's clusters, improved by three rounds over the leaves.
+        """Return a codebook of K centres: the tree's clusters, improved by rounds over the leaves.
 
         Fewer come back if fewer leaves no leaf badly served.
 
@@ -76,18 +72,11 @@ class Tree:
             K below 1 or above the number of leaves.
         """
         n_clusters = checks.check_whole("n_clusters", n_clusters, 1, self.n_leaves, "the number of leaves")
-        framed = self._rounds(n_clusters)
+        framed = self._leaves.cut(n_clusters)
         framed = replace(framed, inertia=self._estimated(framed))
         counts = np.bincount(framed.labels, self.counts, len(framed.centres)).astype(np.int64)
         found = self._framed.frame.out_of(framed)
         return Codebook(found.centres, counts, found.labels, found.inertia)
-
-    def _rounds(self, n_clusters: int) -> KMeans:
-        """Return a clustering of the leaves, framed."""
-        clusters, weight = self._merges.cut(n_clusters), self._weight
-        options = replace(self._framed.options, max_iter=_ROUNDS_OF_A_CUT, tol=0.0)
-        centres = _lloyd.means(self._means, weight, clusters, _first(self._means, clusters), options.threads)
-        return _lloyd.fit(self._means, weight, centres, clusters, options, Progress())
 
     def _estimated(self, framed: KMeans) -> float:
         """Return the inertia of exact labels: that by leaves, times how much less some points show."""
@@ -97,7 +86,7 @@ class Tree:
         exact = _nearest.nearest(points, framed.centres, guess=guess, n_threads=n_threads).errors
         by_leaf = _nearest.errors(points, framed.centres, guess, n_threads=n_threads)
         less = _lloyd.total(exact, weight) / (_lloyd.total(by_leaf, weight) or 1.0)
-        return less * (self._within + self._total * framed.inertia)
+        return less * (self._within + self._leaves.total * framed.inertia)
 
     def fit(
         self,
@@ -122,10 +111,9 @@ class Tree:
         framed, report = self._framed, Progress(progress)
         if max_iter is not None:
             framed = replace(framed, options=replace(framed.options, max_iter=max_iter))
-        if n_clusters <= self.n_leaves:
-            start = self._rounds(n_clusters)
-            return framed.fit(start.centres, start.labels[self.labels], report)
-        return framed.grown([], n_clusters, report)
+        done = report.part(_START)
+        start = self._leaves.start(framed.points, framed.sample_weight, n_clusters, done)
+        return framed.fit(*start, report)
 
     @cached_property
     def _sample(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -134,10 +122,6 @@ class Tree:
         rows = np.random.default_rng(self._framed.options.seed).choice(n, min(n, _SAMPLE), replace=False)
         rows.sort()
         return rows, None if sample_weight is None else sample_weight[rows]
-
-    @cached_property
-    def _weight(self) -> np.ndarray:
-        return self._mass.astype(np.float32)
 
 
 def tree(
@@ -166,7 +150,7 @@ def tree(
     sample_weight, max_iter, tol, reach, seed, n_threads
         As in `fit`, for the leaves and for `Tree.fit`.
     progress : callable, optional
-        Called with each `FitStep`. A true answer ends the rounds of the fine k-means.
+        Called with each `FitStep`. A true answer ends the work at once; what was made is a tree still.
 
     Raises
     ------
@@ -183,32 +167,17 @@ def tree(
     report = Progress(progress)
     framed = _fitting.Framed.of(points, sample_weight, options)
     means, labels = _fine(framed, leaves, report)
-    weights = np.ones(len(labels), np.float32) if sample_weight is None else sample_weight
-    mass = np.bincount(labels, weights, len(means))
-    total = mass.sum()
+    made = _starting.Leaves.of(means, labels, sample_weight, options, report.part(0.0))
     errors = _nearest.errors(framed.points, means, labels, n_threads=options.threads)
-    made = Tree(
-        labels, np.bincount(labels, minlength=len(means)), framed, means, mass / total,
-        _ward.merges(means, mass), _lloyd.total(errors, sample_weight), total,
-    )  # fmt: skip
     report(report.left)
-    return made
+    counts = np.bincount(labels, minlength=len(means))
+    return Tree(labels, counts, framed, made, _lloyd.total(errors, sample_weight))
 
 
-def _fine(framed: "_fitting.Framed", leaves: int, report: Progress) -> tuple[np.ndarray, np.ndarray]:
+def _fine(framed: _fitting.Framed, leaves: int, report: Progress) -> tuple[np.ndarray, np.ndarray]:
     """Return the means of the leaves and the leaf of each point."""
     points, sample_weight, options = framed.points, framed.sample_weight, framed.options
-    if len(points) <= 2 * leaves:
-        distinct, labels = np.unique(points, axis=0, return_inverse=True)
-        if len(distinct) <= leaves:
-            return distinct, labels.reshape(-1).astype(np.int32)
+    means, labels = _starting.codebook(points, sample_weight, leaves, options, report.part(_START))
     report.unit = framed.frame.inertia_unit
-    start = _lloyd.start(points, sample_weight, leaves, options, report.part(_START))
-    found = _lloyd.fit(points, sample_weight, *start, options, report)
-    means = _lloyd.means(points, sample_weight, found.labels, found.centres, options.threads)
-    return means, found.labels
-
-
-def _first(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the first point of each cluster."""
-    return points[np.unique(labels, return_index=True)[1]]
+    found = _lloyd.fit(points, sample_weight, means, labels, options, report)
+    return _lloyd.means(points, sample_weight, found.labels, found.centres, options.threads), found.labels

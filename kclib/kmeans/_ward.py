@@ -1,5 +1,6 @@
 """Ward's merges of weighted points, in order of what they cost: a clustering for every K (numba)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,89 +12,85 @@ from kclib.kmeans._inner_loops import TILE
 
 @dataclass(frozen=True)
 class Merges:
-    """A binary tree over L leaves; the first merge costs the least.
+    """A binary tree over L leaves.
 
     Attributes
     ----------
     pairs : numpy.ndarray
-        int32 ``(L - 1, 2)``: the two nodes that a merge joins. Leaves are nodes 0 to L - 1, and merge t makes
-        node L + t, as in `scipy.cluster.hierarchy.linkage`.
+        int64 ``(L - 1, 2)``: the two nodes that a merge joins. Leaves are nodes 0 to L - 1, and merge t makes
+        node L + t; a node is made before it is joined to another.
     heights : numpy.ndarray
-        float64 ``(L - 1,)``, ascending: how much each merge raises the inertia.
+        float64 ``(L - 1,)``: how much each merge raises the inertia; at least as much as those of its nodes.
     """
 
     pairs: np.ndarray
     heights: np.ndarray
 
     def cut(self, k: int) -> np.ndarray:
-        """Return the cluster of each leaf once K clusters are left, int32 ``(L,)``."""
-        return _cut(self.pairs, k)
+        """Return the cluster of each leaf once the cheapest merges leave K clusters, int32 ``(L,)``."""
+        return cut(self.pairs, self.heights, k)
 
 
-def merges(points: np.ndarray, mass: np.ndarray) -> Merges:
+def merges(points: np.ndarray, mass: np.ndarray, done: Callable[[float], object] | None = None) -> Merges:
     """Merge the pair of clusters that raises the inertia least, again and again (Ward 1963).
 
     By nearest-neighbour chains (Murtagh 1983, *A survey of recent advances in hierarchical clustering
-    algorithms*): L² steps and memory for L points, for distances are computed from centres when needed.
+    algorithms*): L² steps and L memory for L points, for distances are computed from centres when needed.
 
     Parameters
     ----------
     points : numpy.ndarray
         float32 ``(L, d)``.
     mass : numpy.ndarray
-        ``(L,)``, at least 0, not all 0. Points without any are merged first.
+        float32 ``(L,)``, at least 0. Points without any are merged first.
+    done : callable, optional
+        Called now and then; once it answers true, what is left is merged in any order.
     """
-    mass = np.asarray(mass, np.float64) / mass.max()
-    mass = np.maximum(mass, max(1e-6 * mass[mass > 0].min(), 1e-30))
-    pairs, heights = _chained(points, mass, (0,) * points.shape[1])
-    return _sorted(pairs, heights)
-
-
-def _sorted(pairs: np.ndarray, heights: np.ndarray) -> Merges:
-    """Return merges in order of their heights; nodes are numbered anew."""
-    n_leaves = len(pairs) + 1
-    order = np.argsort(_rising(pairs, heights), kind="stable")  # a child is made before its parent
-    number = np.arange(2 * n_leaves - 1)
-    number[n_leaves + order] = np.arange(n_leaves, 2 * n_leaves - 1)
-    return Merges(np.sort(number[pairs[order]], axis=1).astype(np.int32), heights[order])
+    stop, dims = np.zeros(1, np.bool_), (0,) * points.shape[1]
+    (found,) = threads.side_by_side(lambda _: chained(points, mass, dims, stop), 1, 1, done, stop)
+    return Merges(*found)
 
 
 @njit(nogil=True, cache=True)
-def _rising(pairs, heights):
-    """Raise heights to those of the children where rounding made them lower; return them."""
-    n_leaves = len(pairs) + 1
-    for t in range(len(pairs)):
-        for child in pairs[t]:
-            if child >= n_leaves:
-                heights[t] = max(heights[t], heights[child - n_leaves])
-    return heights
-
-
-@njit(nogil=True, cache=True)
-def _cut(pairs, k):
-    n_leaves = len(pairs) + 1
-    made = n_leaves - k
-    cluster = np.full(n_leaves + max(made, 0), -1, np.int32)
-    count = 0
-    for node in range(n_leaves + made - 1, n_leaves - 1, -1):
+def cut(pairs, heights, k):
+    """Return what `Merges.cut` does."""
+    n = len(pairs) + 1
+    made = np.zeros(len(pairs), np.bool_)
+    made[np.argsort(heights, kind="mergesort")[: n - k]] = True  # stable: a node before what it is joined to
+    cluster, count = np.full(2 * n - 1, -1, np.int32), 0
+    for node in range(2 * n - 2, -1, -1):
+        if node >= n and not made[node - n]:
+            continue
         if cluster[node] < 0:
             cluster[node], count = count, count + 1
-        for child in pairs[node - n_leaves]:
-            cluster[child] = cluster[node]
-    for leaf in range(n_leaves):
-        if cluster[leaf] < 0:
-            cluster[leaf], count = count, count + 1
-    return cluster[:n_leaves]
+        if node >= n:
+            for child in pairs[node - n]:
+                cluster[child] = cluster[node]
+    return cluster[:n]
+
+
+@njit(nogil=True, cache=True)
+def _counted(mass):
+    """Return masses above 0, at most 1: those without any have a millionth of the least."""
+    largest, least = np.float32(0), np.float32(np.inf)
+    for value in mass:
+        largest = max(largest, value)
+        if value > 0:
+            least = min(least, value)
+    if largest == 0:
+        return np.ones(len(mass), np.float64)
+    floor = max(1e-6 * np.float64(least) / largest, 1e-30)
+    return np.maximum(mass.astype(np.float64) / largest, floor)
 
 
 @njit(nogil=True, cache=True, fastmath=threads.FAST)
-def _chained(points, mass, dims):
-    """Return merges in the order in which chains find them.
+def chained(points, mass, dims, stop):
+    """Return what `Merges` holds.
 
     Clusters at hand lie in the first places of `tiles`; the last one takes the place of one that is merged.
     A chain goes on only to a nearer neighbour than the one it came from, so it ends whatever rounding does.
     """
-    n = len(points)
+    n, mass = len(points), _counted(mass)
     tiles = np.full(((n + TILE - 1) // TILE, len(dims), TILE), np.float32(np.inf), np.float32)
     weight = np.ones((len(tiles), TILE), np.float32)
     centres, masses = np.empty((2 * n, len(dims)), np.float64), np.empty(2 * n, np.float64)
@@ -110,9 +107,15 @@ def _chained(points, mass, dims):
     while left > 1:
         if length == 0:
             chain[0], steps[0], length = node[0], np.float32(np.inf), 1
+        if stop[0] and length == 1:
+            chain[1], steps[1], length = node[1 if place[chain[0]] == 0 else 0], np.float32(0), 2
         top = chain[length - 1]
         before = place[chain[length - 2]] if length > 1 else -1
-        where, least = _neighbour(place[top], before, steps[length - 1], left, tiles, weight, x, score, dims)
+        where, least = before, np.float32(0)
+        if not stop[0]:
+            where, least = _neighbour(
+                place[top], before, steps[length - 1], left, tiles, weight, x, score, dims
+            )
         if where != before:
             chain[length], steps[length] = node[where], least
             length += 1
@@ -128,6 +131,9 @@ def _chained(points, mass, dims):
                 new
             ]
         heights[made] = masses[other] * masses[top] / masses[new] * square
+        for child in pairs[made]:  # what rounding made lower
+            if child >= n:
+                heights[made] = max(heights[made], heights[child - n])
         made += 1
         left -= 1
         here, gone = place[other], place[top]

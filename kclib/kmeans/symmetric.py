@@ -9,7 +9,7 @@ import numpy as np
 from kclib._util import threads
 from kclib._util.compiled import njit
 from kclib.errors import InvalidValueError
-from kclib.kmeans import _lloyd, _nearest, _rescaling, _settings
+from kclib.kmeans import _lloyd, _nearest, _rescaling, _settings, _starting
 from kclib.kmeans._fit_progress import FitStep, Progress
 from kclib.kmeans._settings import Options
 
@@ -214,7 +214,7 @@ def _start(orbits: _Orbits, n_clusters: int, options: Options) -> np.ndarray:
         aligned *= np.where(np.take_along_axis(leaning, turn[:, None], axis=1) < 0, -1, 1)
         sample_weight = sample_weight * np.square(orbits.points).sum(1)
         sample_weight = sample_weight / max(sample_weight.max(), np.finfo(np.float32).tiny)
-    centres, _ = _lloyd.start(aligned, sample_weight if sample_weight.any() else None, n_clusters, options)
+    centres, _ = _starting.start(aligned, sample_weight if sample_weight.any() else None, n_clusters, options)
     if orbits.scaled:
         lengths = np.linalg.norm(centres, axis=1, keepdims=True)
         centres = np.where(lengths > 0, centres / np.where(lengths > 0, lengths, 1), np.eye(1, d))

@@ -66,7 +66,7 @@ def curves(
     store: Store | None = None,
     progress: bool = True,
 ) -> tuple[Curve, ...]:
-    """Return the curve of each group, from one weighted `kmeans.ladder` each.
+    """Return the curve of each group, from one weighted `kmeans.tree` each.
 
     Measured once and kept, a group at a time. The same for any number of threads.
 
@@ -197,9 +197,12 @@ class _Members:
     def measured(self, precision: str, coding: str, seed: int, n_threads: int, report) -> dict:
         """Return what `Curve.of` takes."""
         sample_weight = _settings.counted(self.sample_weight)
-        rungs = kmeans.ladder(
-            self.points, self.ks, sample_weight=sample_weight, seed=seed, n_threads=n_threads, progress=report
-        ).rungs
+        report = _fit_progress.scaled(report, 1 / (1 + len(self.ks)))
+        tree = kmeans.tree(
+            self.points, sample_weight=sample_weight, seed=seed, n_threads=n_threads, progress=report
+        )
+        fits = (tree.fit(k, progress=report) for k in self.ks)
+        rungs = list({len(rung.centres): rung for rung in fits}.values())
         return {
             "ks": np.array([len(rung.centres) for rung in rungs]),
             "n_bytes": np.array([self._bytes(rung, precision, coding) for rung in rungs]),

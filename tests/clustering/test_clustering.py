@@ -246,12 +246,12 @@ def test_the_bar_tells_memory_inertia_and_all_the_kernels(monkeypatch, capsys):
     assert float(bar.postfix.split()[1]) == pytest.approx(result.inertia, rel=1e-3)
 
 
-def test_a_rung_of_a_ladder_is_a_clustering_of_all_layers():
+def test_a_fit_from_a_tree_is_a_clustering_of_all_layers():
     bank = random_bank(60, 30)
-    rung = kmeans.ladder(bank.points, [4, 9], seed=5).rungs[1]
-    result = _clustering.of_fits(bank, {"global": rung}, {"global": 9}, scope="global", seed=5)
-    assert (result.scope, result.seed, result.n_clusters, result.inertia) == ("global", 5, 9, rung.inertia)
-    np.testing.assert_array_equal(_clustering.quantized(result).reshape(-1, 9), rung.centres[rung.labels])
+    found = kmeans.tree(bank.points, seed=5).fit(9)
+    result = _clustering.of_fits(bank, {"global": found}, {"global": 9}, scope="global", seed=5)
+    assert (result.scope, result.seed, result.n_clusters, result.inertia) == ("global", 5, 9, found.inertia)
+    np.testing.assert_array_equal(_clustering.quantized(result).reshape(-1, 9), found.centres[found.labels])
 
 
 @pytest.mark.parametrize("how", [{}, *HOW], ids=["plain", "scaled", "turned", "both"])

@@ -19,7 +19,7 @@ from sklearn.metrics import adjusted_rand_score
 from kclib._util import threads
 from kclib.errors import InvalidValueError, NotEnoughMemoryError
 from kclib.kernels import KernelBank
-from kclib.kmeans import _lloyd, _streaming, fit, ladder
+from kclib.kmeans import _starting, _streaming, fit, tree
 from kclib.kmeans._fitting import memory
 
 GRIDS = arrays(
@@ -32,7 +32,7 @@ GRIDS = arrays(
 @pytest.fixture
 def in_cells(monkeypatch):
     """Let few points be enough for centres to be started cell by cell, as they are with many."""
-    monkeypatch.setattr(_lloyd, "_FLAT_WORK", 0)
+    monkeypatch.setattr(_starting, "_LEAVES", 64)
 
 
 def test_two_pairs_on_a_line_are_found_with_their_means_and_inertia():
@@ -100,7 +100,7 @@ def test_hundreds_of_clusters_started_in_cells_are_a_partition(n_clusters, weigh
     points = np.concatenate([points, points[::-1]]) if doubled else points
     sample_weight = uneven(len(points), seed) if weighted else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_lloyd, "_FLAT_WORK", 0)
+        patch.setattr(_starting, "_LEAVES", 64)
         result = fit(points, n_clusters, sample_weight=sample_weight, reach=reach, seed=seed)
     assert_is_a_partition(points, n_clusters, result, sample_weight)
 
@@ -177,7 +177,7 @@ def test_centres_started_in_cells_are_about_as_good_as_those_started_on_all_poin
     points = heavy_tailed(20_000)
     in_some = fit(points, 400).inertia
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_lloyd, "_FLAT_WORK", 1 << 30)
+        patch.setattr(_starting, "_LEAVES", 1 << 15)
         on_all = fit(points, 400).inertia
     assert in_some <= 1.05 * on_all
 
@@ -345,8 +345,6 @@ def test_points_that_are_no_rows_are_refused(shape):
 def test_weights_out_of_range_are_refused(sample_weight):
     with pytest.raises(InvalidValueError, match="sample_weight"):
         fit(np.eye(4), 2, sample_weight=sample_weight)
-    with pytest.raises(InvalidValueError, match="sample_weight"):
-        ladder(np.eye(4), [2], sample_weight=sample_weight)
 
 
 @pytest.mark.parametrize("init", [np.eye(4)[:3], np.eye(3)[:2], np.zeros(4), np.full((2, 4), np.nan)])
@@ -375,8 +373,6 @@ def test_init_of_a_wrong_shape_or_not_finite_is_refused(init):
 def test_options_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(InvalidValueError, match=f"^{name} is {value}"):
         fit(np.eye(4), 2, **{name: value})
-    with pytest.raises(InvalidValueError, match=f"^{name} is {value}"):
-        ladder(np.eye(4), [2], **{name: value})
 
 
 @pytest.mark.parametrize("factor", [1e-25, 1e20, 1e36])
@@ -429,9 +425,9 @@ def test_what_the_caller_gives_stays_as_it_is(n_clusters, shift):
     [
         (fit, memory),
         (lambda points, k, **rest: fit([points], k, **rest), _streaming.memory),
-        (lambda points, k, **rest: ladder(points, [k], **rest), memory),
+        (lambda points, k, **rest: tree(points, leaves=k, **rest), memory),
     ],
-    ids=["one fit", "streamed", "ladder"],
+    ids=["one fit", "streamed", "tree"],
 )
 def test_too_little_memory_is_told_before_the_work(monkeypatch, clustered, memory):
     points, steps = heavy_tailed(1000), []
@@ -463,92 +459,6 @@ def test_the_memory_told_is_enough(shift):
     finally:
         tracemalloc.stop()
     assert points.nbytes / 4 < peak < memory(200_000, 9, 4096, 2)
-
-
-def test_rungs_of_a_ladder_ascend_and_are_partitions(in_cells):
-    points = heavy_tailed(3000)
-    found = ladder(points, [600, 10, 100, 10])
-    assert found.ks == (10, 100, 600)
-    for k, rung in zip(found.ks, found.rungs, strict=True):
-        assert_is_a_partition(points, k, rung)
-
-
-def test_rungs_of_a_ladder_are_about_as_good_as_fits_alone(in_cells):
-    points = heavy_tailed(20_000)
-    found = ladder(points, [16, 64, 300, 1024])
-    for k, rung in zip(found.ks, found.rungs, strict=True):
-        assert rung.inertia <= 1.05 * fit(points, k).inertia
-
-
-@pytest.mark.parametrize("sample_weight", [None, uneven(3000)], ids=["alike", "weighted"])
-@pytest.mark.parametrize("shift", [0, 100])
-def test_any_k_between_and_around_the_rungs_is_a_partition(sample_weight, shift, in_cells):
-    points = shift + heavy_tailed(3000)
-    found = ladder(points, [10, 100, 600], sample_weight=sample_weight)
-    assert all(found.at(k) is rung for k, rung in zip(found.ks, found.rungs, strict=True))
-    for k in (1, 4, 57, 300, 700, 3000):
-        assert_is_a_partition(points, k, found.at(k), sample_weight)
-    assert found.at(57).inertia < found.at(10).inertia
-    for k in (0, 3001):
-        with pytest.raises(InvalidValueError, match=f"n_clusters is {k}; .* 1 to 3000"):
-            found.at(k)
-
-
-@given(GRIDS, st.data())
-@settings(deadline=None, max_examples=25)
-def test_ladders_of_points_with_many_duplicates_are_partitions(points, data):
-    ks = data.draw(st.lists(st.integers(1, len(points)), min_size=1, max_size=4))
-    found, distinct = ladder(points, ks), len(np.unique(points, axis=0))
-    assert found.ks == tuple(sorted({min(k, distinct) for k in ks}))
-    for k, rung in zip(found.ks, found.rungs, strict=True):
-        assert_is_a_partition(points, k, rung)
-    between = data.draw(st.integers(1, len(points)))
-    assert_is_a_partition(points, between, found.at(between))
-
-
-def test_a_rung_on_a_grid_half_of_which_has_no_weight_is_a_partition():
-    draw = np.random.default_rng(18)
-    points = draw.integers(-3, 4, (1000, 4)).astype(np.float32)
-    sample_weight = (draw.random(1000) > 0.5).astype(np.float32)
-    for k, rung in zip((50, 450), ladder(points, [50, 450], sample_weight=sample_weight).rungs, strict=True):
-        assert_is_a_partition(points, k, rung, sample_weight)
-
-
-@pytest.mark.parametrize("sample_weight", [None, uneven(3000)], ids=["alike", "weighted"])
-def test_a_ladder_has_the_same_bits_on_any_number_of_threads(sample_weight, in_cells):
-    points = heavy_tailed(3000)
-    one, *others = (
-        ladder(points, [30, 300, 900], sample_weight=sample_weight, n_threads=n) for n in (1, 2, 3)
-    )
-    for other in others:
-        for mine, theirs in zip((*other.rungs, other.at(500)), (*one.rungs, one.at(500)), strict=True):
-            assert_same_bits(mine, theirs)
-
-
-def test_a_ladder_tells_all_its_work_and_ends_with_the_rung_at_hand(in_cells):
-    points, first, steps, heard = heavy_tailed(2000), [], [], []
-    ladder(points, [10], progress=first.append)
-    everything = ladder(points, [10, 50, 300], progress=steps.append)
-    assert sum(step.share for step in steps) == pytest.approx(1)
-    assert ladder(points, [10, 50, 300], progress=lambda step: True).ks == (10,)
-
-    def in_the_second(step):
-        heard.append(step)
-        return len(heard) > len(first)
-
-    stopped = ladder(points, [10, 50, 300], progress=in_the_second)
-    assert stopped.ks == (10, 50)
-    assert_same_bits(stopped.rungs[0], everything.rungs[0])
-    assert_is_a_partition(points, 50, stopped.rungs[1])
-    assert_is_a_partition(points, 200, stopped.at(200))
-
-
-def test_a_ladder_without_rungs_or_with_one_out_of_range_is_refused():
-    with pytest.raises(InvalidValueError, match="no numbers of clusters"):
-        ladder(np.eye(4), [])
-    for k, name in ((0, "a number of clusters"), (5, "n_clusters")):
-        with pytest.raises(InvalidValueError, match=f"{name} is {k}; "):
-            ladder(np.eye(4), [2, k])
 
 
 @pytest.mark.parametrize(

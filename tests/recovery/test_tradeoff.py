@@ -64,13 +64,13 @@ def test_bytes_are_the_ledgers_and_damage_is_that_of_the_stored_kernels(scope, p
         name: np.concatenate([np.arange(len(bank))[x.rows] for x in layers])
         for name, layers in _scopes.grouping(bank, scope).items()
     }
-    ladders = {
-        name: kmeans.ladder(bank.points[rows], KS, sample_weight=sample_weight[rows], seed=seed).rungs
+    trees = {
+        name: kmeans.tree(bank.points[rows], sample_weight=sample_weight[rows], seed=seed)
         for name, rows in members.items()
     }
     points = []
-    for i in range(len(KS)):
-        rungs = {name: ladder[i] for name, ladder in ladders.items()}
+    for k in KS:
+        rungs = {name: tree.fit(min(k, len(tree.labels))) for name, tree in trees.items()}
         made = _clustering.of_fits(bank, rungs, dict.fromkeys(rungs, 1), scope=scope)
         table = compression.footprint(network_of(3, 6, 5, 4), made, codings=[coding])[f"{coding}_{precision}"]
         stored = [_tradeoff.rounded(group.codebook, precision) for group in made.groups]
@@ -93,7 +93,7 @@ def test_entropy_coded_bytes_are_those_of_representatives_ordered_by_use(store):
     values = np.random.default_rng(0).standard_t(2, (3000, 3, 3)).astype("f")
     bank = KernelBank(values, (Layer("0", (1000, 3, 3, 3), 0),), {})
     (curve,) = curves(bank, np.ones(3000), ks=[200], coding="entropy", store=store)
-    rung = kmeans.ladder(bank.points, [200], sample_weight=np.ones(3000)).rungs[0]
+    rung = kmeans.tree(bank.points, sample_weight=np.ones(3000)).fit(200)
     made = _clustering.of_fits(bank, {"0": rung}, {"0": 200}, scope="layer")
     table = compression.footprint(network_of(3, 1000), made, codings=["entropy"])["entropy_fp16"]
     assert curve.bytes.tolist() == [table[["indices", "frequency tables", "codebooks"]].sum()]
@@ -167,8 +167,8 @@ def test_mixed_joins_consecutive_layers_of_equal_width():
 def test_curves_are_measured_once_for_the_same_kernels_weights_and_options(store, monkeypatch):
     bank, sample_weight = bank_and_weights(0)
     first = curves(bank, sample_weight, ks=KS, store=store)
-    genuine, measured = kmeans.ladder, []
-    monkeypatch.setattr(kmeans, "ladder", lambda *a, **k: measured.append(1) or genuine(*a, **k))
+    genuine, measured = kmeans.tree, []
+    monkeypatch.setattr(kmeans, "tree", lambda *a, **k: measured.append(1) or genuine(*a, **k))
     again = curves(bank, sample_weight.astype("d"), ks=reversed(KS), store=store)
     assert not measured
     for one, two in zip(first, again, strict=True):
