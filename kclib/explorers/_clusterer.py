@@ -125,8 +125,8 @@ class ClusterAnswer:
             for rank, (count, (book, _)) in enumerate(zip(counts, self.most_used, strict=True), 1)
         ]
         alt = (
-            f"The {len(counts)} most used of {self.n_clusters:,} representatives as small images, the most used first: "
-            f"the first stands for {counts[0]:,} kernels, the last shown for {counts[-1]:,}."
+            f"The {len(counts)} most used of {self.n_clusters:,} representatives as small images, "
+            f"the most used first: the first stands for {counts[0]:,} kernels, the last shown for {counts[-1]:,}."
         )
         return _svg.sheet(
             np.stack([book.kernels[i] for book, i in self.most_used]), alt,
