@@ -126,7 +126,7 @@ class ClusterAnswer:
         ]
         alt = (
             f"The {len(counts)} most used of {self.n_clusters:,} representatives as small images, "
-            f"the most used first: the first stands for {counts[0]:,} kernels, the last shown for {counts[-1]:,}."
+            f"the most used first: it stands for {counts[0]:,} kernels, the last shown for {counts[-1]:,}."
         )
         return _svg.sheet(
             np.stack([book.kernels[i] for book, i in self.most_used]), alt,
