@@ -66,6 +66,7 @@ bench: .venv/tested  ## Measure what the tables show (WEIGHTS=a safetensors file
 	$(BIN)/python -m benchmarks.choices
 	$(BIN)/python -m benchmarks.orthogonality
 	$(BIN)/python -m benchmarks.kmeans $(WEIGHTS)
+	$(BIN)/python -m benchmarks.explorer
 
 tables: setup  ## Write the tables and pictures of the README and the site from the runs kept in docs/
 	$(BIN)/python -m benchmarks.tables

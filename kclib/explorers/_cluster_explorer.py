@@ -266,7 +266,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
             "with a 16-bit codebook": f"{removed['bytes_removed_fp16']:.2f} %",
             "inertia": inertia,
         }
-        return ClusterAnswer(question, facts, tuple(books), bank, self.shown, clustering)
+        return ClusterAnswer(question, facts, tuple(books), n_clusters, bank, self.shown, clustering)
 
     def _measure(self, question: ClusterQuestion, n_images: int, stale: Stale) -> None:
         rows, status = attempted(lambda: self._evaluated_rows(question, n_images, stale))

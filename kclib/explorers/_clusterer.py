@@ -79,6 +79,8 @@ class ClusterAnswer:
     facts : mapping of str to str
         Numbers with their units, by what they are.
     books : tuple of Codebook
+    n_clusters : int
+        Representatives in all; of those beyond a tree's leaves a sketch has but some.
     bank : KernelBank
         Of the chosen layers.
     shown : int
@@ -90,6 +92,7 @@ class ClusterAnswer:
     question: ClusterQuestion
     facts: Mapping[str, str]
     books: tuple[Book, ...]
+    n_clusters: int
     bank: KernelBank
     shown: int
     clustering: Clustering | None = None
@@ -121,10 +124,9 @@ class ClusterAnswer:
             f"no. {rank}: stands for {count:,} kernels" + (f" of {book.name}" if several else "")
             for rank, (count, (book, _)) in enumerate(zip(counts, self.most_used, strict=True), 1)
         ]
-        total = sum(len(book.counts) for book in self.books)
         alt = (
-            f"The {len(counts)} most used of {total:,} representatives as small images, the most used first: "
-            f"the first stands for {counts[0]:,} kernels, the last shown for {counts[-1]:,}."
+            f"The {len(counts)} most used of {self.n_clusters:,} representatives as small images, "
+            f"the most used first: it stands for {counts[0]:,} kernels, the last shown for {counts[-1]:,}."
         )
         return _svg.sheet(
             np.stack([book.kernels[i] for book, i in self.most_used]), alt,
@@ -139,9 +141,9 @@ class ClusterAnswer:
         left, right = figure.subplots(1, 2)
         kernels = np.stack([book.kernels[i] for book, i in self.most_used])
         counts = np.array([book.counts[i] for book, i in self.most_used])
-        one_scale, total = self.question.colour == COLOURS[0], sum(len(book.counts) for book in self.books)
+        one_scale = self.question.colour == COLOURS[0]
         plots.kernel_sheet(kernels, counts=counts, columns=9, one_scale=one_scale, ax=left)
-        left.set_title(f"the {len(counts)} most used of {total:,} representatives", fontsize=10)
+        left.set_title(f"the {len(counts)} most used of {self.n_clusters:,} representatives", fontsize=10)
         right.set_prop_cycle(color=sns.color_palette("viridis", len(self.books)))
         for book in self.books:
             plots.cluster_sizes(book.counts, label=book.name, ax=right)

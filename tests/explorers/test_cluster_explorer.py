@@ -265,6 +265,16 @@ def test_a_codebook_beyond_the_leaves_is_sketched_from_the_leaves():
     assert most[1] == pytest.approx(fitted.max(), rel=0.5)
 
 
+def test_a_sketch_beyond_the_leaves_says_how_many_representatives_there_are(explorer, monkeypatch):
+    monkeypatch.setitem(_clusterer._LEAVES, "global", 16)
+    explorer.show()
+    for k in (40, 41):
+        explorer.choose(n_clusters=k)
+        assert f"most used of {k} representatives" in explorer.answer.sheet()
+        assert explorer.answer.facts["representatives"] == str(k)
+    assert explorer.wait(PATIENCE)
+
+
 def test_the_sheet_shows_the_most_used_representatives_of_all_codebooks(explorer):
     explorer.shown = 12
     answer = asked(explorer, scope="layer")

@@ -430,7 +430,9 @@ def test_accuracy_curve_has_a_line_a_scope_the_dense_model_and_the_reports_star(
     assert [segment[:, 1].tolist() for segment in error.get_segments()] == [[84, 87], [58, 61]]
     lines = {line.get_label(): line for line in ax.lines}
     assert lines["dense model, 92.00 %"].get_ydata() == [92, 92]
-    (report,) = (line for label, line in lines.items() if label.startswith(f"IPSJ report (another network): {star}"))
+    (report,) = (
+        line for label, line in lines.items() if label.startswith(f"IPSJ report (another network): {star}")
+    )
     np.testing.assert_allclose(report.get_xydata(), [[100 - star, 92 - 9]])
     assert report.get_marker() == "*"
 
