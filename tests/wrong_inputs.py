@@ -495,6 +495,7 @@ WRONG_INPUTS = [
     (attribution.by_layer, lambda g: attribution.by_layer(g.model, g.clustering, g.data, ways=["lone"]), UNKNOWN, "'alone'"),
     (attribution.by_class, lambda g: attribution.by_class(g.answers, replace(g.answers, labels=g.answers.labels[1:])), WRONG, "different images"),
     (attribution.flipped, lambda g: attribution.flipped(g.answers, replace(g.answers, labels=g.answers.labels[1:])), WRONG, "different images"),
+    (experiments.sweep_layers, lambda g: experiments.sweep_layers(g.model, g.data, [0], store=g.store), WRONG, "n_clusters is 0"),
     (experiments.sweep, lambda g: experiments.sweep(g.model, g.data, [99], store=g.store), WRONG, "no K of [99]"),
     (experiments.sweep, lambda g: experiments.sweep(g.model, g.data, [0], store=g.store), WRONG, "n_clusters is 0"),
     (experiments.sweep, lambda g: experiments.sweep(g.model, g.data, [2], scopes=["layr"], store=g.store), UNKNOWN, "'layer'"),

@@ -86,7 +86,7 @@ class Tree:
         exact = _nearest.nearest(points, framed.centres, guess=guess, n_threads=n_threads).errors
         by_leaf = _nearest.errors(points, framed.centres, guess, n_threads=n_threads)
         less = _lloyd.total(exact, weight) / (_lloyd.total(by_leaf, weight) or 1.0)
-        return less * (self._within + self._leaves.total * framed.inertia)
+        return float(less * (self._within + self._leaves.total * framed.inertia))
 
     def fit(
         self,

@@ -55,7 +55,7 @@ def test_parts_of_any_length_are_clustered_as_one(n_clusters):
 
 def test_streamed_points_are_clustered_about_as_well_as_in_memory():
     points = heavy_tailed(6000)
-    for n_clusters, share in ((10, 1.05), (100, 1.05), (400, 1.1)):  # 400 are started on 1000 points here
+    for n_clusters, share in ((10, 1.05), (100, 1.05), (400, 1.15)):  # 400 are started on 1000 points here
         assert fit([points], n_clusters).inertia <= share * fit(points, n_clusters).inertia
 
 
