@@ -28,7 +28,8 @@ from kclib.recovery._moments import Moments
 _PASSES = 4  # in which priced indices and the codebook follow each other
 _AT_FIRST, _PRICED = 512, 6e-8  # clusters of a layer at such a price of one bit of one kernel
 _FEWEST, _MOST = 2, 1 << 14
-_FEW_ROUNDS = 3  # of fitting the codebook, but for the last pass
+_AT_START = 3  # rounds of k-means, where indices have a price
+_FEW_ROUNDS = 2  # of fitting the codebook, but for the last pass
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,8 @@ class _Books:
     def fitted(self, group: str, points: np.ndarray, sample_weight: np.ndarray | None) -> Book:
         """Return a codebook for points ``(n, area)``: distinct rows, rounded as stored."""
         k = min(self.wanted[group], len(points))
-        found = kmeans.fit(points, k, sample_weight=sample_weight, seed=self.seed)
+        rounds = {"max_iter": _AT_START} if self.price else {}  # the passes to come do the rest
+        found = kmeans.fit(points, k, sample_weight=sample_weight, seed=self.seed, **rounds)
         values = _precisions.rounded(torch.from_numpy(found.centres), self.precision)
         values, rows = values.unique(dim=0, return_inverse=True)
         return Book.of(values, rows[torch.from_numpy(found.labels).long()])

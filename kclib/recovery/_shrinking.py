@@ -17,7 +17,7 @@ from kclib.evaluation import Drop
 from kclib.models import _model
 from kclib.recovery import _sequential
 
-_PRICE, _BITS, _STEEP = 0.15, 2.9, 2.3  # a price, the bits a kernel that it buys, and how fast prices rise
+_PRICE, _BITS, _STEEP = 0.1, 4.2, 2.0  # a price, the bits a kernel that it buys, and how fast prices rise
 _WITHIN = 0.97  # of the bytes are spent, at least
 _TRIES = 10  # for a number of bytes; most often two are made
 _LEAST_STEP = 1.1  # factor between prices
