@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from scipy.spatial.distance import cdist
 from torch import nn
 
+import kclib
 from benchmarks.representatives import KINDS, cluster
 from kclib import clustering, compression, kernels
 from kclib.clustering import _clustering
@@ -100,7 +101,7 @@ def test_equal_medoids_of_two_clusters_become_one(monkeypatch):
     bank, labels = bank_of(np.array([0, 0, -1, 1]).reshape(4, 1, 1, 1)), np.array([0, 1, 0, 1], np.int32)
     halves = np.array([-0.5, 0.5], np.float32).reshape(2, 1, 1)
     split = clustering.Clustering((clustering.Group("0", bank.layers, halves, labels, 1.0),), "layer", 0)
-    monkeypatch.setattr(clustering, "cluster", lambda *_, **__: split)
+    monkeypatch.setattr(kclib, "cluster", lambda *_, **__: split)
     # either of two equal medoids is the nearest
     monkeypatch.setattr(
         kmeans_nearest, "nearest", lambda *_, **__: kmeans_nearest.Assignment(labels, np.zeros(4, np.float32))
@@ -249,23 +250,13 @@ def test_a_network_decodes_to_what_its_groups_say(kind, one_thread):
 
 
 @EACH
-def test_the_number_of_threads_changes_no_bit_and_the_seed_does(kind):
+def test_the_number_of_threads_changes_no_bit(kind):
     bank = bank_of(drawn(20, 30, 3, 3), drawn(30, 10, 3, 3, seed=1))
-    one, two, other = (
-        _clustering.quantized(
-            cluster(bank, 20, kind, scale_bits=4, n_threads=n_threads, seed=seed).clustering
-        )
-        for n_threads, seed in ((1, 0), (2, 0), (1, 1))
+    one, two = (
+        _clustering.quantized(cluster(bank, 20, kind, scale_bits=4, n_threads=n_threads).clustering)
+        for n_threads in (1, 2)
     )
     np.testing.assert_array_equal(one, two)
-    assert (one != other).any()
-
-
-def test_the_seed_reaches_the_table_of_scales():
-    bank = bank_of(drawn(30, 30, 3, 3))
-    one, other = (cluster(bank, 1, "scaled", scale_bits=5, seed=seed).clustering.groups[0] for seed in (0, 1))
-    np.testing.assert_allclose(np.abs(one.codebook), np.abs(other.codebook), rtol=1e-4)
-    assert set(np.abs(one.scales)) != set(np.abs(other.scales))
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest_known_one():

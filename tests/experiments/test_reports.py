@@ -157,7 +157,7 @@ def test_a_headline_is_shown_to_readers_and_recorded_for_the_index(monkeypatch):
 def thumbnail(folder, *cells) -> np.ndarray:
     chapter = _reports.render(notebook(*cells), folder, Chapter("n", "done"))
     encoded = chapter.thumbnail.removeprefix("data:image/png;base64,")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB"))
 
 
 def test_the_thumbnail_is_the_first_picture_made_small(tmp_path):
@@ -212,6 +212,8 @@ def index(tmp_path):
         "tiny", "Only <some> of it.", tuple(chapters), (Failure("K = 4", "<odd>", "Trace\nback"),),
         _provenance.stamp(),
     )  # fmt: skip
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "02-failed.ipynb").touch()
     path = _reports.write(tmp_path / "new", report)
     assert _reports.read(tmp_path / "new", "tiny") == report
     return path.read_text()
