@@ -18,9 +18,12 @@ from kclib.models import _model
 from kclib.recovery import _sequential
 
 _PRICE, _BITS, _STEEP = 0.1, 4.2, 2.0  # a price, the bits a kernel that it buys, and how fast prices rise
-_WITHIN = 0.97  # of the bytes are spent, at least
+_WITHIN = 0.93  # of the bytes are spent, at least
 _TRIES = 10  # for a number of bytes; most often two are made
-_LEAST_STEP = 1.1  # factor between prices
+_LEAST_STEP, _STUCK = (
+    1.1,
+    1.02,
+)  # factors between prices, and between numbers of bytes that are about the same
 _STEPS = 3  # halvings of the range of prices, after a factor of _WIDE holds it, for a drop
 _WIDE = 3.0
 _HIGHEST, _LOWEST = 1e4, 1e-6  # prices
@@ -167,14 +170,15 @@ class _Trials:
     def guess(self, n_bytes: float) -> float:
         """Return the price that may lead to so many bytes, by a line in logarithms through what was tried.
 
-        Bytes may not change at all over a range of prices, so that each step is at least by a factor, which
-        grows, or a share of what lies between.
+        Bytes may hardly change over a range of prices; steps grow there.
         """
         bits = max(1e-3, 8 * (n_bytes - self.others) / self.n)
         tried = sorted(self.found.values(), key=lambda x: x.price)
         over = [x for x in tried if x.n_bytes > n_bytes]
         under = [x for x in tried if x.n_bytes <= n_bytes]
-        least = _LEAST_STEP ** (1 << len(tried))
+        sizes = [x.n_bytes for x in list(self.found.values())[-2:]]
+        stuck = len(sizes) == 2 and max(sizes) < _STUCK * min(sizes)
+        least = _LEAST_STEP ** (1 << len(tried) if stuck else 1)
         if not tried:
             price = _PRICE * (_BITS / bits) ** _STEEP
         elif over and under:
@@ -182,10 +186,17 @@ class _Trials:
             share = math.log(self._bits(low) / bits) / math.log(self._bits(low) / self._bits(high))
             price = low.price * (high.price / low.price) ** min(max(share, 0.2), 0.8)
         elif over:
-            price = over[-1].price * max((self._bits(over[-1]) / bits) ** _STEEP, least)
+            price = over[-1].price * max((self._bits(over[-1]) / bits) ** self._steep(over[-2:]), least)
         else:
-            price = under[0].price * min((self._bits(under[0]) / bits) ** _STEEP, 1 / least)
+            price = under[0].price * min((self._bits(under[0]) / bits) ** self._steep(under[:2]), 1 / least)
         return min(max(price, _LOWEST), _HIGHEST)
+
+    def _steep(self, near: list[Shrunk]) -> float:
+        """Return how fast prices rise as bits fall, from two networks; what is usual from one."""
+        if len(near) < 2 or near[0].n_bytes == near[1].n_bytes:
+            return _STEEP
+        fall = math.log(self._bits(near[0]) / self._bits(near[1]))
+        return min(max(math.log(near[1].price / near[0].price) / fall, _STEEP / 2), 3 * _STEEP)
 
     def _bits(self, made: Shrunk) -> float:
         return 8 * max(1, made.n_bytes - self.others) / self.n
