@@ -23,15 +23,7 @@ from kclib._util.progress_bars import tqdm
 from kclib.errors import StorageError, UnknownNameError, reason
 
 # Part of every key, by what is kept: raise a number when the same inputs would give other results.
-VERSIONS = {
-    "clustering": 1,
-    "evaluation": 5,
-    "layers": 1,
-    "combination": 2,
-    "curve": 2,
-    "neighbours": 3,
-    "layout": 3,
-}
+VERSIONS = {"clustering": 2, "evaluation": 5, "layers": 1, "combination": 3, "neighbours": 3, "layout": 3}
 _LOG = logging.getLogger(__name__)
 _OURS = re.compile(r"[0-9a-f]{64}\.(safetensors|lock)|\..+\.tmp\.(safetensors|parquet)")  # others' files stay
 _HOUR = 3600  # seconds: what is older and temporary belongs to a run that was killed

@@ -371,7 +371,7 @@ def test_gc_removes_what_is_damaged_old_or_left_over_and_nothing_else(store):
 
 
 def test_the_lock_of_a_long_computation_is_not_collected(tmp_path):
-    store, key = Store(tmp_path), {"kind": "curve"}
+    store, key = Store(tmp_path), {"kind": "layers"}
     with store.claim(key, wait=True):
         (lock,) = (tmp_path / "locks").iterdir()
         os.utime(lock, (0, 0))

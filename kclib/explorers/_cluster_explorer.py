@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import cachetools
 import pandas as pd
 
 from kclib import compression, datasets, evaluation, kernels, models
@@ -19,18 +20,18 @@ from kclib.errors import InvalidValueError
 from kclib.evaluation import Evaluation, _accuracy
 from kclib.explorers._background import Explorer, Newest, Progress, Stale, attempted, called
 from kclib.explorers._clusterer import (
+    KEPT,
     METHODS,
     SCOPES,
     Book,
     ClusterAnswer,
     Clusterer,
     ClusterQuestion,
-    Latest,
     books_of,
 )
 from kclib.models import Model
 from kclib.models._model import as_model
-from kclib.store import Store
+from kclib.store import VERSIONS, Store
 
 _REST = 0.3  # seconds without a move, after which a sketch is replaced by the clustering itself
 _STORED_AS = {"euclidean": "plain", "scale-free": "scaled", "symmetric": "turned"}  # methods of `kclib.sweep`
@@ -100,7 +101,7 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         self._evaluations, self.clusterer = Newest(), Clusterer(self.bank, seed)
         self._dense: dict[int, Evaluation] = {}  # by number of images
         self._measured, self._asked = measured, -math.inf
-        self._finals: Latest[ClusterQuestion, ClusterAnswer] = Latest()
+        self._finals = cachetools.LRUCache(KEPT)  # of answers by question, under the lock
 
     @property
     def table(self) -> pd.DataFrame:
@@ -163,7 +164,9 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         return self._ready(question)
 
     def _ready(self, question: ClusterQuestion) -> ClusterAnswer | None:
-        if (answer := self._finals.get(question.method)) is not None:
+        with self._lock:
+            answer = self._finals.get(question.method)
+        if answer is not None:
             return replace(answer, question=question)
         if (sketch := self.clusterer.sketch(question)) is None:
             return None
@@ -172,7 +175,9 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
     def answered(self, question: ClusterQuestion, stale: Stale) -> ClusterAnswer:
         """Return the codebooks by use, and what is removed; a sketch is there before, if there is time."""
         progress = Progress(stale, lambda sentence: self.change(stale, status=sentence))
-        if question.method not in self._finals:
+        with self._lock:
+            is_kept = question.method in self._finals
+        if not is_kept:
             self.clusterer.prepare(question, progress)
             if self.answer and self.answer.question != question and (sketch := self._ready(question)):
                 self.change(stale, answer=sketch)
@@ -181,7 +186,8 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
                 time.sleep(_REST / 20)
         clustering = self.clusterer.clustering(question, progress)
         answer = self._answer(question, books_of(clustering), f"{clustering.inertia:.4g}", clustering)
-        self._finals[question.method] = answer
+        with self._lock:
+            self._finals[question.method] = answer
         return answer
 
     def known(self) -> pd.DataFrame:
@@ -198,15 +204,23 @@ class ClusterExplorer(Explorer[ClusterQuestion]):
         """Accuracies of the network: those given, or those stored, on as many images as there are most."""
         table = self._measured
         if table is None and self.images is not None:
-            table = Store().table("evaluation")
-            if not table.empty:
-                ours = (table.weights == models.fingerprint(self.model.network)) & (table.precision == "fp32")
-                table = table[ours & (table.data == self.images.name)]
+            table = self._stored()
         if table is None or table.empty:
             return pd.DataFrame(columns=["scope", "k", "method", "kernels_removed", "bytes_removed", "top1"])
         table = table[table.images == table.images.max()]
         removed = ["kernels_removed", "bytes_removed"]
         return table.assign(**table[removed].fillna(0.0).astype(float))
+
+    def _stored(self) -> pd.DataFrame:
+        """What the store has of this network, clustered as now, on these images or a draw of them."""
+        table = Store().table("evaluation")
+        if table.empty:
+            return table
+        table = table[(table.weights == models.fingerprint(self.model.network)) & (table.precision == "fp32")]
+        table = table[(table.scope == "dense") | (table.clustering == VERSIONS["clustering"])]
+        draws = [n for n in table.images.unique() if n <= len(self.images)]
+        ours = {datasets.limited(self.images, int(n)).fingerprint for n in draws} | {self.images.fingerprint}
+        return table[table.images_hash.isin(ours)]
 
     def evaluate(self, n_images: int) -> None:
         """Evaluate the clustering asked for now, on images drawn at random, in the background.

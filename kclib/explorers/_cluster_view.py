@@ -11,7 +11,7 @@ from tqdm import tqdm
 from kclib.explorers import _controls, _details, _svg
 from kclib.explorers._cluster_explorer import ClusterExplorer
 from kclib.explorers._clusterer import COLOURS, METHODS, SCOPES, ClusterAnswer
-from kclib.explorers._controls import Count, Number, Panel, View, canvas, choice, layers, note, said
+from kclib.explorers._controls import ClusterCount, Number, Panel, View, canvas, choice, layers, note, said
 
 _COLUMN = "repeat(auto-fit, minmax(min(100%, 400px), 1fr))"  # two where there is room, else one
 _OLD = "kclib-old"
@@ -28,7 +28,7 @@ class ClusterView(View):
     """Controls that ask, the codebook that answers, and panels about it: one is seen at a time."""
 
     def __init__(self, explorer: ClusterExplorer):
-        count = Count("clusters K", explorer.largest, live=True)
+        count = ClusterCount("clusters K", explorer.largest, live=True)
         controls = {
             "layers": layers(explorer),
             "scope": choice("codebook", {text: name for name, text in SCOPES.items()}),

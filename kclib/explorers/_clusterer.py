@@ -2,12 +2,11 @@
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Generic
 
+import cachetools
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -18,7 +17,7 @@ from kclib.clustering import Clustering, by_use
 from kclib.clustering._clustering import of_fits
 from kclib.clustering._scopes import grouping
 from kclib.explorers import _svg
-from kclib.explorers._background import Progress, Q, T, called, check_k
+from kclib.explorers._background import Progress, called, check_k
 from kclib.kernels import KernelBank
 from kclib.kmeans import symmetric
 from kclib.plots._kernels import short
@@ -31,7 +30,7 @@ METHODS = {
     "symmetric": {"scaled": False, "turned": True},
 }
 COLOURS = ("one scale for all", "each kernel's own scale")
-_KEPT = 32  # clusterings
+KEPT = 12  # clusterings; one of K = N takes 66 MB of VGG-16
 _LEAVES = {"global": 8192, "layer": 1024}  # of a tree: with thirteen layers there are thirteen trees to cut
 
 
@@ -78,7 +77,7 @@ class ClusterAnswer:
     question : ClusterQuestion
     facts : mapping of str to str
         Numbers with their units, by what they are.
-    books : tuple of Codebook
+    books : tuple of Book
     n_clusters : int
         Representatives in all; of those beyond a tree's leaves a sketch has but some.
     bank : KernelBank
@@ -153,30 +152,6 @@ class ClusterAnswer:
         return figure
 
 
-class Latest(Generic[Q, T]):
-    """A mapping that keeps what was put or looked up last, and can be asked from any thread."""
-
-    def __init__(self):
-        self._values: OrderedDict[Q, T] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __contains__(self, key: Q) -> bool:
-        return self.get(key) is not None
-
-    def __setitem__(self, key: Q, value: T) -> None:
-        with self._lock:
-            self._values[key] = value
-            while len(self._values) > _KEPT:
-                self._values.popitem(last=False)
-
-    def get(self, key: Q) -> T | None:
-        """Return what is kept under a key, or None."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-            return self._values.get(key)
-
-
 @dataclass(frozen=True)
 class Sketcher:
     """The tree of some kernels, and what is needed to sketch a codebook of more than its leaves.
@@ -230,7 +205,7 @@ class Clusterer:
 
     def __init__(self, bank: KernelBank, seed: int):
         self.bank, self.seed, self._lock = bank, seed, threading.Lock()
-        self._kept: Latest[ClusterQuestion, Clustering] = Latest()
+        self._kept = cachetools.LRUCache(KEPT)  # of clusterings by question, under the lock
         self._trees: dict[tuple[str, ...], Sketcher] = {}
         self.chosen = lru_cache(maxsize=2)(lambda layers: bank.only(*layers))
         # Who asks for what is under way waits for it; who asks for anything else does not.
@@ -298,9 +273,13 @@ class Clusterer:
         """
         question = question.method
         with self._turn(question):
-            if (found := self._kept.get(question)) is None:
+            with self._lock:
+                found = self._kept.get(question)
+            if found is None:
                 self.prepare(question, progress)
-                found = self._kept[question] = self._cluster(question, progress)
+                found = self._cluster(question, progress)
+                with self._lock:
+                    self._kept[question] = found
         return found
 
     def _cluster(self, question: ClusterQuestion, progress: Progress) -> Clustering:

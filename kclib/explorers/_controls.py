@@ -100,7 +100,7 @@ def whole(name: str, text: str, most: int) -> int:
     return int(number)
 
 
-class Count:
+class ClusterCount:
     """A number of clusters: a slider in equal ratios and an entry; either follows the other.
 
     Parameters
@@ -213,11 +213,11 @@ class View(Panel):
     Parameters
     ----------
     explorer : Explorer
-    controls : mapping of str to Control or Count
+    controls : mapping of str to Control or ClusterCount
         By the field of the question.
     """
 
-    def __init__(self, explorer: Explorer, controls: Mapping[str, Control | Count]):
+    def __init__(self, explorer: Explorer, controls: Mapping[str, Control | ClusterCount]):
         super().__init__(explorer)
         self.controls, self._asked, self._shown, self._showing = controls, None, None, None
         if explorer.answer is None:

@@ -63,7 +63,7 @@ def maps(explorer: MapExplorer) -> widgets.VBox:
         "layers": _controls.layers(explorer),
         "kind": _controls.choice("kernels compared", {kind: kind for kind in explorer.graphs}),
         "colour": _controls.choice("colour", {name: name for name in _map_explorer.COLOURS}),
-        "n_clusters": _controls.Count("clusters K (colour)", explorer.largest),
+        "n_clusters": _controls.ClusterCount("clusters K (colour)", explorer.largest),
     }
     return _FigureView(explorer, controls).box
 

@@ -93,15 +93,6 @@ def fit(
     return framed.fit(framed.frame.into(_checked_init(init, n_clusters, points.shape[1])), None, report)
 
 
-def checked_ks(ks: Iterable[int]) -> list[int]:
-    """Return distinct numbers of clusters, ascending; raise InvalidValueError if there are none."""
-    ks = list(ks) if isinstance(ks, Iterable) else []
-    ks = [checks.check_whole("a number of clusters", k, 1) for k in ks]
-    if not ks:
-        raise InvalidValueError("there are no numbers of clusters; give at least one, in a list.")
-    return sorted(set(ks))
-
-
 def is_streamed(n: int, device: str) -> bool:
     """Tell whether so many points are read in blocks, rather than clustered in memory."""
     return n > _IN_MEMORY or device != "cpu"

@@ -64,7 +64,7 @@ class Tree:
     def cut(self, n_clusters: int) -> Codebook:
         """Return a codebook of K centres: the tree's clusters, improved by rounds over the leaves.
 
-        Fewer come back if fewer leaves no leaf badly served.
+        Fewer come back where fewer centres already serve every leaf as well.
 
         Raises
         ------

@@ -11,7 +11,7 @@ _COMPARED = 1 << 25  # distances held at once
 
 
 @dataclass(frozen=True)
-class Book:
+class CountedCodebook:
     """A codebook, and how often it is used.
 
     Attributes
@@ -26,13 +26,13 @@ class Book:
     counts: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, indices: Tensor) -> "Book":
+    def of(cls, values: Tensor, indices: Tensor) -> "CountedCodebook":
         """Return the rows of a codebook that indices ``(n,)`` use."""
         counts = torch.bincount(indices, minlength=len(values))
         return cls(values[counts > 0], counts[counts > 0])
 
-    def to(self, device) -> "Book":
-        return Book(self.values.to(device), self.counts.to(device))
+    def to(self, device) -> "CountedCodebook":
+        return CountedCodebook(self.values.to(device), self.counts.to(device))
 
     def price(self, unit: float) -> Tensor | None:
         """Return what each index costs, ``(K,)``, at so much a bit: bits as an entropy coder spends them."""

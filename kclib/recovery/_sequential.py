@@ -21,7 +21,7 @@ from kclib.kernels._bank import matched, rows_of
 from kclib.kmeans import _settings
 from kclib.models import _model
 from kclib.recovery import _assignment, _calibration, _moments
-from kclib.recovery._assignment import Book, Metric
+from kclib.recovery._assignment import CountedCodebook, Metric
 from kclib.recovery._calibration import LeastSquares
 from kclib.recovery._moments import Moments
 
@@ -173,7 +173,7 @@ class _Books:
     bank: KernelBank
     members: Mapping[str, tuple[Layer, ...]]
     wanted: Mapping[str, int]
-    shared: Mapping[str, Book]
+    shared: Mapping[str, CountedCodebook]
     scope: str
     precision: str
     price: float
@@ -204,16 +204,16 @@ class _Books:
         energy = float(read.answer_power.sum()) or 1.0  # where nothing is answered, errors cost nothing
         return self.price / len(self.bank) * energy
 
-    def fitted(self, group: str, points: np.ndarray, sample_weight: np.ndarray | None) -> Book:
+    def fitted(self, group: str, points: np.ndarray, sample_weight: np.ndarray | None) -> CountedCodebook:
         """Return a codebook for points ``(n, area)``: distinct rows, rounded as stored."""
         k = min(self.wanted[group], len(points))
         rounds = {"max_iter": _AT_START} if self.price else {}  # the passes to come do the rest
         found = kmeans.fit(points, k, sample_weight=sample_weight, seed=self.seed, **rounds)
         values = _precisions.rounded(torch.from_numpy(found.centres), self.precision)
         values, rows = values.unique(dim=0, return_inverse=True)
-        return Book.of(values, rows[torch.from_numpy(found.labels).long()])
+        return CountedCodebook.of(values, rows[torch.from_numpy(found.labels).long()])
 
-    def of_layer(self, layer: Layer, target: Tensor, energy: Tensor) -> Book:
+    def of_layer(self, layer: Layer, target: Tensor, energy: Tensor) -> CountedCodebook:
         """Return the codebook of a layer whose kernels ``(n, area)`` read channels of an energy ``(n,)``."""
         name = self.group(layer)
         if name in self.shared:
@@ -290,7 +290,7 @@ def _clustered(
         coded = _Coded(book.values, torch.cat(indices).reshape(-1))
         if alone:
             coded = books.refined(coded, target.shape, squares, n)
-            book = Book.of(coded.codebook, coded.indices)
+            book = CountedCodebook.of(coded.codebook, coded.indices)
     _convolutions.set_weight(changed, coded.kernels, name=layer.name)
     _calibration.absorb(read, _moments.grouped(changed), original, changed, norms)
     return coded

@@ -20,10 +20,8 @@ from kclib.recovery import _sequential
 _PRICE, _BITS, _STEEP = 0.1, 4.2, 2.0  # a price, the bits a kernel that it buys, and how fast prices rise
 _WITHIN = 0.93  # of the bytes are spent, at least
 _TRIES = 10  # for a number of bytes; most often two are made
-_LEAST_STEP, _STUCK = (
-    1.1,
-    1.02,
-)  # factors between prices, and between numbers of bytes that are about the same
+_LEAST_STEP = 1.1  # factor between prices
+_STUCK = 1.02  # factor between numbers of bytes that are about the same
 _STEPS = 3  # halvings of the range of prices, after a factor of _WIDE holds it, for a drop
 _WIDE = 3.0
 _HIGHEST, _LOWEST = 1e4, 1e-6  # prices
@@ -128,21 +126,25 @@ def shrink(
         size = byte_counts.clustered_bytes(
             model.network, found.clustering, precision=precision, coding="entropy"
         )
-        lost = exact and evaluation.drop(exact, evaluation.evaluate(found.model, held_back, **answers))
+        lost = None
+        if exact is not None:
+            lost = evaluation.drop(exact, evaluation.evaluate(found.model, held_back, **answers))
         return Shrunk(models.like(given, found.network), found.clustering, size, price, lost, pd.DataFrame())
 
     with tqdm(desc="finding a price", unit="network", leave=False, disable=not progress) as bar:
         trials = _Trials(made, others, len(bank), bar)
         if max_drop is not None:
-            best = _cheapest(trials, max_drop)
+            _search_drop(trials, max_drop)
         else:
-            best = _within(trials, all_bytes / ratio if n_bytes is None else n_bytes)
-    return replace(best, table=trials.table)
+            _search_bytes(trials, all_bytes / ratio if n_bytes is None else n_bytes)
+    if not trials.best:
+        raise InvalidValueError(_unreached(trials, ratio, n_bytes, max_drop, held_back))
+    return replace(trials.best[0], table=pd.DataFrame(trials.rows))
 
 
 @dataclass(frozen=True)
 class _Trials:
-    """Networks as they are made, by their price.
+    """Networks as they are made, by their price; of those that reach the goal, the best is kept.
 
     Attributes
     ----------
@@ -152,20 +154,29 @@ class _Trials:
         Bytes of the convolutions that no price changes.
     n : int
         Kernels.
+    rows : list of dict
+        What is to be known of each, in the order in which they were tried.
+    best : list of Shrunk
+        One, or none.
     """
 
     made: Callable[[float], Shrunk]
     others: int
     n: int
     bar: tqdm
-    found: dict[float, Shrunk] = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+    best: list[Shrunk] = field(default_factory=list)
 
-    def at(self, price: float) -> Shrunk:
-        """Return what a price makes, made once."""
-        if price not in self.found:
-            self.found[price] = self.made(price)
-            self.bar.update()
-        return self.found[price]
+    def reaches(self, price: float, goal: Callable[[dict], bool], worth: Callable[[Shrunk], float]) -> bool:
+        """Try a price; tell whether what it makes reaches a goal, and keep it if it is worth most of these."""
+        found = self.made(price)
+        drop = found.drop.points.estimate if found.drop else math.nan
+        row = {"price": price, "clusters": found.clustering.n_clusters, "bytes": found.n_bytes, "drop": drop}
+        self.rows.append(row)
+        self.bar.update()
+        if reached := goal(row):
+            self.best[:] = [max([*self.best, found], key=worth)]
+        return reached
 
     def guess(self, n_bytes: float) -> float:
         """Return the price that may lead to so many bytes, by a line in logarithms through what was tried.
@@ -173,88 +184,79 @@ class _Trials:
         Bytes may hardly change over a range of prices; steps grow there.
         """
         bits = max(1e-3, 8 * (n_bytes - self.others) / self.n)
-        tried = sorted(self.found.values(), key=lambda x: x.price)
-        over = [x for x in tried if x.n_bytes > n_bytes]
-        under = [x for x in tried if x.n_bytes <= n_bytes]
-        sizes = [x.n_bytes for x in list(self.found.values())[-2:]]
-        stuck = len(sizes) == 2 and max(sizes) < _STUCK * min(sizes)
-        least = _LEAST_STEP ** (1 << len(tried) if stuck else 1)
-        if not tried:
-            price = _PRICE * (_BITS / bits) ** _STEEP
-        elif over and under:
+        if not self.rows:
+            return _between(_PRICE * (_BITS / bits) ** _STEEP)
+        tried = sorted(self.rows, key=lambda row: row["price"])
+        over = [row for row in tried if row["bytes"] > n_bytes]
+        under = [row for row in tried if row["bytes"] <= n_bytes]
+        if over and under:
             low, high = over[-1], under[0]
             share = math.log(self._bits(low) / bits) / math.log(self._bits(low) / self._bits(high))
-            price = low.price * (high.price / low.price) ** min(max(share, 0.2), 0.8)
-        elif over:
-            price = over[-1].price * max((self._bits(over[-1]) / bits) ** self._steep(over[-2:]), least)
-        else:
-            price = under[0].price * min((self._bits(under[0]) / bits) ** self._steep(under[:2]), 1 / least)
-        return min(max(price, _LOWEST), _HIGHEST)
+            return low["price"] * (high["price"] / low["price"]) ** min(max(share, 0.2), 0.8)
+        near, end = (over[-2:], over[-1]) if over else (under[:2], under[0])
+        step = (self._bits(end) / bits) ** self._steep(near)
+        least = self._least_step()
+        return _between(end["price"] * (max(step, least) if over else min(step, 1 / least)))
 
-    def _steep(self, near: list[Shrunk]) -> float:
+    def _least_step(self) -> float:
+        """Return the least factor to the next price; it grows with each try where bytes do not change."""
+        sizes = [row["bytes"] for row in self.rows[-2:]]
+        stuck = len(sizes) == 2 and max(sizes) < _STUCK * min(sizes)
+        return _LEAST_STEP ** (1 << len(self.rows)) if stuck else _LEAST_STEP
+
+    def _steep(self, near: list[dict]) -> float:
         """Return how fast prices rise as bits fall, from two networks; what is usual from one."""
-        if len(near) < 2 or near[0].n_bytes == near[1].n_bytes:
+        if len(near) < 2 or near[0]["bytes"] == near[1]["bytes"]:
             return _STEEP
         fall = math.log(self._bits(near[0]) / self._bits(near[1]))
-        return min(max(math.log(near[1].price / near[0].price) / fall, _STEEP / 2), 3 * _STEEP)
+        return min(max(math.log(near[1]["price"] / near[0]["price"]) / fall, _STEEP / 2), 3 * _STEEP)
 
-    def _bits(self, made: Shrunk) -> float:
-        return 8 * max(1, made.n_bytes - self.others) / self.n
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row a price, in the order in which they were tried."""
-        rows = [
-            {
-                "price": price,
-                "clusters": x.clustering.n_clusters,
-                "bytes": x.n_bytes,
-                "drop": x.drop.points.estimate if x.drop else math.nan,
-            }
-            for price, x in self.found.items()
-        ]
-        return pd.DataFrame(rows)
+    def _bits(self, row: dict) -> float:
+        return 8 * max(1, row["bytes"] - self.others) / self.n
 
 
-def _within(trials: _Trials, n_bytes: float) -> Shrunk:
-    """Return the largest that was found within so many bytes."""
-    aim = (1 + _WITHIN) / 2 * n_bytes
-    for _ in range(_TRIES):
-        price = trials.guess(aim)
-        if price in trials.found or _WITHIN * n_bytes <= trials.at(price).n_bytes <= n_bytes:
+def _between(price: float) -> float:
+    return min(max(price, _LOWEST), _HIGHEST)
+
+
+def _search_bytes(trials: _Trials, n_bytes: float) -> None:
+    """Try prices until nearly so many bytes are spent, and no more."""
+    aim, tried = (1 + _WITHIN) / 2 * n_bytes, set()
+    while len(tried) < _TRIES and (price := trials.guess(aim)) not in tried:
+        tried.add(price)
+        fits = trials.reaches(price, lambda row: row["bytes"] <= n_bytes, lambda x: x.n_bytes)
+        if fits and trials.rows[-1]["bytes"] >= _WITHIN * n_bytes:
             break
-    fitting = [x for x in trials.found.values() if x.n_bytes <= n_bytes]
-    if not fitting:
-        least = min(x.n_bytes for x in trials.found.values())
-        raise InvalidValueError(
-            f"n_bytes is {n_bytes:,.0f}; the convolutions were brought to {least:,} bytes, not below."
-        )
-    return max(fitting, key=lambda x: x.n_bytes)
 
 
-def _cheapest(trials: _Trials, max_drop: float) -> Shrunk:
-    """Return the smallest that was found to lose no more than so many points."""
+def _search_drop(trials: _Trials, max_drop: float) -> None:
+    """Try prices up to the highest that loses no more than so many points."""
 
     def fits(price: float) -> bool:
-        return trials.at(price).drop.points.estimate <= max_drop
+        return trials.reaches(price, lambda row: row["drop"] <= max_drop, lambda x: -x.n_bytes)
 
-    price = _PRICE
-    low = high = None  # prices that fit, and that do not
-    while low is None or high is None:
-        if not _LOWEST <= price <= _HIGHEST:
-            break
+    price, low, high = _PRICE, None, None  # prices that fit, and that do not
+    while (low is None or high is None) and _LOWEST <= price <= _HIGHEST:
         if fits(price):
             low, price = price, price * _WIDE
         else:
             high, price = price, price / _WIDE
-    if low is None:
-        least = min(x.drop.points.estimate for x in trials.found.values())
-        raise InvalidValueError(f"max_drop is {max_drop}; the best network found loses {least:.2f} points.")
-    for _ in range(_STEPS if high else 0):
+    for _ in range(_STEPS if low and high else 0):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if fits(middle) else (low, middle)
-    fitting = [x for x in trials.found.values() if x.drop.points.estimate <= max_drop]
-    return min(fitting, key=lambda x: x.n_bytes)
+
+
+def _unreached(trials: _Trials, ratio, n_bytes, max_drop, held_back) -> str:
+    """Return in one sentence which goal was not reached, and what was."""
+    if max_drop is not None:
+        least = min(row["drop"] for row in trials.rows)
+        return f"max_drop is {max_drop}; the best network found loses {least:.2f} points on {held_back.name}."
+    goal = f"n_bytes is {n_bytes:,.0f}" if ratio is None else f"ratio is {ratio:g}"
+    least = min(row["bytes"] for row in trials.rows)
+    return (
+        f"{goal}; the convolutions were brought to {least:,} bytes, not below, "
+        f"of which {trials.others:,} are of convolutions and biases that are not clustered."
+    )
 
 
 def _check(ratio, n_bytes, max_drop, held_back) -> None:

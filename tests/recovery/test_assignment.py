@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kclib.recovery import _assignment
-from kclib.recovery._assignment import Book, Metric
+from kclib.recovery._assignment import CountedCodebook, Metric
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,7 +93,7 @@ def test_a_higher_price_never_buys_more_bits(seed, one, other):
 
 def test_bits_are_those_of_the_entropy():
     indices = torch.tensor([0, 0, 0, 0, 2, 2, 3, 3])
-    book = Book.of(torch.arange(4.0)[:, None], indices)
+    book = CountedCodebook.of(torch.arange(4.0)[:, None], indices)
     assert book.values.tolist() == [[0], [2], [3]]
     assert book.price(0.5).tolist() == [0.5, 1, 1]
     assert book.price(0) is None

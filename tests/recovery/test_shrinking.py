@@ -90,14 +90,20 @@ def trials(bytes_of):
 @pytest.mark.parametrize("budget", [300, 700, 3000])
 def test_few_trials_meet_a_number_of_bytes(power, budget):
     given = trials(lambda price: 100 + 500 * (0.1 / price) ** power)
-    found = _shrinking._within(given, budget)
+    _shrinking._search_bytes(given, budget)
+    (found,) = given.best
     assert 0.93 * budget <= found.n_bytes <= budget
-    assert len(given.found) <= 6
+    assert found.n_bytes == max(row["bytes"] for row in given.rows if row["bytes"] <= budget)
+    assert len(given.rows) <= 6
 
 
-def test_bytes_that_cannot_be_met_are_said():
-    with pytest.raises(InvalidValueError, match="n_bytes is 90; the convolutions were brought to 400 bytes"):
-        _shrinking._within(trials(lambda price: 400), 90)
+def test_goals_that_cannot_be_met_are_said():
+    for goal, said in (({"n_bytes": 90}, "n_bytes is 90"), ({"ratio": 4000}, "ratio is 4000")):
+        with pytest.raises(InvalidValueError, match=f"{said}; the convolutions were brought to"):
+            kclib.shrink(model(), images(), **goal, progress=False)
+    none = trials(lambda price: 400)
+    none.rows.extend({"bytes": 400, "drop": drop} for drop in (9.0, 7.0))
+    assert "loses 7.00 points on smooth" in _shrinking._unreached(none, None, None, 1.0, images())
 
 
 def test_one_goal_is_asked_for():
