@@ -100,12 +100,6 @@ def _recovery():
         yield ["as shipped, dense" if row[0] == "dense" else row[0], *row[1:]]
 
 
-def _smallest():
-    for r in _run("smallest")["rows"]:
-        if r["share"] and "top1" in r:
-            yield [r["method"], _megabytes(r["bytes"]), f"{r['ratio']:.1f}", _drop(r)]
-
-
 def _ways():
     ways = {}
     for r in _run("recovery")["rows"]:
@@ -222,7 +216,7 @@ def draw() -> None:
 
 ROWS = {
     "results": _results, "accuracy": _accuracy, "engine": _engine, "recovery": _recovery,
-    "smallest": _smallest, "ways": _ways, "recipes": _recipes,
+    "ways": _ways, "recipes": _recipes,
     "networks": lambda: _recovered(_NETWORKS), "weights": _weights,
     "representatives": _representatives, "prices": _prices, "memory": _memory,
     "sweeps": _sweeps, "pairs": _pairs, "nearest": _nearest, "slider": _slider, "maps": _maps,

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
 
 _PARTS = 30  # points of a line, each of as many kernels
 
@@ -64,7 +65,7 @@ def index_bits(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def bits_by_layer(tables: Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
-    """Draw the bits that a kernel takes in each layer, a line for each network.
+    """Draw the bits that a kernel takes in each layer, a line for each network, on a log axis.
 
     Parameters
     ----------
@@ -76,8 +77,9 @@ def bits_by_layer(tables: Mapping[str, pd.DataFrame], *, ax: Axes | None = None)
         bits = table["index"] + table.codebook
         ax.plot(table.layer, bits, "o-", color=colour, markersize=5, label=label)
     ax.tick_params("x", rotation=45, labelsize=8)
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda bits, _: f"{bits:g}"))
     ax.set_ylabel("bits a kernel, codebook included")
-    ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
     ax.legend(title="bytes kept", fontsize=8, frameon=False)
     return ax

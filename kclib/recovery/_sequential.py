@@ -106,7 +106,8 @@ def correct(
     price : float
         Of a bit: an index is chosen for its error plus what it takes in an entropy-coded file, from how
         often it was used the pass before. One bit a kernel, in all layers, costs as much as an error of this
-        share of a layer's output energy. At 0 bits are free.
+        share of a layer's output energy (the price of `clustering.cluster` is in squared weights). At 0 bits
+        are free.
     damping : float
         Least share of the mean energy of an input that is added to each one's, so that noise is not learned;
         more where few images are read (`_moments.Moments.damping`), and ten times as much, and so on,
@@ -255,8 +256,8 @@ class _Books:
 def _clusters(price: float, bank: KernelBank) -> int:
     """Return how many clusters a layer starts with at a price; those that do not pay for themselves go.
 
-    Relative errors of layers were measured to fall as ``K ** -0.45``; one more row of a codebook then wins as
-    much as its bytes cost at a K that is a power of the price.
+    In a layer of the shipped model the relative error fell as ``K ** -0.45``; one more row of a codebook then
+    wins as much as its bytes cost at a K that is a power of the price.
     """
     if not price:
         raise InvalidValueError("n_clusters is not given and the price is 0; give one of them.")

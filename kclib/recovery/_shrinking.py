@@ -168,7 +168,7 @@ class _Trials:
     best: list[Shrunk] = field(default_factory=list)
 
     def reaches(self, price: float, goal: Callable[[dict], bool], worth: Callable[[Shrunk], float]) -> bool:
-        """Try a price; tell whether what it makes reaches a goal, and keep it if it is worth most of these."""
+        """Try a price; tell whether what it makes reaches a goal, and keep what is worth most of these."""
         found = self.made(price)
         drop = found.drop.points.estimate if found.drop else math.nan
         row = {"price": price, "clusters": found.clustering.n_clusters, "bytes": found.n_bytes, "drop": drop}
