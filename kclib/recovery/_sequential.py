@@ -205,11 +205,12 @@ class _Books:
         energy = float(read.answer_power.sum()) or 1.0  # where nothing is answered, errors cost nothing
         return self.price / len(self.bank) * energy
 
-    def fitted(self, group: str, points: np.ndarray, sample_weight: np.ndarray | None) -> CountedCodebook:
+    def fitted(
+        self, group: str, points: np.ndarray, sample_weight: np.ndarray | None, **options
+    ) -> CountedCodebook:
         """Return a codebook for points ``(n, area)``: distinct rows, rounded as stored."""
         k = min(self.wanted[group], len(points))
-        rounds = {"max_iter": _AT_START} if self.price else {}  # the passes to come do the rest
-        found = kmeans.fit(points, k, sample_weight=sample_weight, seed=self.seed, **rounds)
+        found = kmeans.fit(points, k, sample_weight=sample_weight, seed=self.seed, **options)
         values = _precisions.rounded(torch.from_numpy(found.centres), self.precision)
         values, rows = values.unique(dim=0, return_inverse=True)
         return CountedCodebook.of(values, rows[torch.from_numpy(found.labels).long()])
@@ -220,7 +221,9 @@ class _Books:
         if name in self.shared:
             return self.shared[name].to(target.device)
         sample_weight = energy / energy.max() if energy.max() > 0 else torch.ones_like(energy)
-        return self.fitted(name, target.cpu().numpy(), sample_weight.cpu().numpy()).to(target.device)
+        options = {"max_iter": _AT_START} if self.price else {}  # the passes to come do the rest
+        points, sample_weight = target.cpu().numpy(), sample_weight.cpu().numpy()
+        return self.fitted(name, points, sample_weight, **options).to(target.device)
 
     def refined(self, coded: _Coded, shape: torch.Size, squares: LeastSquares, rounds: int) -> _Coded:
         """Return a layer's codes with a codebook that answers nearer to the dense weights, if one does."""
