@@ -1,6 +1,10 @@
-"""Accuracy at equal bytes: clustering as it is and trained, its peers, and the dense model trained too."""
+"""Accuracy at equal bytes: clustering as it is and trained, its peers, and the dense model trained too.
+
+With ``ONLY`` in the environment one of the networks is measured.
+"""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +16,7 @@ import torch
 from torch import nn
 
 import kclib
-from benchmarks import networks
+from benchmarks import networks, nnc
 from kclib import models, plots, recovery
 from kclib._util import files
 from kclib.compression import byte_counts
@@ -24,7 +28,9 @@ SHARES = (32, 48, 64, 100, 140)  # the convolutions keep one byte of so many
 RECIPE = replace(recovery.RECIPE, epochs=3)
 SMALL = replace(RECIPE, images=1600, held_back=1000)  # for inputs of four times the pixels
 SON = ((64, False), (512, False), (512, True))
+QPS = (-24, -23, -22, -21, -20, -19, -18)  # of the standard: from about 1/30 to 1/160
 PRECISION = "bf16"
+NNC = "ISO/IEC 15938-17 (nncodec)"
 
 
 class Rows:
@@ -157,6 +163,19 @@ def others(bench: Bench) -> None:
     bench.trained(bench.key(f"{peer.name}, trained", None, peer.setting), peer.bytes, packed, "son")
 
 
+def standard(bench: Bench) -> None:
+    """Measure the standard for coding networks, as it is and with what it lost on average put right."""
+    for qp in QPS:
+        start = time.perf_counter()
+        keys = [bench.key(name, None, f"qp {qp}") for name in (NNC, f"{NNC}, gains and biases corrected")]
+        if all(bench.rows.get(**key) for key in keys):
+            continue
+        decoded, n_bytes = nnc.coded(bench.model, qp)
+        bench.measure(keys[0], n_bytes, decoded, time.perf_counter() - start)
+        better, more = nnc.corrected(decoded, bench.model, bench.images.calibration)
+        bench.measure(keys[1], n_bytes + more, better, time.perf_counter() - start)
+
+
 def pointwise(images: kclib.ImageSet) -> Callable[[kclib.Model], nn.Module]:
     """Return what clusters the kernels of 1×1 and 7×7 pixels of a network, and packs them."""
 
@@ -191,19 +210,37 @@ def picture(table: pd.DataFrame) -> None:
         fig.savefig(temporary, dpi=150, format="png")
 
 
-def main() -> None:
-    rows, images = Rows(OUT), networks.images()
-    folder = files.data_dir() / "cache" / "recovery"
-    folder.mkdir(parents=True, exist_ok=True)
-    shipped = bench_of(kclib.load_model(), images, RECIPE, folder, rows)
+def on_fashion(folder: Path, rows: Rows) -> None:
+    """Measure the shipped model, with all peers, on Fashion-MNIST."""
+    shipped = bench_of(kclib.load_model(), networks.images(), RECIPE, folder, rows)
     own(shipped)
+    standard(shipped)
     others(shipped)
+
+
+def on_resnet(folder: Path, rows: Rows) -> None:
+    """Measure a ResNet-18 on Fashion-MNIST."""
+    images = networks.images()
     own(bench_of(networks.resnet18(folder), images, RECIPE, folder, rows), pointwise(images.calibration))
+
+
+def on_probed(folder: Path, rows: Rows) -> None:
+    """Measure ImageNet's VGG-16 with a linear probe, where its weights are given."""
     if (features := networks.features_file()) is not None:
         probed = networks.probed_vgg16(features, folder)
-        own(bench_of(probed, networks.fewer(images), SMALL, folder, rows, limit=2000))
+        own(bench_of(probed, networks.fewer(networks.images()), SMALL, folder, rows, limit=2000))
+
+
+NETWORKS = {"fashion": on_fashion, "resnet18": on_resnet, "probed": on_probed}
+
+
+def main() -> None:
+    rows, folder = Rows(OUT), files.data_dir() / "cache" / "recovery"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in [os.environ["ONLY"]] if "ONLY" in os.environ else NETWORKS:
+        NETWORKS[name](folder, rows)
     table = pd.DataFrame(rows.rows).dropna(subset="top1")
-    picture(table[table.network == shipped.model.name])
+    picture(table[table.network == "vgg16-fashion"])
     print(
         table[["network", "method", "share", "setting", "bytes", "ratio", "top1", "drop"]].to_string(
             index=False
