@@ -16,7 +16,7 @@ import yaml
 from typer.core import TyperCommand
 
 import kclib
-from kclib._util import files, progress_bars
+from kclib._util import files, limits, progress_bars, streams
 from kclib.errors import FailedRunError, InvalidValueError, KclibError, SweepError
 from kclib.models import _factories
 
@@ -170,6 +170,7 @@ def compress(
     shape: _SHAPE = None,
 ) -> None:
     """Cluster a model's kernels and write it as a compressed file."""
+    limits.check_addresses()
     files.check_output(out, binary=True)
     with _step("loading the model"):
         loaded = kclib.load_model(model, weights=weights, input_shape=shape)
@@ -275,6 +276,7 @@ def evaluate(
     shape: _SHAPE = None,
 ) -> None:
     """Evaluate a compressed file's accuracy; its weights stay packed."""
+    limits.check_addresses()
     from kclib.models import _model
 
     with _step("loading"):
@@ -305,6 +307,7 @@ def export(
     model: _ARCHITECTURE = None,
 ) -> None:
     """Write a compressed file for other runtimes."""
+    limits.check_addresses()
     with _step("exporting"):
         from kclib.compression import _exporting  # which takes seconds to import
 
@@ -339,6 +342,7 @@ def first_try(
 
     By default it is the shipped one, on the shipped images.
     """
+    limits.check_addresses()
     with _step("starting"):
         from kclib.experiments import _first_try
 
@@ -385,6 +389,7 @@ def sweep(
 
     What the store has of its cells is not computed again.
     """
+    limits.check_addresses()
     from kclib.experiments import _grid
     from kclib.experiments._pool import Workers
     from kclib.store import Store
@@ -589,6 +594,7 @@ def batch(
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the report when done.")] = True,
 ) -> None:
     """Run a profile's notebooks and write a report."""
+    limits.check_addresses()
     from kclib.experiments import _batch as runner
     from kclib.experiments import _profiles
 
@@ -604,21 +610,26 @@ def main() -> None:
 
     A wrong input is one sentence and exit code 2, a failed run exit code 1, Ctrl-C exit code 130.
     """
+    streams.reopen()
     try:
-        with progress_bars.readable(), _factories.own_modules():
-            app(args=[_at_home(x) for x in sys.argv[1:]], standalone_mode=True)
+        try:
+            with progress_bars.readable(), _factories.own_modules():
+                app(args=[_at_home(x) for x in sys.argv[1:]], standalone_mode=True)
+        finally:
+            streams.flush()
     except SystemExit as end:
         if end.code == 130:
-            typer.echo("kclib: interrupted; what was finished is kept.", err=True)
+            streams.say("kclib: interrupted; what was finished is kept.")
         raise
     except Exception as error:
         if _debug:
             raise
+        error = limits.told(streams.told(error))
         if isinstance(error, KclibError):
-            typer.echo(f"kclib: {error}", err=True)
+            streams.say(f"kclib: {error}")
             raise SystemExit(1 if isinstance(error, FailedRunError) else 2) from None
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        typer.echo(f"kclib: {what}. This should not happen; kclib --debug shows where.", err=True)
+        streams.say(f"kclib: {what}. This should not happen; kclib --debug shows where.")
         raise SystemExit(1) from None
 
 

@@ -115,6 +115,7 @@ def _said(error: BaseException) -> str:
 @contextlib.contextmanager
 def own_modules() -> Iterator[None]:
     """Make modules in the current folder importable, also for the notebooks and workers that are started."""
+    places.check_folder()
     folder, before = os.getcwd(), sys.path
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), folder]
     sys.path = [*before, folder]
