@@ -401,6 +401,7 @@ def sweep(
     typer.echo(_grid.summary(planned, workers))
     if dry_run:
         return
+    files.check_output(out / loaded.name / "index.html")
     failures = _grid.run(planned, workers)
     for failure in failures:
         typer.echo(f"{failure.what} failed: {failure.error}", err=True)
@@ -464,8 +465,9 @@ def results(
     table = _filtered(store.table(kind), where, [x.strip() for x in columns.split(",") if x.strip()])
     for path, write in ((csv, "to_csv"), (parquet, "to_parquet")):
         if path is not None:
-            with files.replacing(path) as temporary:
-                getattr(table, write)(temporary, index=False)
+            # A file, for pyarrow takes no path but one of UTF-8.
+            with files.replacing(path) as temporary, open(temporary, "wb") as file:
+                getattr(table, write)(file, index=False)
             typer.echo(f"{files.named(path)}: {len(table):,} rows")
     if csv is None and parquet is None:
         typer.echo(_text(table) if len(table) else f"{store.root} has nothing like that.")

@@ -44,7 +44,12 @@ def flush() -> None:
 
 
 def told(error: Exception) -> Exception:
-    """Return what standard output raised as a `StorageError`, and any other error as it is."""
+    """Return what standard output raised as a `StorageError`, and any other error as it is.
+
+    A name that is not UTF-8 cannot be written into a page or a table, so that is one too.
+    """
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return StorageError("a path has a name that is not UTF-8, which a report cannot hold; rename it.")
     if isinstance(error, KclibError) or getattr(error, "errno", None) not in _REFUSED or error.filename:
         return error
     why = "it is closed" if error.errno == errno.EBADF else error.strerror
