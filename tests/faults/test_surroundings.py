@@ -62,7 +62,7 @@ def test_a_compressed_file_for_standard_output_that_is_closed(here):
 def test_nobody_who_reads_or_is_told(here, seen):
     Store().put(Entry({"kind": "evaluation", "scope": "layer", "k": 2}, {"images": 9}, {}))
     assert shell("kclib --help | head -0") == (1, "")
-    seen(KIND, "who reads standard output is gone, as in `kclib results | head -0`", "it ends; exit code 1")
+    seen(KIND, "whoever reads standard output is gone (`head` has ended)", "it ends; exit code 1")
     assert shell("kclib results --csv found.csv 2>&- 0<&- > said")[0] == 0
     assert "layer" in Path("found.csv").read_text()
     assert shell("kclib inspect absent 2>&-")[0] == 2
