@@ -23,7 +23,7 @@ import lazy_loader
 from kclib._util import places
 
 places.prepare()
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+_loaded, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["kmeans", "plots", "similarity"],
     submod_attrs={
@@ -39,3 +39,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "recovery": ["finetune", "shrink"],
     },
 )
+
+
+def __getattr__(name: str) -> object:
+    """Return a name of the door, loaded when it is first used."""
+    places.check_folder()
+    return _loaded(name)

@@ -16,7 +16,7 @@ import yaml
 from typer.core import TyperCommand
 
 import kclib
-from kclib._util import files, progress_bars
+from kclib._util import files, limits, progress_bars, streams
 from kclib.errors import FailedRunError, InvalidValueError, KclibError, SweepError
 from kclib.models import _factories
 
@@ -170,6 +170,7 @@ def compress(
     shape: _SHAPE = None,
 ) -> None:
     """Cluster a model's kernels and write it as a compressed file."""
+    limits.check_addresses()
     files.check_output(out, binary=True)
     with _step("loading the model"):
         loaded = kclib.load_model(model, weights=weights, input_shape=shape)
@@ -275,6 +276,7 @@ def evaluate(
     shape: _SHAPE = None,
 ) -> None:
     """Evaluate a compressed file's accuracy; its weights stay packed."""
+    limits.check_addresses()
     from kclib.models import _model
 
     with _step("loading"):
@@ -305,6 +307,7 @@ def export(
     model: _ARCHITECTURE = None,
 ) -> None:
     """Write a compressed file for other runtimes."""
+    limits.check_addresses()
     with _step("exporting"):
         from kclib.compression import _exporting  # which takes seconds to import
 
@@ -339,6 +342,7 @@ def first_try(
 
     By default it is the shipped one, on the shipped images.
     """
+    limits.check_addresses()
     with _step("starting"):
         from kclib.experiments import _first_try
 
@@ -385,6 +389,7 @@ def sweep(
 
     What the store has of its cells is not computed again.
     """
+    limits.check_addresses()
     from kclib.experiments import _grid
     from kclib.experiments._pool import Workers
     from kclib.store import Store
@@ -396,6 +401,7 @@ def sweep(
     typer.echo(_grid.summary(planned, workers))
     if dry_run:
         return
+    files.check_output(out / loaded.name / "index.html")
     failures = _grid.run(planned, workers)
     for failure in failures:
         typer.echo(f"{failure.what} failed: {failure.error}", err=True)
@@ -459,8 +465,9 @@ def results(
     table = _filtered(store.table(kind), where, [x.strip() for x in columns.split(",") if x.strip()])
     for path, write in ((csv, "to_csv"), (parquet, "to_parquet")):
         if path is not None:
-            with files.replacing(path) as temporary:
-                getattr(table, write)(temporary, index=False)
+            # A file, for pyarrow takes no path but one of UTF-8.
+            with files.replacing(path) as temporary, open(temporary, "wb") as file:
+                getattr(table, write)(file, index=False)
             typer.echo(f"{files.named(path)}: {len(table):,} rows")
     if csv is None and parquet is None:
         typer.echo(_text(table) if len(table) else f"{store.root} has nothing like that.")
@@ -589,6 +596,7 @@ def batch(
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the report when done.")] = True,
 ) -> None:
     """Run a profile's notebooks and write a report."""
+    limits.check_addresses()
     from kclib.experiments import _batch as runner
     from kclib.experiments import _profiles
 
@@ -604,21 +612,26 @@ def main() -> None:
 
     A wrong input is one sentence and exit code 2, a failed run exit code 1, Ctrl-C exit code 130.
     """
+    streams.reopen()
     try:
-        with progress_bars.readable(), _factories.own_modules():
-            app(args=[_at_home(x) for x in sys.argv[1:]], standalone_mode=True)
+        try:
+            with progress_bars.readable(), _factories.own_modules():
+                app(args=[_at_home(x) for x in sys.argv[1:]], standalone_mode=True)
+        finally:
+            streams.flush()
     except SystemExit as end:
         if end.code == 130:
-            typer.echo("kclib: interrupted; what was finished is kept.", err=True)
+            streams.say("kclib: interrupted; what was finished is kept.")
         raise
     except Exception as error:
         if _debug:
             raise
+        error = limits.told(streams.told(error))
         if isinstance(error, KclibError):
-            typer.echo(f"kclib: {error}", err=True)
+            streams.say(f"kclib: {error}")
             raise SystemExit(1 if isinstance(error, FailedRunError) else 2) from None
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        typer.echo(f"kclib: {what}. This should not happen; kclib --debug shows where.", err=True)
+        streams.say(f"kclib: {what}. This should not happen; kclib --debug shows where.")
         raise SystemExit(1) from None
 
 

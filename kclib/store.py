@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -317,13 +318,13 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
     table = pd.DataFrame(rows).convert_dtypes()
     table.attrs["sha256"] = _digest_of_rows(table)
     with files.replacing(path, ours=True) as temporary:
-        table.to_parquet(temporary)
+        temporary.write_bytes(table.to_parquet())  # pyarrow takes no path but UTF-8
 
 
 def _read_rows(path: Path) -> dict[str, dict]:
     """Return the rows of a kept table by entry; none if it is damaged, and made again from the entries."""
     try:
-        table = pd.read_parquet(path)
+        table = pd.read_parquet(io.BytesIO(path.read_bytes()))
         if table.attrs.get("sha256") == _digest_of_rows(table):
             return {row["entry"]: row for row in table.to_dict("records")}
     except Exception as error:  # damage can make its reader raise almost anything

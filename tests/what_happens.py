@@ -15,6 +15,8 @@ KINDS = {
     "Outputs": "What `kclib compress -o`, `kclib results --csv`, `kclib export` and the like write to.",
     "Users": "Another account than the one that installed kclib, or a container.",
     "Disk": "What lies on disk is checked before it is believed.",
+    "Surroundings": "Streams, folders and memory that a command finds, and paths of every kind.",
+    "Your code": "What `package.module:factory` does.",
     "Numbers": "No value is made of another in silence.",
     "Notebooks": "Run by `kclib batch`, by papermill alone or in JupyterLab.",
     "Interruptions": "What was finished is kept.",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from kclib._util import places
+from kclib._util import places, streams
 from kclib.errors import DamagedFileError, KclibError, MissingFileError, StorageError
 
 STDOUT = Path("/dev/fd/1")
@@ -152,6 +152,8 @@ def check_output(path: Path, *, binary: bool = False, ours: bool = False) -> Non
         raise _refusal(path, "a file's name must not hold NUL")
     if is_stream(path):
         descriptor = _descriptor(path)
+        if descriptor == 1 and streams.is_closed(1):
+            raise _refusal(path, "it is closed")
         if binary and descriptor is not None and os.isatty(descriptor):
             raise _refusal(path, _GARBLED)
         return

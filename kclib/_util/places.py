@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from kclib.errors import MissingFileError
+
 _VARIABLE = "KCLIB_SCRATCH"  # by which a process knows that its parent has set all this
 
 
@@ -53,6 +55,14 @@ def prepare() -> None:
         sys.modules["numba"].config.CACHE_DIR = os.environ.get("NUMBA_CACHE_DIR", "")
     creator = os.getpid()
     atexit.register(lambda: os.getpid() == creator and shutil.rmtree(scratch, ignore_errors=True))
+
+
+def check_folder() -> None:
+    """Raise a `MissingFileError` if the working folder is gone, where libraries end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise MissingFileError("the working folder is gone; change to a folder that is there.") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def read(path: Path) -> "tuple[dict, str, dict[str, Tensor]]":
 
 def _checked(path: Path) -> tuple[dict, str, dict[str, Stored]]:
     """Return a file's description, hash and what it holds, once they agree."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MissingFileError(
             f"{path} does not exist or is not a file; it must be one that `kclib compress` wrote."
         )

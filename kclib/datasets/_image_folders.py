@@ -85,7 +85,7 @@ def find(root: Path, split: str) -> Scanned:
     DamagedFileError
         A folder that cannot be read.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise MissingFileError(
             f"image folder {root} does not exist; it must hold a sub-folder of images a class."
         )

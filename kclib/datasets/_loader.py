@@ -49,7 +49,7 @@ def load_data(name: str = "fashion-mnist", split: str = "test", *, limit: int | 
         loaded = _named_sets.folder(name, split)
     elif name in LOADERS:
         loaded = LOADERS[name](split)
-    elif isinstance(name, str) and Path(name).expanduser().is_dir():
+    elif isinstance(name, str) and os.path.isdir(os.path.expanduser(name)):
         raise InvalidValueError(f"{name!r} is a folder; as a data set, its name is {f'folder:{name}'!r}.")
     else:
         raise UnknownNameError("data set", name, names())

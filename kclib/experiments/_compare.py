@@ -1,5 +1,7 @@
 """What moved between two sweeps: each cell's accuracy before and after, with intervals."""
 
+import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,11 +27,11 @@ def read(path: str | Path) -> pd.DataFrame:
         The file does not exist; it is damaged; it is not a table of results.
     """
     path = files.expanded(path)
-    path = path / "results.parquet" if path.is_dir() else path
-    if not path.is_file():
+    path = path / "results.parquet" if os.path.isdir(path) else path
+    if not os.path.isfile(path):
         raise MissingFileError(f"{path} does not exist; kclib sweep writes results.parquet into its report.")
     try:
-        table = pd.read_parquet(path)
+        table = pd.read_parquet(io.BytesIO(path.read_bytes()))
     except Exception as error:  # a damaged file can make its reader raise almost anything
         raise DamagedFileError(f"{path} is no whole parquet file ({reason(error)}).") from error
     checks.check_columns(table, _NEEDED)

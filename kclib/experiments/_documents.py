@@ -59,6 +59,8 @@ class Document:
             mark, said = (getattr(error, name, None) for name in ("problem_mark", "problem"))
             place = f"line {mark.line + 1} of {path}" if mark else path
             raise DamagedFileError(f"{place} is not plain YAML ({said or reason(error)}).") from error
+        except UnicodeDecodeError as error:
+            raise DamagedFileError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
         except (ValueError, OverflowError, RecursionError) as error:  # such as a date of month 13
             raise DamagedFileError(f"{path} is not plain YAML ({reason(error)}).") from error
 

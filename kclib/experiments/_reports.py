@@ -260,7 +260,7 @@ def read(folder: Path, name: str) -> Report:
             failures = tuple(Failure(**x) for x in about.pop("failures"))
             report = Report(**(about | {"chapters": chapters, "failures": failures, "name": name}))
         if results.is_file():
-            report = replace(report, results=pd.read_parquet(results))
+            report = replace(report, results=pd.read_parquet(io.BytesIO(results.read_bytes())))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         _LOG.warning("the report in %s is damaged (%s) and is begun anew.", folder, reason(error))
     return report
@@ -276,7 +276,7 @@ def write(folder: Path, report: Report) -> Path:
             (folder / name).unlink(missing_ok=True)
     else:
         with files.replacing(folder / "results.parquet") as temporary:
-            report.results.to_parquet(temporary)
+            temporary.write_bytes(report.results.to_parquet())  # pyarrow takes no path but UTF-8
         with files.replacing(folder / "results.csv") as temporary:
             report.results.drop(columns="right", errors="ignore").to_csv(temporary, index=False)
     notebooks = {path.stem for path in folder.glob("*.ipynb")}

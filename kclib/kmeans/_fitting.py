@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 
-from kclib._util import checks, threads
+from kclib._util import checks, limits, threads
 from kclib.errors import InvalidValueError, NotEnoughMemoryError
 from kclib.kmeans import _lloyd, _settings, _starting, _streaming
 from kclib.kmeans._fit_progress import FitStep, Progress
@@ -171,7 +170,7 @@ def _checked_init(init, n_clusters: int, d: int) -> np.ndarray:
 
 def check_memory(needed: int, n: int, n_clusters: int) -> None:
     """Raise NotEnoughMemoryError if so many bytes are not free."""
-    free = psutil.virtual_memory().available
+    free = limits.free()
     if needed > free:
         raise NotEnoughMemoryError(
             f"clustering {n:,} points into {n_clusters:,} clusters takes about {needed / 2**30:.1f} GiB "

@@ -1,6 +1,7 @@
 """Checkpoint files as they come: told by their content, whatever their suffix; no code of theirs is run."""
 
 import json
+import os
 import pickle
 import warnings
 import zipfile
@@ -104,7 +105,7 @@ def is_safetensors(head: bytes) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    if path.is_dir():
+    if os.path.isdir(path):
         inside = [
             x.name for x in sorted(path.iterdir()) if x.suffix in (".safetensors", ".bin", ".pt", ".pth")
         ]

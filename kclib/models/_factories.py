@@ -36,9 +36,9 @@ def made(name: str) -> object:
         _check_callable(name, factory)
         try:
             return factory()
-        except KclibError:
+        except (KclibError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # of the user's own code, such as SystemExit
             raise InvalidValueError(f"{name!r} failed: {_said(error)}.") from error
 
 
@@ -59,7 +59,9 @@ def _imported(name: str, module_name: str) -> ModuleType:
             f"model {name!r} could not be imported ({reason(error)}); it must be package.module:factory, "
             f"importable from where you run, {os.getcwd()}."
         ) from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise InvalidValueError(f"model {name!r} could not be imported: {_said(error)}.") from error
 
 
@@ -115,6 +117,7 @@ def _said(error: BaseException) -> str:
 @contextlib.contextmanager
 def own_modules() -> Iterator[None]:
     """Make modules in the current folder importable, also for the notebooks and workers that are started."""
+    places.check_folder()
     folder, before = os.getcwd(), sys.path
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), folder]
     sys.path = [*before, folder]
@@ -127,15 +130,17 @@ def own_modules() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _this_folder_first() -> Iterator[None]:
-    """Search the current folder for modules first.
+    """Search the current folder for modules first, and come back to it.
 
     Afterwards it is searched last, for what is imported or unpickled later.
     """
+    places.check_folder()
     folder = os.getcwd()
     importlib.invalidate_caches()  # a file may just have been written
     sys.path.insert(0, folder)
     try:
-        yield
+        with contextlib.chdir(folder):  # other people's code may go elsewhere
+            yield
     finally:
         sys.path.remove(folder)
         if folder not in sys.path:

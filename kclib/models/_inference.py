@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from kclib._util import limits
 from kclib._util.traces import where
 from kclib.errors import InvalidValueError, KclibError, NotEnoughMemoryError, reason
 
@@ -88,7 +89,7 @@ def run(network: nn.Module, inputs: Tensor):
     except KclibError:
         raise
     except Exception as error:  # other people's code can raise anything
-        if inputs.is_contiguous() or _is_memory(error):
+        if inputs.is_contiguous() or limits.is_memory(error):
             raise _told(network, inputs, error) from error
     answer = run(network, inputs.contiguous())
     _CONTIGUOUS.add(network)
@@ -215,7 +216,7 @@ def counting(answer) -> Tensor | None:
 
 def _told(network: nn.Module, inputs: Tensor, error: Exception) -> KclibError:
     """Return in one sentence what a network raised, where, on what, and what may help."""
-    if _is_memory(error):
+    if limits.is_memory(error):
         return NotEnoughMemoryError(
             f"a batch of {len(inputs)} images does not fit into memory ({reason(error)}); "
             "give a smaller batch_size."
@@ -243,11 +244,6 @@ def _switched(network: nn.Module, training: bool) -> bool:
             f"{_called(network)} cannot be put into {'training' if training else 'eval'} mode "
             f"({reason(error)}); give it in eval mode."
         ) from error
-
-
-def _is_memory(error: Exception) -> bool:
-    ours = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no type for it
-    return ours or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _advice(network: nn.Module, inputs: Tensor, error: Exception) -> str:

@@ -1,5 +1,6 @@
 """State dicts as trainers write them, found in a checkpoint and fitted to a network."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher
@@ -131,7 +132,7 @@ def _parted(path: str | Path) -> tuple[Path, str]:
             f"weights are a {type(path).__name__}; they must be the path of a file, or a state dict."
         )
     whole = files.expanded(path)
-    if whole.exists() or "::" not in str(whole):
+    if os.path.exists(whole) or "::" not in str(whole):
         return whole, ""
     name, _, chosen = str(whole).partition("::")
     return Path(name), chosen
