@@ -42,14 +42,21 @@ test: .venv/tested  ## Run the tests: browsers' alone, then a file of them to a 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --ignore=tests/browser
 
 soak: .venv/tested  ## What is too long for every day: 200 kills, whole profiles on the shipped model (at most 30 minutes)
-	SOAK=1 OMP_NUM_THREADS=1 timeout --kill-after=30 30m $(BIN)/python -m pytest -n logical --maxprocesses=4 \
-		--dist=loadfile --no-loadscope-reorder tests/test_survival.py tests/test_embedding.py tests/test_notebooks*.py
+	SOAK=1 OMP_NUM_THREADS=1 timeout --kill-after=30 30m $(BIN)/python -m pytest -n logical --maxprocesses=4 -rP \
+		--dist=loadfile --no-loadscope-reorder tests/test_survival.py tests/similarity/test_embedding.py tests/test_notebooks*.py
 
 faults: .venv/tested  ## Try every fault and write docs/what-happens-if.md from what is seen (as root)
 	WRITE_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0
 
-fuzz: .venv/tested  ## Damage files at random and read them, 30,000 times a test
-	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
+fuzz: .venv/tested  ## Read what is damaged at random, 30 s a kind; a printed seed repeats it (--hypothesis-seed)
+	@set -e; for kind in compressed weights profile folder; do \
+		end=$$(($$(date +%s) + 30)); \
+		while [ $$(date +%s) -lt $$end ]; do \
+			seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' '); \
+			echo "fuzz $$kind, seed $$seed"; \
+			$(BIN)/python -m pytest tests/test_fuzz.py -k $$kind --hypothesis-seed=$$seed; \
+		done; \
+	done
 
 lint: .venv/tested  ## Check style, import order, and that notebooks carry no outputs
 	$(BIN)/ruff check .

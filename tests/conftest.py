@@ -14,7 +14,6 @@ matplotlib.use("Agg")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 settings.register_profile("quick", max_examples=40)
 settings.load_profile("quick")  # in place of 100; a test's own number stays
-settings.register_profile("fuzz", max_examples=30_000, deadline=None, print_blob=True)  # make fuzz
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,22 +1,31 @@
-"""Readers of strangers' files under random damage; `make fuzz` goes on far longer than CI does."""
+"""Readers of strangers' files under random damage; `make fuzz` goes on for 30 s a kind, CI too.
+
+A kind is a word in the tests' names: compressed, weights, profile, folder.
+"""
 
 import json
+import math
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny import tiny_model
+from torchvision.transforms.functional import pil_to_tensor
 
-from kclib import clustering, compression, kernels
+import kclib
+from kclib import clustering, compression, datasets, kernels
 from kclib.compression import _container
 from kclib.errors import KclibError
 from kclib.experiments import _profiles
-from kclib.models import _model
+from kclib.models import _model, _state_dicts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONG = settings(max_examples=max(500, settings().max_examples), deadline=None)
@@ -51,10 +60,15 @@ def read(content: bytes, suffix: str, reader):
     with NamedTemporaryFile(suffix=suffix) as file:
         file.write(content)
         file.flush()
-        try:
-            return reader(file.name)
-        except KclibError as error:
-            sentence = str(error)
+        return read_or_told(lambda: reader(file.name))
+
+
+def read_or_told(reader):
+    """Return what a reader answers, or the sentence that it raises."""
+    try:
+        return reader()
+    except KclibError as error:
+        sentence = str(error)
     assert "\n" not in sentence
     return sentence
 
@@ -86,7 +100,7 @@ def damaged(draw, whole: bytes) -> bytes:
 
 @LONG
 @given(damaged(compressed()))
-def test_a_damaged_checkpoint_is_told_or_read_as_the_same_network(content):
+def test_a_damaged_compressed_file_is_told_or_read_as_the_same_network(content):
     found = read(content, ".safetensors", load)
     if not isinstance(found, str):
         whole = read(compressed(), ".safetensors", load)
@@ -108,7 +122,7 @@ def change(draw, content: dict) -> dict:
 
 @LONG
 @given(st.data())
-def test_a_checkpoint_described_otherwise_under_a_right_hash_is_told_or_read(data):
+def test_a_compressed_file_described_otherwise_under_a_right_hash_is_told_or_read(data):
     description, _, tensors = read(compressed(), ".safetensors", lambda path: _container.read(Path(path)))
     description = change(data.draw, description)
     if data.draw(st.booleans()):
@@ -124,6 +138,94 @@ def test_a_checkpoint_described_otherwise_under_a_right_hash_is_told_or_read(dat
 @given(st.binary(max_size=200) | damaged(compressed()), st.sampled_from([".pt", ".safetensors"]))
 def test_weights_of_strangers_are_told_or_read(content, suffix):
     read(content, suffix, _model.read_weights)
+
+
+@st.composite
+def states(draw):
+    """What may be in a file of weights: a state dict with some of it changed, as it is or within others."""
+    state = dict(tiny_model().network.state_dict())
+    odd_keys = st.text(max_size=9) | st.none() | st.integers() | st.sampled_from(sorted(state))
+    odd_values = VALUES | st.sampled_from(
+        [torch.zeros(0), torch.zeros(2, 3), torch.tensor(math.nan), torch.ones(4, 3, 3, 3).half(),
+         torch.zeros(1, dtype=torch.complex64), torch.zeros(3, dtype=torch.bool), torch.eye(3).to_sparse(),
+         torch.zeros(2, device="meta"), np.zeros(3), np.array(["a"])]
+    )  # fmt: skip
+    for _ in range(draw(st.integers(0, 3))):
+        name = draw(st.sampled_from(sorted(state, key=str)))
+        kind = draw(st.sampled_from(["remove", "rename", "change", "add", "cast", "nan"]))
+        value = state[name]
+        if kind in ("remove", "rename") and len(state) > 1:
+            del state[name]
+        if kind in ("rename", "add"):
+            state[draw(odd_keys)] = value if kind == "rename" else draw(odd_values)
+        elif kind == "change":
+            state[name] = draw(odd_values)
+        elif torch.is_tensor(value) and kind == "cast":
+            state[name] = value.to(draw(st.sampled_from([torch.half, torch.double, torch.int8, torch.bool])))
+        elif torch.is_tensor(value) and kind == "nan" and value.is_floating_point() and not value.is_sparse:
+            state[name] = torch.full_like(value, math.nan)
+    prefix = draw(st.sampled_from(["", "module.", "model.", "model.module.", "0."]))
+    state = {prefix + k if isinstance(k, str) else k: v for k, v in state.items()}
+    around = draw(st.sampled_from([None, "state_dict", "model", "ema"]))
+    return state if around is None else {around: state, "epoch": draw(VALUES)}
+
+
+@LONG
+@given(states())
+def test_weights_in_a_state_dict_are_told_or_fit_the_network(state):
+    network = tiny_model().network
+    read_or_told(lambda: _state_dicts.fill(network, _state_dicts.read_all(state), "weights"))
+    assert network(torch.ones(1, 3, 8, 8)).dtype == torch.float32
+
+
+def picture(suffix: str) -> bytes:
+    """Return a small picture as a file of a kind has it."""
+    with BytesIO() as file:
+        Image.new("RGB", (5, 4), (250, 100, 3)).save(file, {"jpg": "JPEG"}.get(suffix, suffix))
+        return file.getvalue()
+
+
+NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12)
+FILES = st.sampled_from(["png", "jpg", "gif", "bmp"]).flatmap(
+    lambda suffix: st.tuples(
+        NAMES.map(lambda name: f"{name}.{suffix}"), st.just(picture(suffix)) | damaged(picture(suffix))
+    )
+)
+
+
+@LONG
+@given(
+    st.dictionaries(
+        NAMES | st.sampled_from(["train", "test", "val"]), st.lists(FILES, max_size=3), max_size=3
+    ),
+    st.data(),
+)
+def test_a_folder_of_odd_pictures_is_told_or_read_whole(classes, data):
+    with TemporaryDirectory() as root:
+        for name, pictures in classes.items():
+            place = Path(root, name)
+            if place.exists():  # "." and ".."
+                continue
+            place.mkdir()
+            for file, content in pictures:
+                kind = data.draw(st.sampled_from(["file", "file", "file", "folder", "link", "loop"]))
+                path = place / file
+                if path.exists() or path.is_symlink():
+                    continue
+                if kind == "file":
+                    path.write_bytes(content)
+                elif kind == "folder":
+                    path.mkdir()
+                else:
+                    path.symlink_to(place if kind == "loop" else "absent")
+        images = read_or_told(lambda: kclib.load_data(f"folder:{root}"))
+        if not isinstance(images, str):
+            n = read_or_told(lambda: sum(len(x) for x, _ in datasets.batches(images, as_tensor, 4)))
+            assert isinstance(n, str) or n == len(images) > 0
+
+
+def as_tensor(image) -> torch.Tensor:
+    return pil_to_tensor(image.resize((4, 4)))
 
 
 @LONG

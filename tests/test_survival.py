@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,13 @@ def counted(call, counts, name, interrupted=None):
     return count
 
 
+def standing(folder: Path) -> tuple[int, int]:
+    """Return how many results a store has, and how many others its dead process had begun."""
+    done = {path.stem for path in folder.rglob("*.safetensors") if not path.name.startswith(".")}
+    begun = {path.stem for path in folder.rglob("*.lock")}
+    return len(done), len(begun - done)
+
+
 def told(pipe):
     """Return what a process tells, which must be soon."""
     assert pipe.poll(PATIENCE)
@@ -102,22 +110,28 @@ def test_after_random_kills_the_table_is_that_of_an_undisturbed_run_to_the_bit(
     told(pipe)
     whole = time.perf_counter() - begin
     process.join(PATIENCE)
-    draw, kills, finished = random.Random(0), 0, 0
-    while kills < KILLS:
+    draw, killed_at, finished = random.Random(0), [], 0
+    while len(killed_at) < KILLS:
         folder = tmp_path / "store"
         process, _ = start(folder)
         process.join(draw.uniform(0, 0.6 * whole))
         if process.exitcode is None:
             process.kill()
             process.join()
-            kills += 1
+            killed_at.append(standing(folder))
             continue
         assert process.exitcode == 0
         finished += 1
         pd.testing.assert_frame_equal(swept(folder), undisturbed, check_exact=True)
         assert len(Store(folder).gc(dry_run=True)) == 0
         shutil.rmtree(folder)
+    counts = Counter(done for done, _ in killed_at)
+    under_way = sum(begun for _, begun in killed_at)
+    print(f"{KILLS} kills; so many at each number of results: {sorted(counts.items())}")
+    print(f"cells under way when killed: {under_way}; sweeps that came to their end: {finished}")
     assert finished > KILLS // 40, "kills that come too late or too early would show nothing"
+    assert len(counts) > 4, "the store must differ between kills"
+    assert under_way > KILLS // 3, "kills between two cells, or before the first, would show little"
     seen(
         "Interruptions",
         "a sweep is killed at random, again and again",

@@ -296,11 +296,15 @@ def _misfit(source: str, states: Mapping[str, State], expected: Mapping) -> str:
     if not said:
         return f"{source} does not fit the network."
     more = f" (and {len(said) - _SHOWN} more)" if len(said) > _SHOWN else ""
-    heads = len(differing) <= 2 and all(
-        theirs[x].shape[1:] == ours[x].shape[1:] and len(theirs[x]) != len(ours[x]) for x in differing
-    )
+    heads = len(differing) <= 2 and all(_differs_in_outputs(theirs[x], ours[x]) for x in differing)
     right = "build it for as many classes as the file has" if heads else "build the one it was saved from"
     return f"{source} does not fit the network: {'; '.join(said[:_SHOWN])}{more}; {right}."
+
+
+def _differs_in_outputs(value: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors differ in the length of their first axis alone."""
+    (first, *rest), (others_first, *others_rest) = (x.shape or (0,) for x in (value, other))
+    return value.ndim == other.ndim and first != others_first and rest == others_rest
 
 
 def _form(value: Tensor, other: Tensor) -> str:

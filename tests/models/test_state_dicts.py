@@ -455,3 +455,12 @@ def test_values_that_the_networks_type_cannot_hold_are_no_infinities():
     network = Net().bfloat16()
     _state_dicts.fill(network, {"": state}, "here")
     assert network.head[2].weight[0, 0] == torch.tensor(1e6).bfloat16()
+
+
+def test_a_value_without_an_axis_is_told_by_its_shape():
+    network = nn.Linear(2, 3)
+    state = network.state_dict() | {"bias": torch.tensor(1.0)}
+    with pytest.raises(
+        InvalidValueError, match=r"bias is \(\) in the file, \(3,\) in the network; build the"
+    ):
+        _state_dicts.fill(network, {"": state}, "w.pt")
