@@ -20,6 +20,7 @@ from kclib._util import files
 from kclib.kernels import _copying
 from kclib.recovery import _calibration, _moments
 
+NAME = "ISO/IEC 15938-17 (nncodec)"
 NEEDS = ("nncodec==2.1.3", "numpy<2")
 # Runs there: codes the arrays of a file, decodes what came, and writes that and how many bytes it took.
 _CODE = """

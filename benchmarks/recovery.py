@@ -30,7 +30,6 @@ SMALL = replace(RECIPE, images=1600, held_back=1000)  # for inputs of four times
 SON = ((64, False), (512, False), (512, True))
 QPS = (-24, -23, -22, -21, -20, -19, -18)  # of the standard: from about 1/30 to 1/160
 PRECISION = "bf16"
-NNC = "ISO/IEC 15938-17 (nncodec)"
 
 
 class Rows:
@@ -167,7 +166,10 @@ def standard(bench: Bench) -> None:
     """Measure the standard for coding networks, as it is and with what it lost on average put right."""
     for qp in QPS:
         start = time.perf_counter()
-        keys = [bench.key(name, None, f"qp {qp}") for name in (NNC, f"{NNC}, gains and biases corrected")]
+        keys = [
+            bench.key(name, None, f"qp {qp}")
+            for name in (nnc.NAME, f"{nnc.NAME}, gains and biases corrected")
+        ]
         if all(bench.rows.get(**key) for key in keys):
             continue
         decoded, n_bytes = nnc.coded(bench.model, qp)

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from benchmarks import kmeans
+from benchmarks import kmeans, nnc
 from kclib import plots
 from kclib.experiments import reports
 
@@ -72,6 +72,10 @@ def _results():
         (r,) = (x for x in corrected if x["network"] == "vgg16-fashion" and x["share"] == share)
         what = "VGG-16: each layer corrected, each bit at a price (`kclib.shrink`)"
         yield [what, f"1/{r['ratio']:.1f}", f"{r['top1']:.2f}", _drop(r)]
+    for r in _coded():
+        if r["method"] == f"{nnc.NAME}, gains and biases corrected" and r["setting"] in ("qp -20", "qp -19"):
+            what = "VGG-16: the standard for coding networks (ISO/IEC 15938-17), corrected too"
+            yield [what, f"1/{r['ratio']:.1f}", f"{r['top1']:.2f}", _drop(r)]
 
 
 def _accuracy():
@@ -107,6 +111,19 @@ def _ways():
             ways.setdefault(r["method"], {})[r["share"]] = f"{r['drop']:.2f}"
     for name, drops in ways.items():
         yield [name, *(drops.get(share, "–") for share in (16, 24, 32, 48, 64, 100))]
+
+
+def _coded() -> list[dict]:
+    """Return the rows of the standard, as it is and corrected."""
+    return [r for r in _run("recovery")["rows"] if r["method"].startswith(nnc.NAME)]
+
+
+def _standard():
+    settings = {}
+    for r in _coded():
+        settings.setdefault(r["setting"], []).extend([f"{r['ratio']:.1f}", _drop(r)])
+    for setting, cells in settings.items():
+        yield [setting, *cells]
 
 
 def _recipes():
@@ -216,7 +233,7 @@ def draw() -> None:
 
 ROWS = {
     "results": _results, "accuracy": _accuracy, "engine": _engine, "recovery": _recovery,
-    "ways": _ways, "recipes": _recipes,
+    "standard": _standard, "ways": _ways, "recipes": _recipes,
     "networks": lambda: _recovered(_NETWORKS), "weights": _weights,
     "representatives": _representatives, "prices": _prices, "memory": _memory,
     "sweeps": _sweeps, "pairs": _pairs, "nearest": _nearest, "slider": _slider, "maps": _maps,
