@@ -110,7 +110,7 @@ def _aside(command: Callable) -> Callable:
     @functools.wraps(command)
     def run(**given) -> None:
         printing = any(isinstance(x, Path) and files.is_stdout(x) for x in given.values())
-        with contextlib.redirect_stdout(sys.stderr) if printing else contextlib.nullcontext():
+        with streams.aside() if printing else contextlib.nullcontext():
             command(**given)
 
     return run

@@ -117,6 +117,15 @@ def output(text: str) -> Path:
     return STDOUT if text == "-" else Path(text)
 
 
+def is_text(path: str | os.PathLike) -> bool:
+    """Tell whether a path is of UTF-8, so that a page or a notebook can hold it."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_stdout(path: Path) -> bool:
     """Tell whether a path is standard output, such as ``/dev/stdout``."""
     return _descriptor(path) == 1
@@ -152,9 +161,9 @@ def check_output(path: Path, *, binary: bool = False, ours: bool = False) -> Non
         raise _refusal(path, "a file's name must not hold NUL")
     if is_stream(path):
         descriptor = _descriptor(path)
-        if descriptor == 1 and streams.is_closed(1):
+        if descriptor == 1 and streams.is_closed(streams.number(1)):
             raise _refusal(path, "it is closed")
-        if binary and descriptor is not None and os.isatty(descriptor):
+        if binary and descriptor is not None and os.isatty(streams.number(descriptor)):
             raise _refusal(path, _GARBLED)
         return
     target = Path(os.path.realpath(path))
@@ -241,7 +250,9 @@ def _send(content: Path, path: Path) -> None:
     with (
         open(content, "rb") as source,
         # Opened anew, a redirected file would lose what is in it; a pipe's reader is waited for.
-        open(os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor), "wb") as out,
+        open(
+            os.open(path, os.O_WRONLY) if descriptor is None else os.dup(streams.number(descriptor)), "wb"
+        ) as out,
     ):
         if out.isatty() and b"\0" in content.read_bytes():
             raise _refusal(path, _GARBLED)
