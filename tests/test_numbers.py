@@ -21,7 +21,7 @@ from kclib import (
     plots,
     similarity,
     training,
-)  # fmt: skip
+)
 from kclib.combination import factorial
 from kclib.compression import _formats, _packing, latency
 from kclib.errors import InvalidValueError

@@ -160,10 +160,10 @@ def check_output(path: Path, *, binary: bool = False, ours: bool = False) -> Non
     if "\0" in str(path):
         raise _refusal(path, "a file's name must not hold NUL")
     if is_stream(path):
-        descriptor = _descriptor(path)
-        if descriptor == 1 and streams.is_closed(streams.number(1)):
+        descriptor = streams.number(_descriptor(path))
+        if is_stdout(path) and streams.is_closed(descriptor):
             raise _refusal(path, "it is closed")
-        if binary and descriptor is not None and os.isatty(streams.number(descriptor)):
+        if binary and descriptor is not None and os.isatty(descriptor):
             raise _refusal(path, _GARBLED)
         return
     target = Path(os.path.realpath(path))
@@ -244,15 +244,13 @@ def _swapped(target: Path, *, kept: bool) -> Iterator[Path]:
 
 def _send(content: Path, path: Path) -> None:
     """Write a file's bytes to a stream."""
-    descriptor = _descriptor(path)
+    descriptor = streams.number(_descriptor(path))
     if is_stdout(path):
         sys.stdout.flush()
     with (
         open(content, "rb") as source,
         # Opened anew, a redirected file would lose what is in it; a pipe's reader is waited for.
-        open(
-            os.open(path, os.O_WRONLY) if descriptor is None else os.dup(streams.number(descriptor)), "wb"
-        ) as out,
+        open(os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor), "wb") as out,
     ):
         if out.isatty() and b"\0" in content.read_bytes():
             raise _refusal(path, _GARBLED)

@@ -32,7 +32,7 @@ def reopen() -> None:
 def aside() -> Iterator[None]:
     """Send to standard error what any code writes to standard output in this block, processes it starts too.
 
-    Standard output is at `number` meanwhile, so that a file can be written there alone.
+    Standard output has another `number` meanwhile, by which a file can be written there alone.
     """
     printed = sys.stdout
     printed.flush()
@@ -48,8 +48,8 @@ def aside() -> Iterator[None]:
         os.close(_moved.pop(1))
 
 
-def number(descriptor: int) -> int:
-    """Return the number by which what had this number when the command began is open now."""
+def number(descriptor: int | None) -> int | None:
+    """Return the number by which an open file of the command is open now; None is none."""
     return _moved.get(descriptor, descriptor)
 
 

@@ -30,8 +30,9 @@ WRONG = {
 }
 MADE = "import os, sys\nfrom tiny import tiny_model\ndef make():\n"
 RIGHT = {
-    "it prints, and the file goes to standard output": f"{MADE}    print('hello')\n    os.write(1, b'hello')\n"
-    "    os.system('echo hello')\n    sys.__stdout__.write('hello')\n    return tiny_model()",
+    "it prints, and the file goes to standard output": f"{MADE}    print('hello')\n"
+    "    os.write(1, b'hello')\n    os.system('echo hello')\n"
+    "    sys.__stdout__.write('hello')\n    return tiny_model()",
     "it changes the working folder": f"{MADE}    os.chdir('/')\n    return tiny_model()",
 }
 
