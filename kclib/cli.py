@@ -460,6 +460,8 @@ def results(
     from kclib.store import Store
 
     store = Store()
+    if csv is not None and csv == parquet:
+        raise InvalidValueError("--csv and --parquet name the same file; give each its own.")
     for path in filter(None, (csv, parquet)):
         files.check_output(path, binary=path is parquet)
     table = _filtered(store.table(kind), where, [x.strip() for x in columns.split(",") if x.strip()])

@@ -26,6 +26,8 @@ def reopen() -> None:
             if null != number:
                 os.close(null)
             setattr(sys, name, open(number, how, closefd=False))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it: names may be any bytes
 
 
 @contextmanager
