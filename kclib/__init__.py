@@ -18,12 +18,10 @@ is more to say.
 
 __version__ = "0.1.0"
 
-import lazy_loader
-
-from kclib._util import places
+from kclib._util import lazy_names, places
 
 places.prepare()
-_loaded, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__,
     submodules=["kmeans", "plots", "similarity"],
     submod_attrs={
@@ -39,9 +37,3 @@ _loaded, __dir__, __all__ = lazy_loader.attach(
         "recovery": ["finetune", "shrink"],
     },
 )
-
-
-def __getattr__(name: str) -> object:
-    """Return a name of the door, loaded when it is first used."""
-    places.check_folder()
-    return _loaded(name)

@@ -110,7 +110,7 @@ def _aside(command: Callable) -> Callable:
     @functools.wraps(command)
     def run(**given) -> None:
         printing = any(isinstance(x, Path) and files.is_stdout(x) for x in given.values())
-        with contextlib.redirect_stdout(sys.stderr) if printing else contextlib.nullcontext():
+        with streams.aside() if printing else contextlib.nullcontext():
             command(**given)
 
     return run
@@ -460,6 +460,8 @@ def results(
     from kclib.store import Store
 
     store = Store()
+    if csv is not None and csv == parquet:
+        raise InvalidValueError("--csv and --parquet name the same file; give each its own.")
     for path in filter(None, (csv, parquet)):
         files.check_output(path, binary=path is parquet)
     table = _filtered(store.table(kind), where, [x.strip() for x in columns.split(",") if x.strip()])

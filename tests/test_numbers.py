@@ -3,12 +3,25 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import tiny_data, tiny_model
 from torch import nn
 
-from kclib import clustering, combination, datasets, evaluation, experiments, kernels, kmeans, plots, training
+from kclib import (
+    clustering,
+    combination,
+    datasets,
+    evaluation,
+    experiments,
+    kernels,
+    kmeans,
+    models,
+    plots,
+    similarity,
+    training,
+)
 from kclib.combination import factorial
 from kclib.compression import _formats, _packing, latency
 from kclib.errors import InvalidValueError
@@ -93,11 +106,20 @@ def test_numpys_whole_numbers_are_whole_numbers(given, monkeypatch, name):
 @pytest.mark.parametrize("name", WHOLE)
 def test_no_whole_number_is_made_of_what_is_none(given, name):
     call, right = WHOLE[name]
-    for wrong in (right + 0.7, float(right) + 0.5, str(right), True, np.float32(2.7), -1, None):
+    without_axes = np.array(right), torch.tensor(right)
+    for wrong in (right + 0.7, float(right), str(right), True, np.float32(2.7), -1, None, *without_axes):
         if wrong is None and name in ("cluster, threads", "factorial, K"):
             continue  # by default
         with pytest.raises(InvalidValueError):
             call(given, wrong)
+
+
+def test_numpys_small_whole_numbers_do_not_overflow():
+    layers = nn.Sequential(nn.Conv2d(3, 60, 3), nn.Conv2d(60, 4, 3))
+    found = similarity.explained(layers, np.uint8(150), progress=False)
+    pd.testing.assert_frame_equal(found, similarity.explained(layers, 150, progress=False))
+    shape = models.plain("", layers, (np.uint8(3), np.uint8(200), np.uint8(200))).input_shape
+    assert [type(x) for x in shape] == [int] * 3
 
 
 @pytest.mark.parametrize("ks", ["23", b"23", 3, None])
@@ -120,6 +142,11 @@ CALLS = {
     "kclib.load_model of weights of 1e6 into a float16 network": lambda g: _state_dicts.fill(
         tiny_model().network.half(),
         {"": {name: x * 1e6 for name, x in tiny_model().network.state_dict().items()}},
+        "weights.pt",
+    ),
+    "kclib.load_model of 2.7 into a buffer of whole numbers": lambda g: _state_dicts.fill(
+        nn.BatchNorm2d(1),
+        {"": nn.BatchNorm2d(1).state_dict() | {"num_batches_tracked": torch.tensor(2.7)}},
         "weights.pt",
     ),
     "kclib.evaluate of 1,000 answers an image on 6 classes": lambda g: evaluation.evaluate(

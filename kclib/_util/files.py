@@ -117,6 +117,15 @@ def output(text: str) -> Path:
     return STDOUT if text == "-" else Path(text)
 
 
+def is_text(path: str | os.PathLike) -> bool:
+    """Tell whether a path is of UTF-8, so that a page or a notebook can hold it."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_stdout(path: Path) -> bool:
     """Tell whether a path is standard output, such as ``/dev/stdout``."""
     return _descriptor(path) == 1
@@ -151,8 +160,8 @@ def check_output(path: Path, *, binary: bool = False, ours: bool = False) -> Non
     if "\0" in str(path):
         raise _refusal(path, "a file's name must not hold NUL")
     if is_stream(path):
-        descriptor = _descriptor(path)
-        if descriptor == 1 and streams.is_closed(1):
+        descriptor = streams.number(_descriptor(path))
+        if is_stdout(path) and streams.is_closed(descriptor):
             raise _refusal(path, "it is closed")
         if binary and descriptor is not None and os.isatty(descriptor):
             raise _refusal(path, _GARBLED)
@@ -235,7 +244,7 @@ def _swapped(target: Path, *, kept: bool) -> Iterator[Path]:
 
 def _send(content: Path, path: Path) -> None:
     """Write a file's bytes to a stream."""
-    descriptor = _descriptor(path)
+    descriptor = streams.number(_descriptor(path))
     if is_stdout(path):
         sys.stdout.flush()
     with (

@@ -1,14 +1,17 @@
 """Standard input, output and error of a command, also where they are closed, full, or nobody reads them."""
 
+import ctypes
 import errno
 import fcntl
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 
 from kclib.errors import KclibError, StorageError
 
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)  # what writing raises, without a file's name
+_moved: dict[int, int] = {}  # where standard output is while `aside` has its number
 
 
 def reopen() -> None:
@@ -23,6 +26,33 @@ def reopen() -> None:
             if null != number:
                 os.close(null)
             setattr(sys, name, open(number, how, closefd=False))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it: names may be any bytes
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Send to standard error what any code writes to standard output in this block, processes it starts too.
+
+    Standard output has another `number` meanwhile, by which a file can be written there alone.
+    """
+    printed = sys.stdout
+    printed.flush()
+    _moved[1] = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        printed.flush()
+        ctypes.CDLL(None).fflush(None)  # what libraries in C still hold
+        os.dup2(_moved[1], 1)
+        os.close(_moved.pop(1))
+
+
+def number(descriptor: int | None) -> int | None:
+    """Return the number by which an open file of the command is open now; None is none."""
+    return _moved.get(descriptor, descriptor)
 
 
 def is_closed(number: int) -> bool:

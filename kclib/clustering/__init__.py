@@ -4,8 +4,8 @@
 says how much of the kernels' energy clustering loses.
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__, submod_attrs={"_clustering": ["cluster", "Clustering", "Group", "by_use", "error_share"]}
 )

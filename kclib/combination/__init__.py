@@ -5,8 +5,8 @@ module `factorial` evaluates every combination of their levels. The module `orth
 losses of single steps add up.
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__, submod_attrs={"_pipeline": ["Prune", "Cluster", "Quantize", "Train", "Pipeline"]}
 )

@@ -5,9 +5,9 @@ keep the network in one checked file, and `export` writes it for ONNX and torch.
 bytes go.
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__,
     submod_attrs={
         "_replacement": ["compress", "replaced", "expand"],

@@ -5,9 +5,9 @@ an `ImageSet`. Classes are matched to a network's outputs by their names, and pi
 file. Where something is unclear, an error says in one sentence what to give.
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__,
     submod_attrs={
         "_loader": ["load_data", "train_and_test", "as_image_set", "batches", "limited"],

@@ -9,7 +9,7 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from kclib.datasets._class_names import listed
-from kclib.errors import DamagedFileError, MissingFileError, reason
+from kclib.errors import DamagedFileError, MissingFileError
 
 SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 _TRAINING = ("train", "training")
@@ -151,7 +151,7 @@ def _scan(path: Path, above: tuple) -> _Folder:
             entries = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise DamagedFileError(
-            f"folder {path} cannot be read ({reason(error)}); remove or restore it."
+            f"folder {path} cannot be read ({error.strerror}); remove or restore it."
         ) from error
     result, above = _Folder(path), (*above, (status.st_dev, status.st_ino))
     for entry in entries:

@@ -227,7 +227,7 @@ def limited(data, limit: int) -> ImageSet:
         A limit below 1 or above the number of images.
     """
     data = as_image_set(data)
-    checks.check_whole(f"limit of {data.name}", limit, 1, len(data))
+    limit = checks.check_whole(f"limit of {data.name}", limit, 1, len(data))
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     return select(data, order[:limit].sort().values)
 

@@ -5,8 +5,8 @@ networks on the same images, which `in_words` says. `attribution` and `damage` f
 makes networks small by other methods, for comparison at equal bytes.
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__, submod_attrs={"_accuracy": ["Interval", "Drop", "Evaluation", "evaluate", "drop", "in_words"]}
 )

@@ -174,7 +174,7 @@ def evaluate(
     90.00 [69.90, 97.21]
     """
     checks.check_known("precision", precision, _AUTOCAST)
-    checks.check_whole("batch_size", batch_size, 1)
+    batch_size = checks.check_whole("batch_size", batch_size, 1)
     checks.check_values(device)
     model, data = _model.as_model(model), datasets.as_image_set(data)
     if not len(data):

@@ -81,7 +81,7 @@ def at_bytes(network: Model | nn.Module, budget: int, *, seed: int = 0) -> list[
         Budget or seed out of range; weights beyond fp16.
     """
     network = models.network_of(network)
-    checks.check_whole("budget", budget, 1)
+    budget = checks.check_whole("budget", budget, 1)
     checks.check_seed(seed)
     bank, best = kernels.extract(network), {}
     for way in tqdm(_ways(network, bank, seed), desc="peers", unit="way", delay=2, leave=False):

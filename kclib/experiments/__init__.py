@@ -5,8 +5,8 @@ file) says what a batch of notebooks and a larger sweep compute. Finished result
 not computed again. Reports are folders of pages that can be read offline.
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__, submod_attrs={"_cell": ["sweep", "stored"], "_layers": ["sweep_layers"]}
 )

@@ -306,11 +306,12 @@ def clustering_key(bank: KernelBank, n_clusters: int, *, scope: str, method: str
 
     Raises
     ------
-    UnknownNameError
-        An unknown method.
+    UnknownNameError, InvalidValueError
+        An unknown method; K or a seed that is no whole number.
     """
     checks.check_known("method", method, METHODS)
-    levels = {"scope": scope, "k": n_clusters, "method": method, "seed": seed}
+    k, seed = checks.check_whole("n_clusters", n_clusters, 1), checks.check_seed(seed)
+    levels = {"scope": scope, "k": k, "method": method, "seed": seed}
     return {"kind": "clustering", "kernels": bank.fingerprint} | levels
 
 

@@ -140,6 +140,10 @@ def load(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
         if name not in names():
             raise UnknownNameError("profile", name, names())
         path = NOTEBOOKS / "profiles" / f"{name}.yaml"
+    if not files.is_text(path):  # its folder may be part of the paths in it
+        raise InvalidValueError(
+            f"profile {str(path)!r} has a name that is not UTF-8, which a report cannot hold; rename it."
+        )
     document = Document.read(path)
     document.check(_schema())
     content, changes = document.content, dict(changes or {})

@@ -33,7 +33,7 @@ def clusters(bank: KernelBank, n_clusters: int, scope: str = "layer") -> tuple[i
     InvalidValueError, UnknownNameError
         K below 1; an unknown scope.
     """
-    checks.check_whole("n_clusters", n_clusters, 1)
+    n_clusters = checks.check_whole("n_clusters", n_clusters, 1)
     most = largest(bank, scope)
     if n_clusters <= most:
         return n_clusters, ""
@@ -109,7 +109,7 @@ def images(data: ImageSet, limit: int, kind: str = "test", *, drawn: bool = True
     InvalidValueError
         A limit below 0.
     """
-    checks.check_whole(f"number of {kind} images", limit, 0)
+    limit = checks.check_whole(f"number of {kind} images", limit, 0)
     if limit > len(data):
         return data, f"{limit:,} {kind} images were asked for; there are {len(data):,}, and all are taken."
     if not limit:

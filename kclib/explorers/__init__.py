@@ -4,9 +4,9 @@
 background, and `widgets` shows it. A new question replaces one that is still being answered.
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__,
     submod_attrs={
         "_similarity_explorer": ["SimilarityExplorer"],

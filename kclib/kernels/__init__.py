@@ -4,8 +4,8 @@ A `KernelBank` holds all kernels of one size, layer by layer. `extract` and `ins
 Each convolution that is left out is named, with the reason.
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__, submod_attrs={"_bank": ["extract", "insert", "sample", "Layer", "KernelBank"]}
 )

@@ -312,7 +312,7 @@ def sample(bank: Kernels, per_layer: int, *, seed: int = 0) -> np.ndarray:
         `per_layer` is below 1; an invalid seed.
     """
     bank = bank_of(bank)
-    checks.check_whole("per_layer", per_layer, 1)
+    per_layer = checks.check_whole("per_layer", per_layer, 1)
     checks.check_seed(seed)
     draw = np.random.default_rng(seed)
     return np.concatenate(

@@ -17,9 +17,9 @@ Examples
 [146.0, 1.0, 0.0]
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__,
     submod_attrs={
         "_fitting": ["fit"],

@@ -5,9 +5,9 @@ either. Networks come by name or from the user's own factory, their weights from
 and no checkpoint is unpickled. Where other people's code fails, an error says so in one sentence.
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__,
     submod_attrs={
         "_model": [

@@ -71,7 +71,7 @@ def vgg16_fashion(n_classes: int = 10) -> nn.Module:
     torchvision's convolution stack (configuration D of Simonyan and Zisserman 2014, 13 layers at
     full width), global average pooling and one linear layer.
     """
-    checks.check_whole("n_classes", n_classes, 1)
+    n_classes = checks.check_whole("n_classes", n_classes, 1)
     return nn.Sequential(
         OrderedDict(
             features=make_layers(cfgs["D"], batch_norm=False),

@@ -150,9 +150,8 @@ def plain(name: str, network: nn.Module, input_shape: tuple[int, int, int] | Non
         No such shape can be. A network that reads another number of channels is told when an image is given.
     """
     if input_shape is not None:
-        _check_shape(input_shape)
-        n_channels, *size = input_shape
-        return Model(name, network, _inputs.Plain(n_channels, tuple(size)), (), tuple(input_shape))
+        shape = _checked_shape(input_shape)
+        return Model(name, network, _inputs.Plain(shape[0], shape[1:]), (), shape)
     return Model(name, network, _inputs.Plain(_inference.channels(network) or 3))
 
 
@@ -187,24 +186,24 @@ def input_shape(model: Model | nn.Module, images=None) -> tuple[int, int, int]:
     )
 
 
-def _check_shape(shape: tuple[int, int, int]) -> None:
+def _checked_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     if not isinstance(shape, tuple | list) or len(shape) != 3:
         raise InvalidValueError(f"input_shape is {shape!r}; it must be (channels, height, width).")
-    for name, value in zip(("channels", "height", "width"), shape, strict=True):
-        checks.check_whole(f"{name} of input_shape", value, 1)
+    names = ("channels", "height", "width")
+    return tuple(checks.check_whole(f"{x} of input_shape", n, 1) for x, n in zip(names, shape, strict=True))
 
 
 def _shaped(model: Model, shape: tuple[int, int, int]) -> Model:
     """Return a model with an input shape that it was given; one that nothing is known of makes it so."""
-    _check_shape(shape)
+    shape = _checked_shape(shape)
     if isinstance(model.preprocess, _inputs.Plain):
         return plain(model.name, model.network, shape)
     known = model.input_shape or _inputs.known_shape(model.preprocess)
-    if known not in (None, tuple(shape)):
+    if known not in (None, shape):
         raise InvalidValueError(
-            f"input_shape is {tuple(shape)}, but the preprocessing of {model.name} makes {known}."
+            f"input_shape is {shape}, but the preprocessing of {model.name} makes {known}."
         )
-    return replace(model, input_shape=tuple(shape))
+    return replace(model, input_shape=shape)
 
 
 def fingerprint(network: Model | nn.Module) -> str:

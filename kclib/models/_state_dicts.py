@@ -112,10 +112,10 @@ def fill(network: nn.Module, states: Mapping[str, State], source: str) -> None:
             raise InvalidValueError(_misfit(source, states, expected))
     on_meta = any(torch.is_tensor(x) and x.is_meta for x in expected.values())
     for name, value in given.items():
-        if _overflows(value, expected.get(name)):
+        if _is_changed(value, expected.get(name)):
             raise InvalidValueError(
-                f"{name} in {source} has values above what the network holds there, "
-                f"{expected[name].dtype}; build it in float32."
+                f"{name} in {source} has values that {expected[name].dtype}, its type in the network, cannot "
+                f"hold; build the network with {value.dtype} there."
             )
     try:
         network.load_state_dict(given, strict=not fitting, assign=on_meta)
@@ -263,14 +263,16 @@ def _kind(value: Tensor) -> str:
     return "real" if value.is_floating_point() else "whole"
 
 
-def _overflows(value: object, other: object) -> bool:
-    """Tell whether finite values of one tensor are infinite in the type of another."""
-    if not (torch.is_tensor(value) and torch.is_tensor(other)) or value.is_meta:
+def _is_changed(value: object, wanted: object) -> bool:
+    """Tell whether values are other whole numbers, or infinite, in the type of another tensor."""
+    if not (torch.is_tensor(value) and torch.is_tensor(wanted)) or value.is_meta:
         return False
-    if not (value.is_floating_point() and other.is_floating_point()):
+    if value.dtype == wanted.dtype:
         return False
-    narrower = torch.finfo(other.dtype).max < torch.finfo(value.dtype).max
-    return narrower and bool((value.to(other.dtype).isinf() & value.isfinite()).any())
+    there = value.to(wanted.dtype)
+    if _kind(wanted) == "whole":
+        return bool((there.to(value.dtype) != value).any())
+    return bool((there.isinf() & value.isfinite()).any())
 
 
 def _misfit(source: str, states: Mapping[str, State], expected: Mapping) -> str:

@@ -13,9 +13,9 @@ Examples
 (12, 31)
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__,
     submod_attrs={
         "_accuracy": [

@@ -6,9 +6,9 @@ bytes stay. `correct` clusters layer by layer, each layer making good what those
 where they win back most.
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__,
     submod_attrs={
         "_shrinking": ["shrink"],

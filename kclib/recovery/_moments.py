@@ -317,7 +317,7 @@ def batches(data: datasets.ImageSet, preprocess: Callable, batch_size: int, devi
     """
     if not len(data):
         raise InvalidValueError(f"{data.name} has no images; some hundred are needed.")
-    checks.check_whole("batch_size", batch_size, 1)
+    batch_size = checks.check_whole("batch_size", batch_size, 1)
     checks.check_values(device)
 
     def inputs() -> Iterator[Tensor]:

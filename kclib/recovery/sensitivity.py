@@ -82,7 +82,7 @@ def importance(
     model, images = _model.as_model(model), datasets.as_image_set(images)
     if not len(images):
         raise InvalidValueError(f"{images.name} has no images; sensitivity takes at least one.")
-    checks.check_whole("batch_size", batch_size, 1)
+    batch_size = checks.check_whole("batch_size", batch_size, 1)
     checks.check_seed(seed)
     with torch.inference_mode(False):  # gradients are needed also where the caller has turned them off
         run = _Run.of(model, images, bank, batch_size, seed, device, progress)

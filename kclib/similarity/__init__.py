@@ -14,9 +14,9 @@ array([1.        , 1.        , 2.23606798])
 array([0., 0., 1.])
 """
 
-import lazy_loader
+from kclib._util import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, __all__ = lazy_names.attach(
     __name__,
     submod_attrs={
         "_measures": ["closeness", "near_zero", "comparable", "nearest_distances", "explained", "closest"],

@@ -141,7 +141,7 @@ def explained(
         column a layer it describes; percent of the squared weight that is not lost.
     """
     bank = bank_of(bank)
-    checks.check_whole("n_clusters", n_clusters, 1)
+    n_clusters = checks.check_whole("n_clusters", n_clusters, 1)
     points = distances.unit(bank.points) if shapes else bank.points
     parts = {layer.name: points[layer.rows] for layer in bank.layers}
     wanted = {name: (part, min(n_clusters, len(part))) for name, part in parts.items()}
@@ -178,7 +178,7 @@ def closest(bank: Kernels, row: int, k: int, *, distance: str = "euclidean") -> 
     if row not in candidates:
         raise InvalidValueError(f"kernel {row} has no shape; {distance} distance needs one that has.")
     others = candidates[candidates != row]
-    checks.check_whole("k", k, 1, len(others))
+    k = checks.check_whole("k", k, 1, len(others))
     prepared, unit = distances.framed(named.prepare(bank.points[np.append(row, others)]))
     turns, signs = named.orbit(prepared.shape[1])
     images = np.ascontiguousarray(signs[:, None] * prepared[0, turns])

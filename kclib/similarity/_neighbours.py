@@ -76,7 +76,7 @@ def nearest(
     points = checks.points("points", points)
     asked = points if queries is None else checks.points("queries", queries, points.shape[1])
     most = len(points) - (queries is None)
-    checks.check_whole("k", k, 1, most)
+    k = checks.check_whole("k", k, 1, most)
     turns, signs = _orbit(turns, signs, points.shape[1])
     shift = _EXPONENT - int(np.frexp(max(np.abs(points).max(), np.abs(asked).max(initial=0)))[1])
     tree = _Tree.of(np.ldexp(points, shift))

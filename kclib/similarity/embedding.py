@@ -71,7 +71,7 @@ def graph(
     """
     checks.check_known("kind of map", kind, _named_maps)
     points = checks.points("the kernels", points)
-    checks.check_whole("n_neighbors", n_neighbors, min(2, len(points)), len(points))
+    n_neighbors = checks.check_whole("n_neighbors", n_neighbors, min(2, len(points)), len(points))
     store, named = store or Store(), similarity_distances.named(_named_maps[kind])
     prepared, unit = similarity_distances.framed(np.ascontiguousarray(named.prepare(points)))
     itself = np.arange(len(prepared), dtype=np.int32)[:, None]
@@ -190,7 +190,7 @@ def trustworthiness(graph: Graph, layout: np.ndarray, *, limit: int = 2000, seed
     own distance, on at most `limit` points drawn at random (its cost in memory grows with their square).
     Fewer than three points have no wrong neighbours: 1.
     """
-    checks.check_whole("limit", limit, 4)
+    limit = checks.check_whole("limit", limit, 4)
     layout = checks.points("places on the map", layout, 2)
     if len(layout) != len(graph.points):
         raise InvalidValueError(

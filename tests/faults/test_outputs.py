@@ -96,6 +96,12 @@ def test_standard_output(run, here, seen):
     )
 
 
+def test_two_kinds_of_table_for_one_output(run, here, seen):
+    code, out, said = run("results", "--csv", "-", "--parquet", "-")
+    assert (code, out) == (2, "")
+    seen(KIND, "`kclib results --csv - --parquet -`", told(code, said))
+
+
 def test_a_terminal(here, seen, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["kclib", *COMPRESS, "-"])
     ours, theirs = os.openpty()
