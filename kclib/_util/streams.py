@@ -2,7 +2,6 @@
 
 import ctypes
 import errno
-import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -45,7 +44,8 @@ def aside() -> Iterator[None]:
             yield
     finally:
         printed.flush()
-        ctypes.CDLL(None).fflush(None)  # what libraries in C still hold
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # what libraries in C still hold
         os.dup2(_moved[1], 1)
         os.close(_moved.pop(1))
 
@@ -58,6 +58,8 @@ def number(descriptor: int | None) -> int | None:
 def is_closed(number: int) -> bool:
     """Tell whether nothing can be written to an open file, as `reopen` leaves standard output."""
     try:
+        import fcntl  # which Windows lacks
+
         return fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
     except OSError:
         return True
