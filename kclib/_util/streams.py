@@ -58,8 +58,10 @@ def number(descriptor: int | None) -> int | None:
 def is_closed(number: int) -> bool:
     """Tell whether nothing can be written to an open file, as `reopen` leaves standard output."""
     try:
-        import fcntl  # which Windows lacks
-
+        import fcntl
+    except ImportError:  # Windows has none
+        return False
+    try:
         return fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
     except OSError:
         return True
