@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from tiny import tiny_data, tiny_model
+from tiny import tiny_data, tiny_model, write_pictures
 from torch import nn
 
 from kclib import clustering as clusterings
@@ -223,6 +223,18 @@ class Given:
             "images_hash": "x", "right": b"\xff", "top1": 100.0, "bytes": 9,
         }  # fmt: skip
         return pd.DataFrame([row | columns])
+
+    @property
+    def photos(self) -> dict:
+        """What a grid of a model and images that fit each other has."""
+        folder = write_pictures(self.folder / "photos")
+        return {"models": (_profiles.ModelSource("tiny:photo_model"),), "data": (f"folder:{folder}",)}
+
+    @property
+    def store_in_a_file(self) -> Store:
+        """A store whose folder is a file, so that nothing can be written to it."""
+        (self.folder / "file").touch()
+        return Store(self.folder / "file")
 
     def grid(self, **changed) -> _profiles.Grid:
         levels = {"limit": 0, "scopes": ("layer",), "clusters": (2,)}
@@ -550,6 +562,7 @@ WRONG_INPUTS = [
     (_documents.Document.read, lambda g: _documents.Document.read(g.path("p.yaml", "a: 1\na: 2")), DAMAGED, "line 2"),
     (_grid.plan, lambda g: _grid.plan(g.grid(data=("fashion",)), g.store), UNKNOWN, "did you mean 'fashion-mnist'"),
     (_grid.plan, lambda g: _grid.plan(g.grid(data=(f"folder:{g.folder}",)), g.store), MISSING, "holds no images"),
+    (_grid.run, lambda g: _grid.run(_grid.plan(g.grid(**g.photos), g.store_in_a_file), _pool.Workers(), progress=False), STORAGE, "could not be written"),
     (_pool.Workers, lambda g: _pool.Workers(0), WRONG, "jobs is 0"),
     (_pool.Workers, lambda g: _pool.Workers(backend="slurm"), UNKNOWN, "known: loky, dask, ray"),
     (_pool.Workers.joined, lambda g: opened(_pool.Workers(2, "dask", "tcp://localhost:1").joined()), WRONG, "no Dask scheduler answers at 'tcp://localhost:1'"),
