@@ -21,6 +21,7 @@ from kclib.kernels import _copying
 from kclib.recovery import _calibration, _moments
 
 NAME = "ISO/IEC 15938-17 (nncodec)"
+CORRECTED = f"{NAME}, gains and biases corrected"
 NEEDS = ("nncodec==2.1.3", "numpy<2")
 # Runs there: codes the arrays of a file, decodes what came, and writes that and how many bytes it took.
 _CODE = """
@@ -55,7 +56,7 @@ def coded(network: kclib.Model | nn.Module, qp: int) -> tuple[kclib.Model | nn.M
     network : Model or torch.nn.Module
         Unchanged.
     qp : int
-        Quantization parameter: six more is a step twice as wide. All other settings are the software's own.
+        Quantization parameter: four more is a step twice as wide. All other settings are the software's own.
     """
     given, network = network, _copying.copied(models.network_of(network))
     convolutions = nn.ModuleDict(
@@ -81,9 +82,8 @@ def corrected(model: kclib.Model, dense: kclib.Model, images: kclib.ImageSet) ->
     """Return a coded network with a gain for each filter and its bias fitted, and the bytes of the gains.
 
     Layer by layer, what a filter answers to what it now reads gets the mean and the variance that the dense
-    filter's answers have, by a bias and a gain (fp16). Neither means alone nor gains by least squares do:
-    coarse steps leave filters weaker, and less and less of what they answer is above 0 (the shipped model at
-    qp -20 lost 84.6 and 34.6 points so, 6.8 as it was, and 1.6 by this; 500 images).
+    filter's answers have, by a bias and a gain (fp16). Coarse steps leave filters weaker: with means alone
+    put right, or gains by least squares, less and less of what they answer is above 0.
     """
     n_bytes = 0
     small, network = _copying.copied(model.network).eval(), dense.network

@@ -73,7 +73,7 @@ def _results():
         what = "VGG-16: each layer corrected, each bit at a price (`kclib.shrink`)"
         yield [what, f"1/{r['ratio']:.1f}", f"{r['top1']:.2f}", _drop(r)]
     for r in _coded():
-        if r["method"] == f"{nnc.NAME}, gains and biases corrected" and r["setting"] in ("qp -20", "qp -19"):
+        if r["method"] == nnc.CORRECTED and r["setting"] in ("qp -20", "qp -19"):
             what = "VGG-16: the standard for coding networks (ISO/IEC 15938-17), corrected too"
             yield [what, f"1/{r['ratio']:.1f}", f"{r['top1']:.2f}", _drop(r)]
 

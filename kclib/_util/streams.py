@@ -55,14 +55,14 @@ def number(descriptor: int | None) -> int | None:
     return _moved.get(descriptor, descriptor)
 
 
-def is_closed(number: int) -> bool:
+def is_closed(descriptor: int) -> bool:
     """Tell whether nothing can be written to an open file, as `reopen` leaves standard output."""
     try:
         import fcntl
     except ImportError:  # Windows has none
         return False
     try:
-        return fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
     except OSError:
         return True
 

@@ -253,8 +253,13 @@ def _differing(values: State, expected: Mapping) -> list[str]:
         if torch.is_tensor(value)
         and torch.is_tensor(wanted := expected.get(name))
         and not isinstance(wanted, UninitializedTensorMixin)
-        and (value.shape != wanted.shape or (_kind(wanted) != "whole" and _kind(value) != _kind(wanted)))
+        and (value.shape != wanted.shape or not _is_of_kind(value, _kind(wanted)))
     ]
+
+
+def _is_of_kind(value: Tensor, kind: str) -> bool:
+    """Tell whether values are numbers of a kind; real ones may be whole."""
+    return _kind(value) == kind or (kind == "whole" and _kind(value) == "real")
 
 
 def _kind(value: Tensor) -> str:
@@ -269,10 +274,11 @@ def _is_changed(value: object, wanted: object) -> bool:
         return False
     if value.dtype == wanted.dtype:
         return False
-    there = value.to(wanted.dtype)
     if _kind(wanted) == "whole":
-        return bool((there.to(value.dtype) != value).any())
-    return bool((there.isinf() & value.isfinite()).any())
+        return bool((value.to(wanted.dtype).to(value.dtype) != value).any())
+    if torch.finfo(wanted.dtype).max >= torch.finfo(value.dtype).max:
+        return False
+    return bool((value.to(wanted.dtype).isinf() & value.isfinite()).any())
 
 
 def _misfit(source: str, states: Mapping[str, State], expected: Mapping) -> str:

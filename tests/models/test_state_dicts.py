@@ -464,3 +464,10 @@ def test_a_value_without_an_axis_is_told_by_its_shape():
         InvalidValueError, match=r"bias is \(\) in the file, \(3,\) in the network; build the"
     ):
         _state_dicts.fill(network, {"": state}, "w.pt")
+
+
+def test_complex_values_are_refused_where_whole_ones_are_wanted():
+    network = nn.BatchNorm2d(1)
+    state = network.state_dict() | {"num_batches_tracked": torch.tensor(2 + 0j)}
+    with pytest.raises(InvalidValueError, match=r"num_batches_tracked is torch.complex64 in the file"):
+        _state_dicts.fill(network, {"": state}, "w.pt")
