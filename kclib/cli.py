@@ -595,6 +595,9 @@ def batch(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Replace a parameter; repeatable."),
     ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Notebooks side by side; 0: two if there are the processors and memory.")
+    ] = 0,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the report when done.")] = True,
 ) -> None:
     """Run a profile's notebooks and write a report."""
@@ -603,7 +606,7 @@ def batch(
     from kclib.experiments import _profiles
 
     changes = dict(_assignment(text) for text in change or ())
-    index = runner.run(_profiles.load(profile, changes=changes), out)
+    index = runner.run(_profiles.load(profile, changes=changes), out, jobs or runner.fitting_jobs())
     typer.echo(f"report: {index.resolve()}")
     if show and sys.stdout.isatty():
         typer.launch(str(index.resolve()))

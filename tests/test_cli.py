@@ -69,8 +69,8 @@ def ran(monkeypatch, tmp_path):
     """What `batch.run` was called with, in place of running it."""
     calls = []
 
-    def run(profile, out):
-        calls.append((profile, out))
+    def run(profile, out, jobs):
+        calls.append((profile, out, jobs))
         return tmp_path / "index.html"
 
     monkeypatch.setattr(_batch, "run", run)
@@ -155,12 +155,18 @@ def test_a_finished_batch_says_where_its_report_is(kclib, ran, profile, tmp_path
 
 def test_without_options_the_smoke_profile_goes_to_reports(kclib, ran):
     assert kclib("batch")[0] == 0
-    assert (ran[0][0].name, ran[0][1]) == ("smoke", Path("reports"))
+    assert ran[0][0].name == "smoke"
+    assert ran[0][1:] == (Path("reports"), _batch.fitting_jobs())
+
+
+def test_as_many_notebooks_side_by_side_as_asked(kclib, ran):
+    assert kclib("batch", "--jobs", "3")[0] == 0
+    assert ran[0][2] == 3
 
 
 @pytest.mark.parametrize(("error", "code"), [(NotebookError("it broke"), 1), (KeyboardInterrupt(), 130)])
 def test_a_run_that_ends_early_leaves_no_traceback(kclib, monkeypatch, profile, error, code):
-    def run(profile, out):
+    def run(profile, out, jobs):
         raise error
 
     monkeypatch.setattr(_batch, "run", run)

@@ -575,6 +575,7 @@ WRONG_INPUTS = [
     (_reports.rebuild, lambda g: _reports.rebuild(g.folder, "x"), MISSING, "has no report"),
     (_first_try.run, lambda g: _first_try.run(g.model, g.data, g.path("file"), progress=False), STORAGE, "could not be written"),
     (_batch.run, lambda g: _batch.run(replace(_profiles.load("smoke"), name="x"), g.path("file")), STORAGE, "could not be written"),
+    (_batch.run, lambda g: _batch.run(_profiles.load("smoke"), g.folder, 0), WRONG, "jobs is 0"),
 ]  # fmt: skip
 
 # Arguments of the command line, with {folder} for a folder of its own; what the sentence says.

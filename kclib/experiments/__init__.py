@@ -8,5 +8,5 @@ not computed again. Reports are folders of pages that can be read offline.
 from kclib._util import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names.attach(
-    __name__, submod_attrs={"_cell": ["sweep", "stored"], "_layers": ["sweep_layers"]}
+    __name__, submod_attrs={"_cell": ["sweep", "stored", "stored_clustering"], "_layers": ["sweep_layers"]}
 )

@@ -8,17 +8,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
 import filelock
 import nbformat
 import papermill
+import psutil
+from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import CellTimeoutError
 from traitlets.config import Config
 
-from kclib._util import files, progress_bars
+from kclib._util import checks, files, limits, places, progress_bars, threads
 from kclib._util.progress_bars import tqdm
 from kclib.errors import KclibError, NotebookError, StorageError, reason
 from kclib.experiments import _grid, _pictures, _profiles, _provenance, _reports
@@ -28,11 +31,13 @@ from kclib.models import _factories
 
 _LONGEST = 70  # bytes of a folder's path, so that a socket's in it stays below what systems allow, 103 or 107
 _START = 600  # seconds that a notebook's process may take to start, among many
+_HEARD = 0.1  # seconds between questions whether a notebook has ended
+_MEMORY = 4 << 30  # bytes that a notebook may take on the shipped model
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 _LOG = logging.getLogger(__name__)
 
 
-def run(profile: Profile, out: Path) -> Path:
+def run(profile: Profile, out: Path, jobs: int = 1) -> Path:
     """Execute a profile's notebooks, each in its own process, and return the path of the index page.
 
     Under ``out/<profile>/`` each notebook leaves its executed ``.ipynb`` and an ``.html`` for readers;
@@ -40,16 +45,32 @@ def run(profile: Profile, out: Path) -> Path:
     What the store has of the profile's sweep is shown too. Any number of batches may run side by side, each
     into its own folder.
 
+    Parameters
+    ----------
+    profile : Profile
+    out : path
+    jobs : int
+        Notebooks side by side, which share the processors; the longest start first. Those that the profile
+        runs alone, because they measure time, follow one by one.
+
     Raises
     ------
+    InvalidValueError
+        A number of jobs below 1.
     NotebookError
         Notebooks failed; each is kept with its error, the others ran, and the index says so.
     StorageError
         Another batch writes this report, or nothing can be written there.
     """
-    folder = files.expanded(out) / profile.name
-    with _ours_alone(folder), _factories.own_modules():
-        return _run(profile, folder)
+    jobs = checks.check_whole("jobs", jobs, 1)
+    folder = (files.expanded(out) / profile.name).absolute()
+    with _ours_alone(folder), _factories.own_modules(), places.environment(_shares(jobs)):
+        return _run(profile, folder, jobs)
+
+
+def fitting_jobs() -> int:
+    """Return how many notebooks may well run side by side here: two, or one where memory is short."""
+    return max(1, min(2, threads.threads(), limits.free() // _MEMORY))
 
 
 def expected(profile: Profile, out: Path) -> dict[str, float]:
@@ -63,15 +84,41 @@ def expected(profile: Profile, out: Path) -> dict[str, float]:
         for x in _reports.read(folder, profile.name).chapters
         if x.status == "done" and _as_given(x.parameters) == _as_given(profile.parameters.get(x.stem, {}))
     }
-    return {stem: took.get(stem, seconds) for stem, seconds in profile.seconds.items()}
+    return {stem: took.get(stem, profile.seconds[stem]) for stem in profile.parameters}
 
 
-def summary(seconds: Mapping[str, float]) -> str:
+def summary(profile: Profile, seconds: Mapping[str, float], jobs: int = 1) -> str:
     """Return in one sentence what a batch takes whose notebooks are `expected` to take so many seconds."""
-    n, total = len(seconds), sum(seconds.values())
+    n, total = len(seconds), sum(_ends(stems, seconds, n) for stems, n in _groups(profile, seconds, jobs))
     unit = "minutes:seconds" if total < 3600 else "hours:minutes:seconds"
     time = tqdm.format_interval(round(total))
     return f"{n:,} notebook{'' if n == 1 else 's'} to run, in about {time} ({unit})."
+
+
+def _shares(jobs: int) -> dict[str, str]:
+    """Return the environment that gives each of some processes its share of the processors.
+
+    Threads of PyTorch that outnumber the processors wait for each other, busily.
+    """
+    return {"OMP_NUM_THREADS": str(max(1, threads.threads() // jobs))} if jobs > 1 else {}
+
+
+def _groups(profile: Profile, seconds: Mapping[str, float], jobs: int) -> list[tuple[list[str], int]]:
+    """Return which notebooks run side by side and how many of them at a time, in the order they start."""
+    if jobs == 1:
+        return [(list(seconds), 1)]
+    longest_first = sorted(seconds, key=lambda stem: -seconds[stem])
+    together = [stem for stem in longest_first if stem not in profile.alone]
+    return [(together, jobs), ([stem for stem in seconds if stem in profile.alone], 1)]
+
+
+def _ends(stems: list[str], seconds: Mapping[str, float], jobs: int) -> float:
+    """Return when the last of some notebooks ends of which `jobs` run at a time."""
+    ends = [0.0] * jobs
+    for stem in stems:
+        ends.sort()
+        ends[0] += seconds[stem]
+    return max(ends)
 
 
 def _as_given(parameters: Mapping[str, object]) -> dict[str, object]:
@@ -79,30 +126,77 @@ def _as_given(parameters: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in parameters.items() if name != "report_dir"}
 
 
-def _run(profile: Profile, folder: Path) -> Path:
+def _run(profile: Profile, folder: Path, jobs: int) -> Path:
     seconds = expected(profile, folder.parent)
-    print(summary(seconds), file=sys.stderr)
-    chapters = [_planned(profile, stem) for stem in profile.parameters]
+    print(summary(profile, seconds, jobs), file=sys.stderr)
+    chapters = {stem: _planned(profile, stem) for stem in profile.parameters}
+    begun = set()
     about = _provenance.stamp() | _hashes(profile)
-    index = _write(folder, profile, chapters, about)
+    index = _write(folder, profile, list(chapters.values()), about)
     with tqdm(
         total=sum(seconds.values()),
         desc=f"batch {profile.name}",
         bar_format="{desc}{percentage:3.0f} %|{bar}| {elapsed} elapsed, about {remaining} left",
     ) as bar:
-        for i, stem in enumerate(profile.parameters):
-            bar.set_description(f"batch {profile.name}, {i + 1} of {len(chapters)}: {stem}")
-            try:
-                chapters[i] = _run_one(profile, chapters[i], folder, chapters)
-            except KeyboardInterrupt:
-                chapters[i] = replace(chapters[i], status="interrupted")
-                raise
-            finally:
-                _write(folder, profile, chapters, about)
+
+        def ended(stem: str, chapter: Chapter) -> None:
+            chapters[stem] = chapter
+            _write(folder, profile, list(chapters.values()), about)
+            n_ended = sum(chapter.status != "not run" for chapter in chapters.values())
+            bar.set_description(f"batch {profile.name}, {n_ended} of {len(chapters)} done")
             bar.update(seconds[stem])
+
+        def start(stem: str, place: int) -> Chapter:
+            begun.add(stem)
+            return _run_one(profile, chapters[stem], folder, list(chapters.values()), place)
+
+        try:
+            for stems, n in _groups(profile, seconds, jobs):
+                _side_by_side(stems, n, start, ended)
+        except KeyboardInterrupt:
+            for stem in begun:
+                if chapters[stem].status == "not run":
+                    chapters[stem] = replace(chapters[stem], status="interrupted")
+            _write(folder, profile, list(chapters.values()), about)
+            raise
     _show_cells(profile, folder)
-    _check(chapters, folder, index)
+    _check(list(chapters.values()), folder, index)
     return index
+
+
+def _side_by_side(
+    stems: list[str],
+    jobs: int,
+    start: Callable[[str, int], Chapter],
+    ended: Callable[[str, Chapter], None],
+) -> None:
+    """Run notebooks, `jobs` at a time, and hand over each when it has ended; an error ends those under way.
+
+    `start` takes a notebook and its place among those under way, and runs in a thread of its own.
+    """
+    waiting, running, places = list(stems), {}, list(range(jobs))
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while waiting or running:
+                while waiting and places:
+                    stem, place = waiting.pop(0), places.pop(0)
+                    running[pool.submit(start, stem, place)] = stem, place
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    chapter = future.result()
+                    stem, place = running.pop(future)
+                    places.append(place)
+                    ended(stem, chapter)
+        finally:
+            _end(running)
+
+
+def _end(running: Mapping[Future, object]) -> None:
+    """End the processes of notebooks under way, also of one that has none yet."""
+    while wait(running, _HEARD).not_done:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "ipykernel_launcher" in process.cmdline():
+                    process.kill()
 
 
 def _show_cells(profile: Profile, folder: Path) -> None:
@@ -183,27 +277,32 @@ def _planned(profile: Profile, stem: str) -> Chapter:
     return Chapter(stem, "not run", parameters=profile.parameters[stem], question=question)
 
 
-def _run_one(profile: Profile, chapter: Chapter, folder: Path, among: list[Chapter]) -> Chapter:
+def _run_one(profile: Profile, chapter: Chapter, folder: Path, among: list[Chapter], place: int) -> Chapter:
     """Execute one notebook and render it; a failure is a status, not an exception."""
-    source, target = profile.folder / f"{chapter.stem}.ipynb", folder / f"{chapter.stem}.ipynb"
+    home, target = profile.folder.absolute(), folder / f"{chapter.stem}.ipynb"
+    source = home / f"{chapter.stem}.ipynb"
     target.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
     parameters, timeout = dict(chapter.parameters), profile.timeouts.get(chapter.stem)
     if "report_dir" in _profiles.declared(source):
         parameters.setdefault("report_dir", str(folder.resolve()))
     start, error, traceback = time.perf_counter(), "", ""
+    # The folder of one process is not another's, so that the notebook's own goes there; papermill would move
+    # this one, whose threads are at other notebooks.
+    began = ("import os", f"os.chdir({str(home)!r})")
     try:
-        bar = {"desc": chapter.stem, "position": 1, "leave": False} | progress_bars.as_lines(left=False)
-        with _private() as config:
+        bar = {"desc": chapter.stem, "position": 1 + place, "leave": False} | progress_bars.as_lines(
+            left=False
+        )
+        with _private() as config, contextlib.closing(ensure_event_loop()):  # which nbclient leaves open
             papermill.execute_notebook(
                 source,
                 target,
                 parameters,
-                cwd=profile.folder,
                 start_timeout=_START,
                 execution_timeout=timeout,
                 progress_bar=bar,
                 config=config,
-                extra_arguments=[f"--IPKernelApp.exec_lines={_pictures.ENABLE}"],
+                extra_arguments=[f"--IPKernelApp.exec_lines={line}" for line in (*began, _pictures.ENABLE)],
                 kernel_name="python3",  # this environment's, whatever the file was last saved with
                 language="python",
             )

@@ -287,6 +287,18 @@ def stored_clustering(
     UnknownNameError, InvalidValueError, NotEnoughMemoryError
         As in `clustering.cluster`; an unknown method.
     StorageError
+
+    Examples
+    --------
+    >>> import kclib, tempfile, torch
+    >>> from kclib.experiments import stored_clustering
+    >>> from kclib.store import Store
+    >>> bank = kclib.extract(torch.nn.Conv2d(3, 8, 3))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     first, _ = stored_clustering(bank, 5, store=Store(folder))
+    ...     again, _ = stored_clustering(bank, 5, store=Store(folder))  # computes nothing
+    >>> first.n_clusters, bool((again.groups[0].indices == first.groups[0].indices).all())
+    (5, True)
     """
     bank = bank_of(bank)
     store, key = store or Store(), clustering_key(bank, n_clusters, scope=scope, method=method, seed=seed)

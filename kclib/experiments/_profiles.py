@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-
-import papermill
+from typing import TYPE_CHECKING
 
 from kclib._util import files
 from kclib.errors import DamagedFileError, InvalidValueError, MissingFileError, UnknownNameError, reason
-from kclib.experiments._documents import Document
 from kclib.experiments.parameters import check_value
+
+if TYPE_CHECKING:  # it and papermill take seconds, which those who read no profile need not wait
+    from kclib.experiments._documents import Document
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 _SECONDS = 60.0  # that a notebook takes if its profile says nothing
@@ -91,6 +92,8 @@ class Profile:
     timeouts : mapping of str to int or None
         Seconds that a cell of a notebook may run; None for no limit.
     sweep : Grid or None
+    alone : frozenset of str
+        Notebooks beside which no other runs, because they measure time.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Profile:
     seconds: Mapping[str, float]
     timeouts: Mapping[str, int | None]
     sweep: Grid | None = None
+    alone: frozenset[str] = frozenset()
 
 
 def names(folder: Path = NOTEBOOKS) -> tuple[str, ...]:
@@ -130,6 +134,8 @@ def load(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
         The file is not YAML, repeats a key, or has aliases; a notebook is not whole.
     MissingFileError
     """
+    from kclib.experiments._documents import Document
+
     path = files.expanded(name)
     if path.suffix not in (".yaml", ".yml"):
         if not names():
@@ -167,6 +173,7 @@ def load(name: str, *, changes: Mapping[str, object] | None = None) -> Profile:
         {stem: float(entry.get("seconds", _SECONDS)) for stem, entry in notebooks.items()},
         {stem: entry.get("timeout") for stem, entry in notebooks.items()},
         _grid(content["sweep"], path.parent) if "sweep" in content else None,
+        frozenset(stem for stem, entry in notebooks.items() if entry.get("alone")),
     )
 
 
@@ -174,6 +181,8 @@ def declared(notebook: Path) -> dict[str, str]:
     """Return the names of a notebook's parameters and their types, as they are written."""
     if not notebook.is_file():
         raise MissingFileError(f"notebook {notebook} does not exist.")
+    import papermill
+
     try:
         declarations = papermill.inspect_notebook(notebook)
         types = {name: about["inferred_type_name"] for name, about in declarations.items()}
@@ -193,7 +202,7 @@ def _schema() -> dict:
     )
 
 
-def _declared(document: Document, folder: Path, stem: str) -> dict[str, str]:
+def _declared(document: "Document", folder: Path, stem: str) -> dict[str, str]:
     try:
         return declared(folder / f"{stem}.ipynb")
     except MissingFileError as error:
@@ -201,7 +210,7 @@ def _declared(document: Document, folder: Path, stem: str) -> dict[str, str]:
 
 
 def _check_parameters(
-    document: Document, notebooks: Mapping, known: Mapping[str, Mapping[str, str]], changes: Mapping
+    document: "Document", notebooks: Mapping, known: Mapping[str, Mapping[str, str]], changes: Mapping
 ) -> None:
     """Refuse parameters that the notebook, or every notebook, lacks or declares otherwise."""
     for stem, entry in notebooks.items():

@@ -17,7 +17,8 @@ from kclib.evaluation import Drop
 from kclib.models import _model
 from kclib.recovery import _sequential
 
-_PRICE, _BITS, _STEEP = 0.1, 4.2, 2.0  # a price, the bits a kernel that it buys, and how fast prices rise
+_PRICE, _BITS, _STEEP = 0.1, 4.2, 2.2  # a price, the bits a kernel that it buys, and how fast prices rise
+_IMAGES, _BY_IMAGES = 250, -0.36  # by so many images; with more of them a price buys fewer bits
 _WITHIN = 0.93  # of the bytes are spent, at least
 _TRIES = 10  # for a number of bytes; most often two are made
 _LEAST_STEP = 1.1  # factor between prices
@@ -132,7 +133,7 @@ def shrink(
         return Shrunk(models.like(given, found.network), found.clustering, size, price, lost, pd.DataFrame())
 
     with tqdm(desc="finding a price", unit="network", leave=False, disable=not progress) as bar:
-        trials = _Trials(made, others, len(bank), bar)
+        trials = _Trials(made, others, len(bank), len(images), bar)
         if max_drop is not None:
             _search_drop(trials, max_drop)
         else:
@@ -154,6 +155,7 @@ class _Trials:
         Bytes of the convolutions that no price changes.
     n : int
         Kernels.
+    n_images : int
     rows : list of dict
         What is to be known of each, in the order in which they were tried.
     best : list of Shrunk
@@ -163,6 +165,7 @@ class _Trials:
     made: Callable[[float], Shrunk]
     others: int
     n: int
+    n_images: int
     bar: tqdm
     rows: list[dict] = field(default_factory=list)
     best: list[Shrunk] = field(default_factory=list)
@@ -185,7 +188,7 @@ class _Trials:
         """
         bits = max(1e-3, 8 * (n_bytes - self.others) / self.n)
         if not self.rows:
-            return _between(_PRICE * (_BITS / bits) ** _STEEP)
+            return _between(_PRICE * (_BITS / bits) ** _STEEP * (self.n_images / _IMAGES) ** _BY_IMAGES)
         tried = sorted(self.rows, key=lambda row: row["price"])
         over = [row for row in tried if row["bytes"] > n_bytes]
         under = [row for row in tried if row["bytes"] <= n_bytes]

@@ -32,6 +32,12 @@ figure = Figure(figsize=(4, 2), dpi=100)
 figure.subplots().set(title="a line", xlabel="x", ylabel="y")
 figure"""
 HEADLINE = 'from kclib.experiments import reports\nreports.headline(f"{greeting} {count}: {report_dir}")'
+SIDE = 'stem: str = ""'
+BY_SIDE = [
+    "import os, time\nimport kclib.experiments.reports as r\nfrom pathlib import Path\nstart = time.time()\n"
+    "time.sleep(1)",
+    "r.headline(f'{start} {time.time()} {Path.cwd()} {len(os.sched_getaffinity(0))}')",
+]
 FOLDED = '<div class="input">.*?</pre>'
 NOTEBOOKS = {
     "good": [PARAMETERS, PICTURE, FIGURE, HEADLINE],
@@ -61,6 +67,7 @@ NOTEBOOKS = {
         "import kclib_test_here, kclib.experiments.reports as r\nr.headline(kclib_test_here.SAID)",
     ],
     "no_headline": ["x = 0", "y = 1"],
+    **{stem: [SIDE, *BY_SIDE] for stem in ("one", "two", "timed")},
     "foreign_kernel": ["x = 0", "y = 1"],
 }
 
@@ -118,6 +125,51 @@ def test_the_index_shows_headlines_pictures_and_links(finished):
     assert {"good.html", "good.ipynb", "other.html", "other.ipynb"} <= set(re.findall('href="(.*?)"', index))
     assert "A &lt;tiny&gt; profile." in index
     assert "greeting = moin" in index
+
+
+def test_notebooks_run_side_by_side_in_their_folder_and_what_measures_time_alone(folder, tmp_path):
+    profile = _profiles.load(profile_file(folder, {"timed": {"alone": True}, "one": None, "two": None}))
+    before = Path.cwd()
+    _batch.run(profile, tmp_path, jobs=2)
+    assert Path.cwd() == before
+    chapters = _reports.read(tmp_path / "tiny", "tiny").chapters
+    assert [x.stem for x in chapters] == ["timed", "one", "two"], "pages stay in the profile's order"
+    assert {x.headline.split()[2] for x in chapters} == {str(folder.resolve())}
+    timed, one, two = (tuple(map(float, x.headline.split()[:2])) for x in chapters)
+    assert max(one[0], two[0]) < min(one[1], two[1]), "both were under way at once"
+    assert timed[0] > max(one[1], two[1])
+
+
+def test_an_interrupted_batch_ends_what_is_under_way(folder, tmp_path):
+    told = tmp_path / "told"
+    path = profile_file(folder, {"waits": None, "sleeps": None, "other": None}, {"said": str(told)})
+    command = [
+        sys.executable,
+        "-m",
+        "kclib",
+        "batch",
+        "--profile",
+        path,
+        "--out",
+        str(tmp_path),
+        "--jobs",
+        "2",
+    ]
+    command += ["--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(told.is_file)
+        pid = int(told.read_text().split()[1])
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert "interrupted; what was finished is kept" in said
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+    chapters = _reports.read(tmp_path / "tiny", "tiny").chapters
+    assert [x.status for x in chapters] == ["interrupted", "interrupted", "not run"]
 
 
 def test_the_page_for_readers_shows_results_without_code_or_progress(finished):
@@ -319,10 +371,10 @@ def test_an_interrupted_batch_leaves_an_index_with_its_finished_part(folder, tmp
 def test_a_batch_is_expected_to_take_what_its_last_run_took(tmp_path):
     given = {"a": {"k": 3}, "b": {}, "c": {}}
     profile = Profile("tiny", "", tmp_path, given, {"a": 60.0, "b": 50.0, "c": 40.0}, {})
-    assert (
-        _batch.summary(_batch.expected(profile, tmp_path))
-        == "3 notebooks to run, in about 02:30 (minutes:seconds)."
-    )
+    seconds = _batch.expected(profile, tmp_path)
+    assert _batch.summary(profile, seconds) == "3 notebooks to run, in about 02:30 (minutes:seconds)."
+    assert "about 01:30" in _batch.summary(profile, seconds, 2)
+    assert "about 01:50" in _batch.summary(replace(profile, alone=frozenset("a")), seconds, 3)
     chapters = (
         _reports.Chapter("a", "done", seconds=20.0, parameters={"k": 3, "report_dir": "elsewhere"}),
         _reports.Chapter("b", "failed", seconds=1.0),
@@ -330,4 +382,4 @@ def test_a_batch_is_expected_to_take_what_its_last_run_took(tmp_path):
     )
     _reports.write(tmp_path / "tiny", _reports.Report("tiny", chapters=chapters))
     assert _batch.expected(profile, tmp_path) == {"a": 20.0, "b": 50.0, "c": 40.0}
-    assert "about 01:50 (minutes:seconds)" in _batch.summary(_batch.expected(profile, tmp_path))
+    assert "about 01:50" in _batch.summary(profile, _batch.expected(profile, tmp_path))

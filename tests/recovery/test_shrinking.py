@@ -83,7 +83,7 @@ def trials(bytes_of):
         stands_in = SimpleNamespace(n_clusters=1)
         return Shrunk(None, stands_in, int(bytes_of(price)), price, None, pd.DataFrame())
 
-    return _shrinking._Trials(made, 100, 1000, SimpleNamespace(update=lambda: None))
+    return _shrinking._Trials(made, 100, 1000, 250, SimpleNamespace(update=lambda: None))
 
 
 @pytest.mark.parametrize("power", [0.2, 0.34, 1.0])
