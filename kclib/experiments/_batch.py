@@ -151,8 +151,9 @@ def _run(profile: Profile, folder: Path, jobs: int) -> Path:
             return _run_one(profile, chapters[stem], folder, list(chapters.values()), place)
 
         try:
-            for stems, n in _groups(profile, seconds, jobs):
-                _side_by_side(stems, n, start, ended)
+            with progress_bars.ticking(bar):
+                for stems, n in _groups(profile, seconds, jobs):
+                    _side_by_side(stems, n, start, ended)
         except KeyboardInterrupt:
             for stem in begun:
                 if chapters[stem].status == "not run":
