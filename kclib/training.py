@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kclib import datasets, models
-from kclib._util import checks, files
+from kclib._util import checks, files, small_maps
 from kclib._util.progress_bars import tqdm
 from kclib.datasets import _loader
 from kclib.errors import DamagedFileError, InvalidValueError, reason
@@ -211,7 +211,7 @@ def _epoch(parts, data, preprocess, recipe, epoch, teacher, device) -> float:
     total = 0.0
     for inputs, labels in tqdm(batches, f"epoch {epoch}/{recipe.epochs}", steps, mininterval=2):
         inputs = _placed(inputs, device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16), small_maps.SideBySide():
             logits = models.answers(network, inputs).float()
             if teacher is None:
                 loss = F.cross_entropy(logits, labels.to(device), label_smoothing=recipe.label_smoothing)
