@@ -70,6 +70,7 @@ def scikit_minibatch(k: int) -> Callable:
 def peers(k: int) -> dict[str, Callable]:
     if k <= 4096:
         found = {f"faiss, 25 iterations, {s}": faiss_kmeans(k, 25, s) for s in ("random", "k-means++")}
+        found["kclib, best quality"] = lambda points: kmeans.fit(points, k, quality="best").centres
         if k == 256:
             found["scikit-learn BisectingKMeans"] = scikit_bisecting(k)
         if k == 4096:

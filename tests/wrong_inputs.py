@@ -357,6 +357,8 @@ WRONG_INPUTS = [
     # Clustering
     (kmeans.fit, lambda g: kmeans.fit(g.points, 0), WRONG, "n_clusters is 0; it must be a whole number, 1 to 36, the number of kernels"),
     (kmeans.fit, lambda g: kmeans.fit(g.points, 37), WRONG, "n_clusters is 37"),
+    (kmeans.fit, lambda g: kmeans.fit(g.points, 3, quality="good"), UNKNOWN, "known: fast, best"),
+    (clusterings.cluster, lambda g: clusterings.cluster(g.bank, 3, quality="best", scaled=True), WRONG, "quality is best; it must be fast where kernels are scaled"),
     (kmeans.fit, lambda g: kmeans.fit(g.points, 2.5), WRONG, "n_clusters is 2.5"),
     (kmeans.fit, lambda g: kmeans.fit(np.ones(9), 1), WRONG, "shape"),
     (kmeans.fit, lambda g: kmeans.fit(np.full((4, 9), NAN), 2), WRONG, "NaN"),

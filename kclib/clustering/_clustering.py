@@ -143,6 +143,7 @@ def cluster(
     turned: bool = False,
     sample_weight: np.ndarray | None = None,
     price: float = 0.0,
+    quality: str = "fast",
     seed: int = 0,
     n_threads: int | None = None,
     device: str | torch.device | None = None,
@@ -176,6 +177,8 @@ def cluster(
         What a bit of the entropy-coded indices costs, in squared distances. Above 0, each group is an
         entropy-constrained quantizer (Chou, Lookabaugh and Gray 1989; see `entropy.fit`), of fewer clusters
         where they are not worth their bits. Not for kernels that are scaled or turned.
+    quality : {"fast", "best"}
+        As in `kmeans.fit`. Only fast for kernels that are scaled or turned, or with a price.
     seed : int
     n_threads : int, optional
         All processors by default.
@@ -191,7 +194,7 @@ def cluster(
     InvalidValueError, UnknownNameError
         K below 1 or above the number of kernels; a layer or group that is missing or unknown; kernels to be
         turned that are not square; a sample weight or price out of range; a list without banks; a bank
-        without kernels; a device that is not there.
+        without kernels; a device that is not there; an unknown quality, or the best of what has none.
     NotEnoughMemoryError
 
     Examples
@@ -216,7 +219,7 @@ def cluster(
     members = source.grouping(scope)
     asked = wanted(members, n_clusters)
     device = _checked_device(device)
-    method = _method(source.layers, scaled, turned, _entropy.checked_price(price), device)
+    method = _method(source.layers, scaled, turned, _entropy.checked_price(price), quality, device)
     shares = _shares(len(source), members, sample_weight, price)
     counts = {name: sum(x.n_kernels for x in layers) for name, layers in members.items()}
     largest_first = sorted(members, key=lambda name: -counts[name])
@@ -425,7 +428,7 @@ def _size(layer: Layer) -> str:
 
 
 def _method(
-    layers: Iterable[Layer], scaled: bool, turned: bool, price: float, device: str
+    layers: Iterable[Layer], scaled: bool, turned: bool, price: float, quality: str, device: str
 ) -> Callable[..., Fit]:
     flat = [layer for layer in layers if layer.shape[2] != layer.shape[3]]
     if turned and flat:
@@ -436,11 +439,16 @@ def _method(
         raise InvalidValueError(
             f"device is {device}; it must be cpu where kernels are scaled or turned, or bits have a price."
         )
+    checks.check_known("quality", quality, _fitting.QUALITIES)
+    if quality != "fast" and (scaled or turned or price):
+        raise InvalidValueError(
+            f"quality is {quality}; it must be fast where kernels are scaled or turned, or bits have a price."
+        )
     if scaled or turned:
         return functools.partial(symmetric.fit, scaled=scaled, turned=turned)
     if price:
         return functools.partial(_entropy.fit, price=price)
-    return functools.partial(kmeans.fit, device=device)
+    return functools.partial(kmeans.fit, quality=quality, device=device)
 
 
 def _checked_device(device: str | torch.device | None) -> str:

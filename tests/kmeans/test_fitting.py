@@ -280,6 +280,16 @@ def test_rounds_end_once_one_gains_too_little_or_there_are_enough():
     np.testing.assert_allclose(full.centres, means, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("n_clusters", "lower"), [(40, 0.9999), (600, 0.995)])
+def test_the_best_quality_goes_on_and_is_lower(n_clusters, lower):
+    points = np.random.default_rng(0).standard_t(4, size=(20_000, 9)).astype("f4")
+    fast, best = (fit(points, n_clusters, quality=quality) for quality in ("fast", "best"))
+    assert best.inertia < lower * fast.inertia
+    assert best.converged
+    assert best.iterations > fast.iterations
+    assert fit(points, n_clusters, quality="best", max_iter=2).iterations == 2
+
+
 @pytest.mark.parametrize(("n", "n_clusters"), [(200, 1), (200, 20), (200, 150), (200, 200), (1000, 400)])
 def test_progress_shares_sum_to_one(n, n_clusters):
     steps = []
