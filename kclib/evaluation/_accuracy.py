@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from kclib.evaluation import _intervals
 from kclib.kernels import _copying
 from kclib.models import Model, _inference, _model
 
+_ENOUGH = 50  # images of known class by which guessing is told
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,8 +84,8 @@ class Evaluation:
     seconds : float
         Wall time.
     notes : tuple of str
-        Sentences that a reader must know beside the numbers: those of the data set, and how many images have
-        no known class.
+        Sentences that a reader must know beside the numbers: those of the data set, how many images have no
+        known class, and whether of 50 or more no more are right than one class for all would give.
 
     Examples
     --------
@@ -200,8 +201,9 @@ def evaluate(
             if callable(progress) and progress(done / len(data)):
                 raise StoppedError(f"the evaluation was stopped after {done:,} of {len(data):,} images.")
     top, labels = torch.cat(top).numpy(), data.labels.numpy()
-    in_top5 = (top == labels[:, None]).any(1)
-    return Evaluation(top[:, 0], labels, in_top5, data.classes, time.perf_counter() - start, _noted(data))
+    in_top5, seconds = (top == labels[:, None]).any(1), time.perf_counter() - start
+    found = Evaluation(top[:, 0], labels, in_top5, data.classes, seconds, _noted(data))
+    return replace(found, notes=found.notes + _guessed(found))
 
 
 def matched(model: Model | torch.nn.Module, data: datasets.ImageSet) -> datasets.ImageSet:
@@ -332,6 +334,18 @@ def _noted(data: datasets.ImageSet) -> tuple[str, ...]:
     unknown = int((data.labels < 0).sum())
     note = f"{unknown:,} of {len(data):,} images have no known class and are not counted."
     return (*data.notes, *((note,) * bool(unknown)))
+
+
+def _guessed(answers: Evaluation) -> tuple[str, ...]:
+    """Return a note if no more answers are right than one class for all images would give."""
+    labels = answers.labels[answers.known]
+    most = 100 * np.bincount(labels).max() / len(labels)
+    if len(labels) < _ENOUGH or most == 100 or answers.top1.low > most:
+        return ()
+    return (
+        f"{answers.top1} % right is no more than guessing: the most frequent class is {most:.2f} % of the "
+        "images.",
+    )
 
 
 def _proportion(hits: np.ndarray) -> Interval:

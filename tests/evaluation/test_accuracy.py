@@ -52,6 +52,19 @@ def test_accuracies_of_known_answers_are_as_counted_by_hand():
     assert (result.top1.estimate, result.top5.estimate) == (50, 75)
 
 
+@pytest.mark.parametrize(
+    ("times", "right", "told"),
+    [(12, 24, True), (12, 60, False), (8, 16, False)],  # half are class 0; of 48 images it is not told
+)
+def test_answers_no_better_than_guessing_are_said(times, right, told):
+    rows = np.eye(4, dtype=int)
+    labels = [0] * (3 * times) + [1] * (2 * times) + [2] * times
+    answered = labels[:right] + [3] * (len(labels) - right)
+    notes = evaluation.evaluate(READER, pictures(rows[answered], labels), progress=False).notes
+    said = "no more than guessing: the most frequent class is 50.00 % of the images."
+    assert any(said in note for note in notes) == told
+
+
 def test_with_fewer_than_five_classes_every_answer_is_in_the_top_five():
     result = evaluation.evaluate(READER, pictures([[1, 2, 3], [3, 2, 1]], [0, 0]), progress=False)
     assert (result.top1.estimate, result.top5.estimate) == (50, 100)
