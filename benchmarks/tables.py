@@ -21,6 +21,7 @@ _NETWORKS = {
     "resnet18-fashion": "ResNet-18: ",
     "vgg16-imagenet-probe": "ImageNet's VGG-16 and a linear probe: ",
 }
+_SHORT = {"vgg16-fashion": "VGG-16", "resnet18-fashion": "ResNet-18"}
 _MODELS = {
     "dense": "dense",
     "clustering, corrected": "corrected, not trained",
@@ -72,7 +73,7 @@ def _results():
         (r,) = (x for x in corrected if x["network"] == "vgg16-fashion" and x["share"] == share)
         what = "VGG-16: each layer corrected, each bit at a price (`kclib.shrink`)"
         yield [what, f"1/{r['ratio']:.1f}", f"{r['top1']:.2f}", _drop(r)]
-    for r in _coded():
+    for r in _coded("vgg16-fashion"):
         if r["method"] == nnc.CORRECTED and r["setting"] in ("qp -20", "qp -19"):
             what = "VGG-16: the standard for coding networks (ISO/IEC 15938-17), corrected too"
             yield [what, f"1/{r['ratio']:.1f}", f"{r['top1']:.2f}", _drop(r)]
@@ -113,17 +114,28 @@ def _ways():
         yield [name, *(drops.get(share, "–") for share in (16, 24, 32, 48, 64, 100))]
 
 
-def _coded() -> list[dict]:
-    """Return the rows of the standard, as it is and corrected."""
-    return [r for r in _run("recovery")["rows"] if r["method"].startswith(nnc.NAME)]
+def _coded(network: str) -> list[dict]:
+    """Return the rows of the standard on a network, as it is and corrected."""
+    rows = (r for r in _run("recovery")["rows"] if r["network"] == network)
+    return [r for r in rows if r["method"].startswith(nnc.NAME)]
 
 
-def _standard():
+def _standard(network: str):
     settings = {}
-    for r in _coded():
+    for r in _coded(network):
         settings.setdefault(r["setting"], []).extend([f"{r['ratio']:.1f}", _drop(r)])
     for setting, cells in settings.items():
         yield [setting, *cells]
+
+
+def _against():
+    for r in _run("recovery")["rows"]:
+        if "less" in r:
+            dense = next(x["bytes"] for x in _run("recovery")["rows"] if x["network"] == r["network"])
+            theirs = r["setting"].replace(nnc.CORRECTED, "corrected").replace(nnc.NAME, "as it is")
+            less = f"{r['less']:.2f} [{r['less_low']:.2f}, {r['less_high']:.2f}]"
+            ratios = [f"1/{dense / n:.1f}" for n in (r["bytes"], r["theirs"])]
+            yield [_SHORT[r["network"]], ratios[0], f"{ratios[1]}, {theirs}", less]
 
 
 def _recipes():
@@ -233,7 +245,9 @@ def draw() -> None:
 
 ROWS = {
     "results": _results, "accuracy": _accuracy, "engine": _engine, "recovery": _recovery,
-    "standard": _standard, "ways": _ways, "recipes": _recipes,
+    "standard": lambda: _standard("vgg16-fashion"),
+    "standard_resnet": lambda: _standard("resnet18-fashion"), "against": _against,
+    "ways": _ways, "recipes": _recipes,
     "networks": lambda: _recovered(_NETWORKS), "weights": _weights,
     "representatives": _representatives, "prices": _prices, "memory": _memory,
     "sweeps": _sweeps, "pairs": _pairs, "nearest": _nearest, "slider": _slider, "maps": _maps,

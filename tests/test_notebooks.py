@@ -128,7 +128,12 @@ def smoke(tmp_path_factory, small):
             "04-clustering": {"n_clusters": 64},
             "06-memory": {"n_clusters": 256},
             "07-recovery": {"limit": 2000, "shares": [12, 16]},
-            "08-orthogonality": {"limit": 500, "clusters": [None, 32, 256], "seeds": [0, 1]},
+            "08-orthogonality": {
+                "limit": 500,
+                "clusters": [None, 32, 256],
+                "scopes": ["layer", "global"],
+                "seeds": [0, 1],
+            },
             "09-damage": {"limit": 1000, "n_clusters": 24, "restored": 400},
         }
         own = {
