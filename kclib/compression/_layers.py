@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from kclib._util import checks
-from kclib.compression import _attributes, _packing
+from kclib.compression import _attributes, _code_convolution, _packing
 from kclib.errors import InvalidValueError
 from kclib.kmeans import symmetric
 
@@ -165,6 +165,8 @@ class ClusteredConv2d(nn.Module):
         """Convolve ``(b, in, h, w)`` or ``(in, h, w)``; `output_size` as in `torch.nn.ConvTranspose2d`."""
         if isinstance(x, fx.Proxy):  # torch.fx sees one module, as it does of every convolution
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, output_size), {})
+        if not torch.compiler.is_compiling() and _code_convolution.serves(self, x):
+            return _code_convolution.convolved(self, x)
         padding, grown = self.padding, None
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0

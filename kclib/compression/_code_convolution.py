@@ -1,0 +1,389 @@
+"""Convolutions straight from packed indices, for inference: the weight is never made.
+
+A 2D kernel becomes a row of 16 numbers, and so does each place of the image; the rows are multiplied number
+by number and summed over the input channels. So a codebook's rows are made once, its cache holds them, and
+an index costs one multiplication of vectors for each place, whatever the weight's bytes.
+
+For kernels of 3×3 with stride 1 the numbers are those of Winograd's minimal filtering F(2×2, 3×3) (Lavin and
+Gray 2016, *Fast Algorithms for Convolutional Neural Networks*), where a place is four pixels of the answer.
+For others they are the values of the kernel and of the pixels under it, in as many rows as these need.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from kclib._util import threads
+from kclib._util.compiled import njit
+from kclib.compression import _packing
+
+LANES = 16
+OUTPUTS = 6  # channels of the answer that one loop computes, and places: so many sums stay in registers
+PLACES = 4
+_CACHED = 1 << 19  # bytes of a block of places
+_ALONE = 1 << 16  # multiplications of vectors that are worth a thread
+# Nanoseconds: to multiply a kernel's vector for one place, to make a row of the codebook and a value of a
+# place; to decode a kernel, and each of its values, and to convolve with one value for one pixel.
+_MULTIPLY, _ROW, _PLACE = 0.4, 4.0, 0.8
+_DECODE, _DECODE_VALUE, _DENSE = 3.0, 0.25, 0.0175
+_KERNEL = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+_KERNELS = torch.kron(_KERNEL, _KERNEL).T
+
+
+def serves(layer, x: Tensor) -> bool:
+    """Tell whether `convolved` can stand for a layer's forward here, and is the faster way."""
+    values = layer.codebook.values
+    kept = [values] if layer.bias is None else [values, layer.bias]
+    return (
+        not layer.transposed
+        and layer.groups == 1
+        and layer.scales is None
+        and not layer.codebook.turned
+        and all(_is_plain(value) for value in (x, *kept))
+        and layer.indices.device.type == "cpu"
+        and x.ndim in (3, 4)
+        and x.shape[-3] == layer.in_channels
+        and x.numel() > 0
+        and not _is_followed()
+        and not (torch.is_grad_enabled() and any(value.requires_grad for value in (x, *kept)))
+        and min(answer_shape(layer, x)) > 0
+        and _rows_bytes(layer) <= layer.block_bytes
+        and is_faster(layer, x)
+    )
+
+
+def is_faster(layer, x: Tensor) -> bool:
+    """Tell whether a layer's indices are convolved in less time than their weight is decoded and convolved.
+
+    Nanoseconds of one thread are compared, counted by rates that were measured on layers of many shapes.
+    """
+    height, width = answer_shape(layer, x)
+    n_images = len(x) if x.ndim == 4 else 1
+    area, n_channels = layer.kernel_size[0] * layer.kernel_size[1], layer.in_channels + layer.out_channels
+    decoded = _DECODE + _DECODE_VALUE * area + _DENSE * area * n_images * height * width
+    if is_winograd(layer):
+        n_places, each = n_images * -(-height // 2) * -(-width // 2), _MULTIPLY
+    else:
+        n_places, each = n_images * height * width, _MULTIPLY * -(-area // LANES)
+    prepared = _ROW * len(layer.codebook.values) + _PLACE * area * n_places * n_channels
+    return layer.n_kernels * each * n_places + prepared < layer.n_kernels * decoded
+
+
+def _rows_bytes(layer) -> int:
+    """Return the bytes of a codebook's rows."""
+    area = layer.kernel_size[0] * layer.kernel_size[1]
+    return 4 * LANES * -(-area // LANES) * len(layer.codebook.values)
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Tell whether a tensor is one of numbers in memory that numpy can read."""
+    kind = type(value) in (Tensor, torch.nn.Parameter)
+    return kind and value.dtype == torch.float32 and value.device.type == "cpu" and not value.is_neg()
+
+
+def _is_followed() -> bool:
+    """Tell whether something looks at the operators of torch, or changes them."""
+    return (
+        torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def convolved(layer, x: Tensor) -> Tensor:
+    """Return the answer of a clustered convolution, to about 1e-6 of its scale that of the dense one.
+
+    What an image is answered depends neither on the others of its batch nor on the number of threads.
+
+    Parameters
+    ----------
+    layer : ClusteredConv2d
+        Of one group; not transposed, turned or scaled.
+    x : torch.Tensor
+        float32 ``(b, in, h, w)`` or ``(in, h, w)``.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``(b, out, h, w)`` or ``(out, h, w)``, in the layout of `x`.
+    """
+    winograd = is_winograd(layer)
+    given, x = x, x if x.ndim == 4 else x[None]
+    height, width = answer_shape(layer, x)
+    tile = 2 if winograd else 1
+    grid = -(-height // tile), -(-width // tile)
+    x = _padded(layer, x, (grid[0] * tile - height, grid[1] * tile - width))
+    table = layer.codebook.table().detach()
+    if winograd:
+        rows, geometry = table @ _KERNELS, ((4, 4), (2, 2), (1, 1))
+    else:
+        rows = F.pad(table, (0, -table.shape[1] % LANES))
+        geometry = layer.kernel_size, layer.stride, layer.dilation
+    bias = torch.zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
+    answer = torch.empty(len(x), layer.out_channels, height, width)
+    arrays = x, layer.indices, rows.contiguous(), bias.contiguous(), answer
+    x, packed, rows, bias, written = (value.numpy() for value in arrays)
+
+    def part(outputs: tuple[int, int], places: tuple[int, int]) -> bool:
+        bits = layer.codebook.bits
+        return _answer(x, grid, geometry, winograd, packed, bits, rows, bias, outputs, places, written)
+
+    n_places = len(x) * grid[0] * grid[1]
+    if not all(threads.share(part, _shares(layer, n_places))):
+        raise IndexError("an index is beyond the codebook's end.")
+    if given.ndim == 3:
+        return answer[0]
+    is_last = given.is_contiguous(memory_format=torch.channels_last) and not given.is_contiguous()
+    return answer.contiguous(memory_format=torch.channels_last) if is_last else answer
+
+
+def is_winograd(layer) -> bool:
+    """Tell whether a layer is convolved by Winograd's minimal filtering."""
+    return layer.kernel_size == (3, 3) and layer.stride == layer.dilation == (1, 1)
+
+
+def answer_shape(layer, x: Tensor) -> tuple[int, int]:
+    """Return the height and width of what a layer answers."""
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    sides = (x.shape[-2] + top + bottom, x.shape[-1] + left + right)
+    return tuple(
+        (side - dilation * (size - 1) - 1) // stride + 1
+        for side, size, stride, dilation in zip(
+            sides, layer.kernel_size, layer.stride, layer.dilation, strict=True
+        )
+    )
+
+
+def _padded(layer, x: Tensor, more: tuple[int, int]) -> Tensor:
+    """Return images with the padding of a layer, and zeros below and to the right that complete tiles."""
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    x = x.detach()
+    if layer.padding_mode != "zeros":
+        x = F.pad(x, (left, right, top, bottom), mode=layer.padding_mode)
+        left = right = top = bottom = 0
+    return F.pad(x, (left, right + more[1], top, bottom + more[0])).contiguous()
+
+
+def _shares(layer, n_places: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return for each thread that is worth waking its output channels and its places."""
+    n = max(1, min(torch.get_num_threads(), layer.n_kernels * n_places // _ALONE))
+    outputs = (0, layer.out_channels)
+    if n_places >= 2 * PLACES * n:
+        return [(outputs, places) for places in _cut(n_places, PLACES, n)]
+    return [(some, (0, n_places)) for some in _cut(layer.out_channels, OUTPUTS, n)]
+
+
+def _cut(count: int, step: int, n: int) -> list[tuple[int, int]]:
+    """Return at most n ranges of whole steps, about as long as each other."""
+    blocks = -(-count // step)
+    ends = [min(count, step * (blocks * i // n)) for i in range(n + 1)]
+    return [(first, last) for first, last in itertools.pairwise(ends) if first < last]
+
+
+@njit(nogil=True, cache=True, fastmath=threads.FAST)
+def _answer(x, grid, geometry, winograd, packed, bits, rows, bias, outputs, places, answer):
+    """Write some output channels and places of an answer; return False if an index has no row.
+
+    Places are taken in blocks whose numbers stay in the cache while all output channels are computed.
+    """
+    n_inputs, parts, n_rows = x.shape[1], rows.shape[1] // LANES, len(rows)
+    length = n_inputs * parts
+    step = max(PLACES, _CACHED // (4 * LANES * length) // PLACES * PLACES)
+    numbers = np.zeros(min(step, places[1] - places[0]) * length * LANES, np.float32)
+    indices = np.zeros(OUTPUTS * n_inputs, np.int32)
+    codes = indices if parts == 1 else np.zeros(OUTPUTS * length, np.int32)
+    sums, four = np.empty(OUTPUTS * PLACES * LANES, np.float32), np.empty(4, np.float32)
+    height, width = answer.shape[2:]
+    for start in range(places[0], places[1], step):
+        end = min(start + step, places[1])
+        _place(x, grid, geometry, winograd, parts, start, end, numbers)
+        for output in range(outputs[0], outputs[1], OUTPUTS):
+            n_outputs = min(OUTPUTS, outputs[1] - output)
+            _packing._unpack(packed, bits, output * n_inputs, indices[: n_outputs * n_inputs])
+            highest = np.int32(0)
+            for index in indices:
+                highest = max(highest, index)
+            if highest >= n_rows:
+                return False
+            if parts > 1:
+                for i in range(len(indices)):
+                    for part in range(parts):
+                        codes[i * parts + part] = indices[i] * parts + part
+            for group in range(start, end, PLACES):
+                together, first = min(PLACES, end - group), (group - start) * length * LANES
+                if together == 4:
+                    _multiply(rows, codes, length, numbers, first, sums, 4)
+                elif together == 3:
+                    _multiply(rows, codes, length, numbers, first, sums, 3)
+                elif together == 2:
+                    _multiply(rows, codes, length, numbers, first, sums, 2)
+                else:
+                    _multiply(rows, codes, length, numbers, first, sums, 1)
+                for k in range(together):
+                    image, place = divmod(group + k, grid[0] * grid[1])
+                    row, column = divmod(place, grid[1])
+                    for i in range(n_outputs):
+                        own = (i * together + k) * LANES
+                        if winograd:
+                            _sum_tile(sums, own, four)
+                            for pixel in range(4):
+                                down, across = 2 * row + pixel // 2, 2 * column + pixel % 2
+                                if down < height and across < width:
+                                    answer[image, output + i, down, across] = four[pixel] + bias[output + i]
+                        else:
+                            total = np.float32(0)
+                            for lane in range(LANES):
+                                total += sums[own + lane]
+                            answer[image, output + i, row, column] = total + bias[output + i]
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _place(x, grid, geometry, winograd, parts, start, end, numbers):
+    """Write the numbers of the places `start` to `end`: for each four of them, channel by channel."""
+    window, stride, dilation = geometry
+    n_inputs = x.shape[1]
+    height, width = x.shape[2:]
+    flat = x.reshape(-1)
+    for place in range(start, end):
+        image, within = divmod(place, grid[0] * grid[1])
+        row, column = divmod(within, grid[1])
+        top, left = row * stride[0], column * stride[1]
+        group = (place - start) // PLACES * PLACES
+        together = min(PLACES, end - start - group)
+        first = (group * n_inputs * parts + place - start - group) * LANES
+        for channel in range(n_inputs):
+            to = first + channel * parts * together * LANES
+            if winograd:
+                at = ((image * n_inputs + channel) * height + top) * width + left
+                _filter_tile(flat, at, width, numbers, to)
+            else:
+                number = 0
+                for i in range(window[0]):
+                    for j in range(window[1]):
+                        value = x[image, channel, top + i * dilation[0], left + j * dilation[1]]
+                        numbers[to + number // LANES * together * LANES + number % LANES] = value
+                        number += 1
+
+
+@intrinsic(prefer_literal=True)
+def _multiply(typing_context, rows, codes, length, places, start, sums, n_places):
+    """Write into `sums` those of OUTPUTS × `n_places` products of rows over `length` codes.
+
+    Compiled from arrays, a loop loads and stores its sums at each step. Here they are LLVM's vectors, which
+    stay in registers; where a machine has none of 16 numbers, LLVM takes several.
+    """
+    signature = types.void(rows, codes, types.intp, places, types.intp, sums, n_places)
+    together = n_places.literal_value
+
+    def generate(context, builder, signature, arguments):
+        index, number = ir.IntType(64), ir.FloatType()
+        vector = ir.VectorType(number, LANES)
+
+        rows, codes, places, sums = (_data(context, builder, signature, arguments, k) for k in (0, 1, 3, 5))
+        places = builder.gep(places, [arguments[4]])
+        rows, places, sums = (builder.bitcast(each, vector.as_pointer()) for each in (rows, places, sums))
+        length = arguments[2]
+        before = builder.basic_block
+        loop, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        step = builder.phi(index)
+        totals = [builder.phi(vector) for _ in range(OUTPUTS * together)]
+        first = builder.mul(step, index(together))
+        seen = [
+            builder.load(builder.gep(places, [builder.add(first, index(k))]), align=4)
+            for k in range(together)
+        ]
+        added = []
+        for output in range(OUTPUTS):
+            where = builder.add(step, builder.mul(length, index(output)))
+            code = builder.zext(builder.load(builder.gep(codes, [where])), index)
+            row = builder.load(builder.gep(rows, [code]), align=4)
+            for value in seen:
+                product = builder.fmul(row, value, flags=["contract"])
+                added.append(builder.fadd(totals[len(added)], product, flags=["contract"]))
+        following = builder.add(step, index(1))
+        step.add_incoming(index(0), before)
+        step.add_incoming(following, loop)
+        for total, value in zip(totals, added, strict=True):
+            total.add_incoming(ir.Constant(vector, [0.0] * LANES), before)
+            total.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, length), loop, after)
+        builder.position_at_end(after)
+        for place, value in enumerate(added):
+            builder.store(value, builder.gep(sums, [index(place)]), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def _filter_tile(typing_context, x, at, width, numbers, to):
+    """Write the 16 numbers of a tile of 4×4 pixels, ``B'dB``, into `numbers`."""
+    signature = types.void(x, types.intp, types.intp, numbers, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        x, numbers = (_data(context, builder, signature, arguments, k) for k in (0, 3))
+        index, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), 4)
+        starts = [builder.add(arguments[1], builder.mul(arguments[2], index(i))) for i in range(4)]
+        a, b, c, d = (_load(builder, x, start, vector) for start in starts)
+        rows = builder.fsub(a, c), builder.fadd(b, c), builder.fsub(c, b), builder.fsub(b, d)
+        for i, row in enumerate(rows):
+            first, second = _chosen(builder, row, row, 0, 1, 2, 1), _chosen(builder, row, row, 2, 2, 1, 3)
+            value = _plus(builder, first, second, "-+--")
+            _store(builder, value, numbers, builder.add(arguments[4], index(4 * i)))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def _sum_tile(typing_context, sums, at, four):
+    """Write the 2×2 pixels that 16 sums mean, ``A'mA``, into `four`."""
+    signature = types.void(sums, types.intp, four)
+
+    def generate(context, builder, signature, arguments):
+        sums, four = (_data(context, builder, signature, arguments, k) for k in (0, 2))
+        index, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), 4)
+        starts = [builder.add(arguments[1], index(4 * i)) for i in range(4)]
+        a, b, c, d = (_load(builder, sums, start, vector) for start in starts)
+        upper, lower = builder.fadd(builder.fadd(a, b), c), builder.fsub(builder.fsub(b, c), d)
+        first, second, third = (_chosen(builder, upper, lower, k, k + 1, k + 4, k + 5) for k in range(3))
+        value = _plus(builder, _plus(builder, first, second, "+-+-"), third, "+-+-")
+        _store(builder, value, four, index(0))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _data(context, builder, signature, arguments, place):
+    """Return the pointer to the numbers of an array."""
+    return context.make_array(signature.args[place])(context, builder, arguments[place]).data
+
+
+def _load(builder, array, at, vector):
+    return builder.load(builder.bitcast(builder.gep(array, [at]), vector.as_pointer()), align=4)
+
+
+def _store(builder, value, array, at):
+    builder.store(value, builder.bitcast(builder.gep(array, [at]), value.type.as_pointer()), align=4)
+
+
+def _chosen(builder, first, second, *places):
+    """Return the numbers at four places of two vectors of four."""
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(ir.IntType(32), 4), list(places)))
+
+
+def _plus(builder, first, second, signs):
+    """Return a sum of vectors of four; the numbers of the second are taken with these signs."""
+    signs = ir.Constant(first.type, [1.0 if sign == "+" else -1.0 for sign in signs])
+    return builder.fadd(first, builder.fmul(second, signs, flags=["contract"]), flags=["contract"])
