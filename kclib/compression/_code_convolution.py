@@ -41,7 +41,8 @@ def serves(layer, x: Tensor) -> bool:
     values = layer.codebook.values
     kept = [values] if layer.bias is None else [values, layer.bias]
     return (
-        not layer.transposed
+        not _is_followed()  # first: who traces notes what is asked of a tensor
+        and not layer.transposed
         and layer.groups == 1
         and layer.scales is None
         and not layer.codebook.turned
@@ -50,7 +51,6 @@ def serves(layer, x: Tensor) -> bool:
         and x.ndim in (3, 4)
         and x.shape[-3] == layer.in_channels
         and x.numel() > 0
-        and not _is_followed()
         and not (torch.is_grad_enabled() and any(value.requires_grad for value in (x, *kept)))
         and min(answer_shape(layer, x)) > 0
         and _rows_bytes(layer) <= layer.block_bytes

@@ -84,8 +84,8 @@ class ClusteredConv2d(nn.Module):
     image of a few pixels on several threads, and for groups); then they differ in the last bits.
 
     Without gradients, on a CPU and in float32, a forward decodes nothing where that is faster: it convolves
-    straight from the indices (`_code_convolution`). Its outputs then differ from the expanded layer's by about
-    1e-6 of their largest.
+    straight from the indices (`_code_convolution`). Its outputs then differ from the expanded layer's by
+    about 1e-6 of their largest.
 
     Parameters
     ----------
