@@ -97,7 +97,7 @@ def straight(packed: nn.Module, images: torch.Tensor) -> str:
     seen, layers = [], _layers.clustered(packed).values()
     handles = [
         layer.register_forward_pre_hook(
-            lambda module, given: seen.append(_code_convolution.serves(module, *given))
+            lambda module, given: seen.append(_code_convolution.planned(module, *given) is not None)
         )
         for layer in layers
     ]

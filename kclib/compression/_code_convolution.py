@@ -9,7 +9,9 @@ Gray 2016, *Fast Algorithms for Convolutional Neural Networks*), where a place i
 For others they are the values of the kernel and of the pixels under it, in as many rows as these need.
 """
 
+import functools
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,55 +38,181 @@ _KERNEL = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
 _KERNELS = torch.kron(_KERNEL, _KERNEL).T
 
 
-def serves(layer, x: Tensor) -> bool:
-    """Tell whether `convolved` can stand for a layer's forward here, and is the faster way."""
-    values = layer.codebook.values
-    kept = [values] if layer.bias is None else [values, layer.bias]
-    return (
-        not _is_followed()  # first: who traces notes what is asked of a tensor
-        and not layer.transposed
-        and layer.groups == 1
-        and layer.scales is None
-        and not layer.codebook.turned
-        and all(_is_plain(value) for value in (x, *kept))
-        and layer.indices.device.type == "cpu"
-        and x.ndim in (3, 4)
-        and x.shape[-3] == layer.in_channels
-        and x.numel() > 0
-        and not (torch.is_grad_enabled() and any(value.requires_grad for value in (x, *kept)))
-        and min(answer_shape(layer, x)) > 0
-        and _rows_bytes(layer) <= layer.block_bytes
-        and is_faster(layer, x)
+@dataclass(frozen=True)
+class Plan:
+    """How a layer is convolved from its indices, for images of one shape.
+
+    Attributes
+    ----------
+    winograd : bool
+        Whether by minimal filtering.
+    shape : tuple of int
+        Images, height and width of the answer.
+    grid : tuple of int
+        Places down and across, of each image.
+    n_places : int
+        Of all images.
+    padding : tuple of int
+        Pixels to the left, right, top and bottom of an image that the layer's own padding adds.
+    more : tuple of int
+        Pixels to the right and at the bottom that complete the last places.
+    geometry : tuple
+        Height and width of the pixels that make a place, their steps and their dilation.
+    seconds : tuple of float
+        What convolving so takes, and what decoding and convolving takes, as far as can be told.
+    """
+
+    winograd: bool
+    shape: tuple[int, int, int]
+    grid: tuple[int, int]
+    n_places: int
+    padding: tuple[int, int, int, int]
+    more: tuple[int, int]
+    geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    seconds: tuple[float, float]
+
+
+def planned(layer, x: Tensor) -> Plan | None:
+    """Return how to convolve images straight from a layer's indices; None if its forward must decode.
+
+    It must where something else than numbers is asked of torch, such as gradients; for layers that are
+    transposed, turned, scaled or in groups; for other dtypes and devices; and where decoding is faster.
+
+    Parameters
+    ----------
+    layer : ClusteredConv2d
+    x : torch.Tensor
+        What is given to its forward.
+    """
+    if _is_followed():  # first: who traces notes what is asked of a tensor
+        return None
+    if layer.transposed or layer.groups != 1 or layer.scales is not None or layer.codebook.turned:
+        return None
+    values, bias, indices = layer.codebook.values, layer.bias, layer.indices
+    if not (_is_plain(x) and _is_plain(values) and (bias is None or _is_plain(bias)) and indices.is_cpu):
+        return None
+    rows_bytes = 4 * LANES * -(-layer.kernel_size[0] * layer.kernel_size[1] // LANES) * values.shape[0]
+    if rows_bytes > layer.block_bytes:
+        return None
+    if x.ndim not in (3, 4) or x.shape[-3] != layer.in_channels or not x.numel():
+        return None
+    plan = plan_of(layer, x)
+    return plan if plan is not None and is_faster(plan) else None
+
+
+def is_faster(plan: Plan) -> bool:
+    """Tell whether convolving from indices is expected to take less time than decoding them."""
+    return plan.seconds[0] < plan.seconds[1]
+
+
+def plan_of(layer, x: Tensor) -> Plan | None:
+    """Return how to convolve images from indices; None if the answer is empty."""
+    shape = x.shape if x.ndim == 4 else (1, *x.shape)
+    n_rows, channels = layer.codebook.values.shape[0], (layer.in_channels, layer.out_channels)
+    geometry = layer.kernel_size, layer.stride, layer.dilation
+    return _plan(
+        (shape[0], shape[2], shape[3]),
+        channels,
+        n_rows,
+        *geometry,
+        tuple(layer._reversed_padding_repeated_twice),
     )
 
 
-def is_faster(layer, x: Tensor) -> bool:
-    """Tell whether a layer's indices are convolved in less time than their weight is decoded and convolved.
+@functools.lru_cache(4096)
+def _plan(images, channels, n_rows, kernel_size, stride, dilation, padding) -> Plan | None:
+    left, right, top, bottom = padding
+    sides = (images[1] + top + bottom, images[2] + left + right)
+    reach = [d * (size - 1) for d, size in zip(dilation, kernel_size, strict=True)]
+    answer = [(side - r - 1) // step + 1 for side, r, step in zip(sides, reach, stride, strict=True)]
+    if min(answer) <= 0:
+        return None
+    winograd = kernel_size == (3, 3) and stride == dilation == (1, 1)
+    tile = 2 if winograd else 1
+    grid = tuple(-(-side // tile) for side in answer)
+    geometry = ((4, 4), (2, 2), (1, 1)) if winograd else (kernel_size, stride, dilation)
+    n_places = images[0] * grid[0] * grid[1]
+    area, n_kernels = kernel_size[0] * kernel_size[1], channels[0] * channels[1]
+    parts = 1 if winograd else -(-area // LANES)
+    straight = (
+        n_kernels * _MULTIPLY * parts * n_places + _ROW * n_rows + _PLACE * area * n_places * sum(channels)
+    )
+    decoded = n_kernels * (_DECODE + _DECODE_VALUE * area + _DENSE * area * images[0] * answer[0] * answer[1])
+    return Plan(
+        winograd=winograd,
+        shape=(images[0], *answer),
+        grid=grid,
+        n_places=n_places,
+        padding=padding,
+        more=(grid[1] * tile - answer[1], grid[0] * tile - answer[0]),
+        geometry=geometry,
+        seconds=(1e-9 * straight, 1e-9 * decoded),
+    )
 
-    Nanoseconds of one thread are compared, counted by rates that were measured on layers of many shapes.
+
+def convolved(layer, x: Tensor, plan: Plan) -> Tensor:
+    """Return the answer of a clustered convolution, to about 1e-6 of its scale that of the dense one.
+
+    What an image is answered depends neither on the others of its batch nor on the number of threads.
+
+    Parameters
+    ----------
+    layer : ClusteredConv2d
+    x : torch.Tensor
+        float32 ``(b, in, h, w)`` or ``(in, h, w)``.
+    plan : Plan
+        Made for them.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``(b, out, h, w)`` or ``(out, h, w)``, in the layout of `x`.
+
+    Raises
+    ------
+    IndexError
+        An index is beyond the codebook's end.
     """
-    height, width = answer_shape(layer, x)
-    n_images = len(x) if x.ndim == 4 else 1
-    area, n_channels = layer.kernel_size[0] * layer.kernel_size[1], layer.in_channels + layer.out_channels
-    decoded = _DECODE + _DECODE_VALUE * area + _DENSE * area * n_images * height * width
-    if is_winograd(layer):
-        n_places, each = n_images * -(-height // 2) * -(-width // 2), _MULTIPLY
-    else:
-        n_places, each = n_images * height * width, _MULTIPLY * -(-area // LANES)
-    prepared = _ROW * len(layer.codebook.values) + _PLACE * area * n_places * n_channels
-    return layer.n_kernels * each * n_places + prepared < layer.n_kernels * decoded
+    images = _padded(layer, x if x.ndim == 4 else x[None], plan)
+    table = layer.codebook.values.detach().flatten(1)
+    bits = _packing.index_bits(len(table))
+    rows = table @ _KERNELS if plan.winograd else F.pad(table, (0, -table.shape[1] % LANES))
+    bias = torch.zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
+    answer = torch.empty(plan.shape[0], layer.out_channels, *plan.shape[1:])
+    arrays = images, layer.indices, rows.contiguous(), bias.contiguous(), answer
+    images, packed, rows, bias, written = (value.numpy() for value in arrays)
+
+    def part(outputs: tuple[int, int], places: tuple[int, int]) -> bool:
+        how = plan.grid, plan.geometry, plan.winograd
+        return _answer(images, *how, packed, bits, rows, bias, outputs, places, written)
+
+    if not all(threads.share(part, _shares(layer, plan.n_places))):
+        raise IndexError("an index is beyond the codebook's end.")
+    if x.ndim == 3:
+        return answer[0]
+    is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return answer.contiguous(memory_format=torch.channels_last) if is_last else answer
 
 
-def _rows_bytes(layer) -> int:
-    """Return the bytes of a codebook's rows."""
-    area = layer.kernel_size[0] * layer.kernel_size[1]
-    return 4 * LANES * -(-area // LANES) * len(layer.codebook.values)
+def _padded(layer, x: Tensor, plan: Plan) -> Tensor:
+    """Return images with the padding of a layer, and zeros that complete the last places."""
+    (left, right, top, bottom), x = plan.padding, x.detach()
+    if layer.padding_mode != "zeros":
+        x = F.pad(x, plan.padding, mode=layer.padding_mode)
+        left = right = top = bottom = 0
+    return F.pad(x, (left, right + plan.more[0], top, bottom + plan.more[1])).contiguous()
 
 
 def _is_plain(value: Tensor) -> bool:
-    """Tell whether a tensor is one of numbers in memory that numpy can read."""
-    kind = type(value) in (Tensor, torch.nn.Parameter)
-    return kind and value.dtype == torch.float32 and value.device.type == "cpu" and not value.is_neg()
+    """Tell whether a tensor is one of numbers in memory that numpy can read, and wants no gradient."""
+    return (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and value.dtype == torch.float32
+        and value.is_cpu
+        and value.layout == torch.strided
+        and not value.is_neg()
+        and not (value.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def _is_followed() -> bool:
@@ -98,84 +226,12 @@ def _is_followed() -> bool:
     )
 
 
-def convolved(layer, x: Tensor) -> Tensor:
-    """Return the answer of a clustered convolution, to about 1e-6 of its scale that of the dense one.
-
-    What an image is answered depends neither on the others of its batch nor on the number of threads.
-
-    Parameters
-    ----------
-    layer : ClusteredConv2d
-        Of one group; not transposed, turned or scaled.
-    x : torch.Tensor
-        float32 ``(b, in, h, w)`` or ``(in, h, w)``.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 ``(b, out, h, w)`` or ``(out, h, w)``, in the layout of `x`.
-    """
-    winograd = is_winograd(layer)
-    given, x = x, x if x.ndim == 4 else x[None]
-    height, width = answer_shape(layer, x)
-    tile = 2 if winograd else 1
-    grid = -(-height // tile), -(-width // tile)
-    x = _padded(layer, x, (grid[0] * tile - height, grid[1] * tile - width))
-    table = layer.codebook.table().detach()
-    if winograd:
-        rows, geometry = table @ _KERNELS, ((4, 4), (2, 2), (1, 1))
-    else:
-        rows = F.pad(table, (0, -table.shape[1] % LANES))
-        geometry = layer.kernel_size, layer.stride, layer.dilation
-    bias = torch.zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
-    answer = torch.empty(len(x), layer.out_channels, height, width)
-    arrays = x, layer.indices, rows.contiguous(), bias.contiguous(), answer
-    x, packed, rows, bias, written = (value.numpy() for value in arrays)
-
-    def part(outputs: tuple[int, int], places: tuple[int, int]) -> bool:
-        bits = layer.codebook.bits
-        return _answer(x, grid, geometry, winograd, packed, bits, rows, bias, outputs, places, written)
-
-    n_places = len(x) * grid[0] * grid[1]
-    if not all(threads.share(part, _shares(layer, n_places))):
-        raise IndexError("an index is beyond the codebook's end.")
-    if given.ndim == 3:
-        return answer[0]
-    is_last = given.is_contiguous(memory_format=torch.channels_last) and not given.is_contiguous()
-    return answer.contiguous(memory_format=torch.channels_last) if is_last else answer
-
-
-def is_winograd(layer) -> bool:
-    """Tell whether a layer is convolved by Winograd's minimal filtering."""
-    return layer.kernel_size == (3, 3) and layer.stride == layer.dilation == (1, 1)
-
-
-def answer_shape(layer, x: Tensor) -> tuple[int, int]:
-    """Return the height and width of what a layer answers."""
-    left, right, top, bottom = layer._reversed_padding_repeated_twice
-    sides = (x.shape[-2] + top + bottom, x.shape[-1] + left + right)
-    return tuple(
-        (side - dilation * (size - 1) - 1) // stride + 1
-        for side, size, stride, dilation in zip(
-            sides, layer.kernel_size, layer.stride, layer.dilation, strict=True
-        )
-    )
-
-
-def _padded(layer, x: Tensor, more: tuple[int, int]) -> Tensor:
-    """Return images with the padding of a layer, and zeros below and to the right that complete tiles."""
-    left, right, top, bottom = layer._reversed_padding_repeated_twice
-    x = x.detach()
-    if layer.padding_mode != "zeros":
-        x = F.pad(x, (left, right, top, bottom), mode=layer.padding_mode)
-        left = right = top = bottom = 0
-    return F.pad(x, (left, right + more[1], top, bottom + more[0])).contiguous()
-
-
 def _shares(layer, n_places: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Return for each thread that is worth waking its output channels and its places."""
     n = max(1, min(torch.get_num_threads(), layer.n_kernels * n_places // _ALONE))
     outputs = (0, layer.out_channels)
+    if n == 1:
+        return [(outputs, (0, n_places))]
     if n_places >= 2 * PLACES * n:
         return [(outputs, places) for places in _cut(n_places, PLACES, n)]
     return [(some, (0, n_places)) for some in _cut(layer.out_channels, OUTPUTS, n)]

@@ -170,8 +170,10 @@ class ClusteredConv2d(nn.Module):
         """Convolve ``(b, in, h, w)`` or ``(in, h, w)``; `output_size` as in `torch.nn.ConvTranspose2d`."""
         if isinstance(x, fx.Proxy):  # torch.fx sees one module, as it does of every convolution
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, output_size), {})
-        if not torch.compiler.is_compiling() and self.may_skip_decoding and _code_convolution.serves(self, x):
-            return _code_convolution.convolved(self, x)
+        if self.may_skip_decoding and not torch.compiler.is_compiling():
+            plan = _code_convolution.planned(self, x)
+            if plan is not None:
+                return _code_convolution.convolved(self, x, plan)
         padding, grown = self.padding, None
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0

@@ -38,6 +38,10 @@ def layer_of(convolution, n_clusters=37, *, bits=None, seed=0, turned=False, sca
     return ClusteredConv2d(convolution, codebook, packed, scales=scales, bias=convolution.bias).eval()
 
 
+def straight(layer, x):
+    return _code_convolution.convolved(layer, x, _code_convolution.plan_of(layer, x))
+
+
 def exact(layer, x):
     """Return what a layer answers, by torch's convolution in float64."""
     return expanded(layer).double()(x.double())
@@ -81,7 +85,7 @@ def test_answers_are_those_of_a_convolution_in_float64(layer, batch, height, wid
     if last and batch:
         x = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        answer, expected = _code_convolution.convolved(layer, x), exact(layer, x)
+        answer, expected = straight(layer, x), exact(layer, x)
         assert_close(answer, expected)
         if layer.padding_mode == "zeros" and min(layer.in_channels, layer.out_channels) > 1:
             assert answer.stride() == expanded(layer)(x).stride()
@@ -94,14 +98,14 @@ def test_images_of_few_pixels_are_answered_right(side, batch):
         layer = layer_of(nn.Conv2d(67, 45, 3, padding=1, stride=stride), 300)
         x = torch.randn(batch, 67, side, side)
         with torch.no_grad():
-            assert_close(_code_convolution.convolved(layer, x), exact(layer, x))
+            assert_close(straight(layer, x), exact(layer, x))
 
 
 def test_more_channels_than_a_block_of_places_holds_are_summed_right():
     layer = layer_of(nn.Conv2d(3000, 7, 3, padding=1), 50)
     x = torch.randn(2, 3000, 4, 5)
     with torch.no_grad():
-        assert_close(_code_convolution.convolved(layer, x), exact(layer, x))
+        assert_close(straight(layer, x), exact(layer, x))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -115,11 +119,11 @@ def test_answers_depend_on_neither_threads_nor_batch(monkeypatch, stride, side):
             torch.set_num_threads(n)
             try:
                 shares = _code_convolution._shares(layer, 3)
-                answers.append(_code_convolution.convolved(layer, x))
+                answers.append(straight(layer, x))
             finally:
                 torch.set_num_threads(1)
             assert len(shares) == n
-        answers.append(torch.cat([_code_convolution.convolved(layer, image[None]) for image in x]))
+        answers.append(torch.cat([straight(layer, image[None]) for image in x]))
     for answer in answers[1:]:
         assert torch.equal(answers[0], answer)
 
@@ -145,7 +149,7 @@ def test_nothing_is_written_beside_the_answer(monkeypatch, stride, side):
     with torch.no_grad():
         expected = exact(layer, x)
         monkeypatch.setattr(torch, "empty", guarded)
-        answer = _code_convolution.convolved(layer, x)
+        answer = straight(layer, x)
     (buffer,) = whole
     assert buffer.isnan().nonzero().flatten().tolist() == [
         *range(guard), *range(len(buffer) - guard, len(buffer))
@@ -168,7 +172,7 @@ def test_part_of_the_channels_and_places_is_all_that_is_written():
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(_code_convolution, "_answer", part)
-        _code_convolution.convolved(layer, x)
+        straight(layer, x)
     written = ~np.isnan(seen[0])
     expected = np.zeros((2, 20, 5, 7), bool)  # a grid of 3×4 tiles: the second row of the first image
     expected[0, 6:12, 2:4] = True
@@ -314,15 +318,13 @@ def test_errors_are_those_of_torchs_convolution(always):
         (nn.Conv2d(512, 512, 1), 256, (1, 512, 8, 8), False),
     ],
 )
-def test_the_faster_way_is_chosen(monkeypatch, convolution, n_clusters, shape, faster):
+def test_the_faster_way_is_chosen(convolution, n_clusters, shape, faster):
     """The choices are those that `benchmarks.latency` was seen to confirm."""
     layer = layer_of(convolution, n_clusters)
-    chosen = []
-    monkeypatch.setattr(_code_convolution, "convolved", lambda *_: chosen.append(1))
     with torch.no_grad():
-        assert _code_convolution.serves(layer, torch.empty(shape)) == faster
+        assert (_code_convolution.planned(layer, torch.empty(shape)) is not None) == faster
         layer.block_bytes = 1  # no room for the codebook's rows
-        assert not _code_convolution.serves(layer, torch.empty(shape))
+        assert _code_convolution.planned(layer, torch.empty(shape)) is None
 
 
 def test_a_copy_and_a_moved_layer_are_convolved_too(always):
