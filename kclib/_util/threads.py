@@ -76,22 +76,29 @@ def side_by_side(
     return results
 
 
-def share(call: Callable, parts: list[tuple]) -> list:
-    """Return ``[call(*part) for part in parts]``, the first computed here and the others on kept threads.
+def share(call: Callable, parts: list[tuple], n_threads: int) -> list:
+    """Return what ``call(*part)`` answers to each part, in any order, computed here and on kept threads.
 
-    It serves compiled code of less than a millisecond: no thread is started for it. What no thread has begun
-    when this one is ready, because all are at work, this one does itself.
+    It serves compiled code of less than a millisecond: no thread is started for it. Each thread takes the
+    next part when it is ready, and one that is not awake by the end is not waited for.
     """
-    futures = [_kept().submit(call, *part) for part in parts[1:]]
-    results = [call(*parts[0])]
-    for future, part in zip(futures, parts[1:], strict=True):
-        results.append(call(*part) if future.cancel() else future.result())
+    left, results = iter(parts), []  # taking the next and adding to a list are each one step of Python's
+
+    def work() -> None:
+        for part in left:
+            results.append(call(*part))
+
+    helpers = [_kept().submit(work) for _ in range(min(n_threads, len(parts)) - 1)]
+    work()
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
     return results
 
 
 @functools.cache
 def _kept() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads(), thread_name_prefix="kclib")
+    return ThreadPoolExecutor(max(1, threads() - 1), thread_name_prefix="kclib")
 
 
 if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads

@@ -29,6 +29,7 @@ LANES = 16
 OUTPUTS = 6  # channels of the answer that one loop computes, and places: so many sums stay in registers
 PLACES = 4
 _CACHED = 1 << 19  # bytes of a block of places
+_MANY = 4 * PLACES  # that are worth unpacking the indices for
 _ALONE = 1 << 16  # multiplications of vectors that are worth a thread
 # Nanoseconds: to multiply a kernel's vector for one place, to make a row of the codebook and a value of a
 # place; to decode a kernel, and each of its values, and to convolve with one value for one pixel.
@@ -186,7 +187,8 @@ def convolved(layer, x: Tensor, plan: Plan) -> Tensor:
         how = plan.grid, plan.geometry, plan.winograd
         return _answer(images, *how, packed, bits, rows, bias, outputs, places, written)
 
-    if not all(threads.share(part, _shares(layer, plan.n_places))):
+    n_threads = max(1, min(torch.get_num_threads(), layer.n_kernels * plan.n_places // _ALONE))
+    if not all(threads.share(part, _shares(layer, plan.n_places, n_threads), n_threads)):
         raise IndexError("an index is beyond the codebook's end.")
     if x.ndim == 3:
         return answer[0]
@@ -226,15 +228,18 @@ def _is_followed() -> bool:
     )
 
 
-def _shares(layer, n_places: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return for each thread that is worth waking its output channels and its places."""
-    n = max(1, min(torch.get_num_threads(), layer.n_kernels * n_places // _ALONE))
-    outputs = (0, layer.out_channels)
-    if n == 1:
-        return [(outputs, (0, n_places))]
-    if n_places >= 2 * PLACES * n:
-        return [(outputs, places) for places in _cut(n_places, PLACES, n)]
-    return [(some, (0, n_places)) for some in _cut(layer.out_channels, OUTPUTS, n)]
+def _shares(layer, n_places: int, n_threads: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return the output channels and the places of parts that threads share out.
+
+    Few places are all computed by each thread, for some channels; of many, a thread takes some at a time.
+    """
+    outputs, places = (0, layer.out_channels), (0, n_places)
+    if n_threads == 1:
+        return [(outputs, places)]
+    if n_places < _MANY * n_threads:
+        return [(some, places) for some in _cut(layer.out_channels, OUTPUTS, n_threads)]
+    n_parts = min(4 * n_threads, n_places // _MANY)
+    return [(outputs, some) for some in _cut(n_places, PLACES, n_parts)]
 
 
 def _cut(count: int, step: int, n: int) -> list[tuple[int, int]]:

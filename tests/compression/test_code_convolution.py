@@ -113,17 +113,17 @@ def test_more_channels_than_a_block_of_places_holds_are_summed_right():
 def test_answers_depend_on_neither_threads_nor_batch(monkeypatch, stride, side):
     monkeypatch.setattr(_code_convolution, "_ALONE", 1)
     layer, x = layer_of(nn.Conv2d(64, 50, 3, padding=1, stride=stride)), torch.randn(3, 64, side, side)
-    answers = []
+    answers, parts, share = [], [], threads.share
+    monkeypatch.setattr(threads, "share", lambda *given: parts.append(len(given[1])) or share(*given))
     with torch.no_grad():
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             try:
-                shares = _code_convolution._shares(layer, 3)
                 answers.append(straight(layer, x))
             finally:
                 torch.set_num_threads(1)
-            assert len(shares) == n
         answers.append(torch.cat([straight(layer, image[None]) for image in x]))
+    assert parts[:3] == ([1, 4, 4] if side == 9 else [1, 2, 3])  # of places, and of channels
     for answer in answers[1:]:
         assert torch.equal(answers[0], answer)
 
@@ -203,22 +203,40 @@ def test_two_networks_in_two_threads_answer_as_alone(always):
         assert all(torch.equal(alone, answer) for answer in together)
 
 
-def test_work_that_no_thread_has_begun_is_done_by_the_caller():
+def test_work_that_no_thread_begins_is_done_by_the_caller():
     release, begun = threading.Event(), threading.Event()
     busy = [threads._kept().submit(lambda: (begun.set(), release.wait())) for _ in range(threads.threads())]
     begun.wait()
     try:
-        where = threads.share(lambda _: threading.get_ident(), [(0,), (1,), (2,)])
+        where = threads.share(lambda _: threading.get_ident(), [(0,), (1,), (2,)], 3)
     finally:
         release.set()
     assert where == [threading.get_ident()] * 3
     assert all(each.result() for each in busy)
-    assert threads.share(lambda x: x + 1, [(1,), (2,)]) == [2, 3]
 
 
-def test_an_error_on_another_thread_is_raised():
-    with pytest.raises(ZeroDivisionError):
-        threads.share(lambda x: 1 / x, [(1,), (0,)])
+def test_each_part_is_done_once_and_by_several_threads():
+    together = threading.Barrier(2)
+
+    def call(i):
+        if i < 2:
+            together.wait(10)
+        return i
+
+    assert sorted(threads.share(call, [(i,) for i in range(20)], 2)) == list(range(20))
+
+
+def test_an_error_on_either_thread_is_raised():
+    together = threading.Barrier(2)
+
+    def call(i, failing):
+        together.wait(10)
+        if (threading.current_thread() is threading.main_thread()) == failing:
+            raise ZeroDivisionError
+
+    for failing in (False, True):
+        with pytest.raises(ZeroDivisionError):
+            threads.share(call, [(0, failing), (1, failing)], 2)
 
 
 def test_an_index_beyond_the_codebook_is_an_error(always):
