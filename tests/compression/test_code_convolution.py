@@ -203,42 +203,6 @@ def test_two_networks_in_two_threads_answer_as_alone(always):
         assert all(torch.equal(alone, answer) for answer in together)
 
 
-def test_work_that_no_thread_begins_is_done_by_the_caller():
-    release, begun = threading.Event(), threading.Event()
-    busy = [threads._kept().submit(lambda: (begun.set(), release.wait())) for _ in range(threads.threads())]
-    begun.wait()
-    try:
-        where = threads.share(lambda _: threading.get_ident(), [(0,), (1,), (2,)], 3)
-    finally:
-        release.set()
-    assert where == [threading.get_ident()] * 3
-    assert all(each.result() for each in busy)
-
-
-def test_each_part_is_done_once_and_by_several_threads():
-    together = threading.Barrier(2)
-
-    def call(i):
-        if i < 2:
-            together.wait(10)
-        return i
-
-    assert sorted(threads.share(call, [(i,) for i in range(20)], 2)) == list(range(20))
-
-
-def test_an_error_on_either_thread_is_raised():
-    together = threading.Barrier(2)
-
-    def call(i, failing):
-        together.wait(10)
-        if (threading.current_thread() is threading.main_thread()) == failing:
-            raise ZeroDivisionError
-
-    for failing in (False, True):
-        with pytest.raises(ZeroDivisionError):
-            threads.share(call, [(0, failing), (1, failing)], 2)
-
-
 def test_an_index_beyond_the_codebook_is_an_error(always):
     layer = layer_of(nn.Conv2d(4, 6, 3))
     layer.indices.fill_(255)
