@@ -35,7 +35,10 @@ _ALONE = 1 << 16  # multiplications of vectors that are worth a thread
 # place; to decode a kernel, and each of its values, and to convolve with one value for one pixel.
 _MULTIPLY, _ROW, _PLACE = 0.4, 4.0, 0.8
 _DECODE, _DECODE_VALUE, _DENSE = 3.0, 0.25, 0.0175
-_KERNEL = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+# Sums in any order; unlike `threads.FAST`, images may hold NaN.
+_FAST = {"reassoc", "contract"}
+_NUMBERS = {"dtype": torch.float32, "device": "cpu"}  # whatever the program's defaults are
+_KERNEL = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], **_NUMBERS)
 _KERNELS = torch.kron(_KERNEL, _KERNEL).T
 
 
@@ -110,14 +113,8 @@ def plan_of(layer, x: Tensor) -> Plan | None:
     """Return how to convolve images from indices; None if the answer is empty."""
     shape = x.shape if x.ndim == 4 else (1, *x.shape)
     n_rows, channels = layer.codebook.values.shape[0], (layer.in_channels, layer.out_channels)
-    geometry = layer.kernel_size, layer.stride, layer.dilation
-    return _plan(
-        (shape[0], shape[2], shape[3]),
-        channels,
-        n_rows,
-        *geometry,
-        tuple(layer._reversed_padding_repeated_twice),
-    )
+    sides = layer.kernel_size, layer.stride, layer.dilation, layer._reversed_padding_repeated_twice
+    return _plan((shape[0], shape[2], shape[3]), channels, n_rows, *map(tuple, sides))
 
 
 @functools.lru_cache(4096)
@@ -154,7 +151,8 @@ def _plan(images, channels, n_rows, kernel_size, stride, dilation, padding) -> P
 def convolved(layer, x: Tensor, plan: Plan) -> Tensor:
     """Return the answer of a clustered convolution, to about 1e-6 of its scale that of the dense one.
 
-    What an image is answered depends neither on the others of its batch nor on the number of threads.
+    What an image is answered depends neither on the others of its batch nor on the number of threads. What
+    is not finite makes NaN of all four pixels of a place.
 
     Parameters
     ----------
@@ -178,8 +176,8 @@ def convolved(layer, x: Tensor, plan: Plan) -> Tensor:
     table = layer.codebook.values.detach().flatten(1)
     bits = _packing.index_bits(len(table))
     rows = table @ _KERNELS if plan.winograd else F.pad(table, (0, -table.shape[1] % LANES))
-    bias = torch.zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
-    answer = torch.empty(plan.shape[0], layer.out_channels, *plan.shape[1:])
+    bias = torch.zeros(layer.out_channels, **_NUMBERS) if layer.bias is None else layer.bias.detach()
+    answer = torch.empty(plan.shape[0], layer.out_channels, *plan.shape[1:], **_NUMBERS)
     arrays = images, layer.indices, rows.contiguous(), bias.contiguous(), answer
     images, packed, rows, bias, written = (value.numpy() for value in arrays)
 
@@ -249,7 +247,7 @@ def _cut(count: int, step: int, n: int) -> list[tuple[int, int]]:
     return [(first, last) for first, last in itertools.pairwise(ends) if first < last]
 
 
-@njit(nogil=True, cache=True, fastmath=threads.FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST)
 def _answer(x, grid, geometry, winograd, packed, bits, rows, bias, outputs, places, answer):
     """Write some output channels and places of an answer; return False if an index has no row.
 

@@ -128,6 +128,33 @@ def test_answers_depend_on_neither_threads_nor_batch(monkeypatch, stride, side):
         assert torch.equal(answers[0], answer)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_is_not_finite_reaches_the_answer_and_no_other_image(stride, value):
+    layer, x = layer_of(nn.Conv2d(8, 9, 3, padding=1, stride=stride)), torch.randn(2, 8, 8, 8)
+    with torch.no_grad():
+        before = straight(layer, x)
+        x[0, 3, 4, 4] = value
+        answer = straight(layer, x)
+    assert not answer[0][~expanded(layer)(x)[0].isfinite()].isfinite().any()
+    assert torch.equal(answer[0, :, :1], before[0, :, :1])
+    assert torch.equal(answer[1], before[1])
+
+
+def test_defaults_of_the_program_change_nothing():
+    layer, x = layer_of(nn.Conv2d(8, 9, 3, padding=1, bias=False)), torch.randn(2, 8, 4, 4)
+    with torch.no_grad():
+        expected = straight(layer, x)
+        torch.set_default_dtype(torch.float64)
+        try:
+            answer = straight(layer, x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        with torch.device("meta"):
+            assert torch.equal(straight(layer, x), answer)
+    assert torch.equal(answer, expected)
+
+
 @given(st.integers(1, 5000), st.sampled_from([4, 6]), st.integers(1, 9))
 def test_ranges_for_threads_hold_each_number_once(count, step, n):
     ranges = _code_convolution._cut(count, step, n)
@@ -141,7 +168,7 @@ def test_nothing_is_written_beside_the_answer(monkeypatch, stride, side):
     layer = layer_of(nn.Conv2d(11, 13, 3, padding=1, stride=stride))
     x, guard, whole = torch.randn(3, 11, side, side), 4096, []
 
-    def guarded(*shape):
+    def guarded(*shape, **_):
         n = int(np.prod(shape))
         whole.append(torch.full((n + 2 * guard,), torch.nan))
         return whole[-1][guard : guard + n].view(shape)
