@@ -67,6 +67,7 @@ lint: .venv/tested  ## Check style, import order, and that notebooks carry no ou
 bench: .venv/tested  ## Measure what the tables show (WEIGHTS=a safetensors file of other kernels; four hours, resumable)
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.sweeps
 	$(BIN)/python -m benchmarks.similarity
 	WEIGHTS=$(WEIGHTS) $(BIN)/python -m benchmarks.recovery
