@@ -1,6 +1,5 @@
 """Work side by side on threads, cut so that the result does not depend on how many there are."""
 
-import functools
 import os
 import shutil
 import sys
@@ -74,35 +73,6 @@ def side_by_side(
             pool.shutdown(cancel_futures=True)
             raise
     return results
-
-
-def share(call: Callable, parts: list[tuple], n_threads: int) -> list:
-    """Return what ``call(*part)`` answers to each part, in any order, computed here and on kept threads.
-
-    It serves compiled code of less than a millisecond: no thread is started for it. Each thread takes the
-    next part when it is ready, and one that is not awake by the end is not waited for.
-    """
-    left, results = iter(parts), []  # taking the next and adding to a list are each one step of Python's
-
-    def work() -> None:
-        for part in left:
-            results.append(call(*part))
-
-    helpers = [_kept().submit(work) for _ in range(min(n_threads, len(parts)) - 1)]
-    work()
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
-    return results
-
-
-@functools.cache
-def _kept() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, threads() - 1), thread_name_prefix="kclib")
-
-
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_kept.cache_clear)
 
 
 def blocks(n: int) -> list[slice]:

@@ -10,7 +10,6 @@ For others they are the values of the kernel and of the pixels under it, in as m
 """
 
 import functools
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,6 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from kclib._util import threads
 from kclib._util.compiled import njit
 from kclib.compression import _packing
 
@@ -29,13 +27,11 @@ LANES = 16
 OUTPUTS = 6  # channels of the answer that one loop computes, and places: so many sums stay in registers
 PLACES = 4
 _CACHED = 1 << 19  # bytes of a block of places
-_MANY = 4 * PLACES  # that are worth unpacking the indices for
-_ALONE = 1 << 16  # multiplications of vectors that are worth a thread
 # Nanoseconds: to multiply a kernel's vector for one place, to make a row of the codebook and a value of a
 # place; to decode a kernel, and each of its values, and to convolve with one value for one pixel.
 _MULTIPLY, _ROW, _PLACE = 0.4, 4.0, 0.8
 _DECODE, _DECODE_VALUE, _DENSE = 3.0, 0.25, 0.0175
-# Sums in any order; unlike `threads.FAST`, images may hold NaN.
+# Sums in any order; but images may hold NaN.
 _FAST = {"reassoc", "contract"}
 _NUMBERS = {"dtype": torch.float32, "device": "cpu"}  # whatever the program's defaults are
 _KERNEL = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], **_NUMBERS)
@@ -63,7 +59,7 @@ class Plan:
     geometry : tuple
         Height and width of the pixels that make a place, their steps and their dilation.
     seconds : tuple of float
-        What convolving so takes, and what decoding and convolving takes, as far as can be told.
+        What convolving so takes on one thread, and what decoding and convolving takes, as far as can be told.
     """
 
     winograd: bool
@@ -105,8 +101,11 @@ def planned(layer, x: Tensor) -> Plan | None:
 
 
 def is_faster(plan: Plan) -> bool:
-    """Tell whether convolving from indices is expected to take less time than decoding them."""
-    return plan.seconds[0] < plan.seconds[1]
+    """Tell whether convolving from indices is expected to take clearly less time than decoding them.
+
+    It takes one thread. Those of torch win less than their number where pixels are few.
+    """
+    return plan.seconds[0] * (1 + torch.get_num_threads() / 4) < plan.seconds[1]
 
 
 def plan_of(layer, x: Tensor) -> Plan | None:
@@ -151,8 +150,9 @@ def _plan(images, channels, n_rows, kernel_size, stride, dilation, padding) -> P
 def convolved(layer, x: Tensor, plan: Plan) -> Tensor:
     """Return the answer of a clustered convolution, to about 1e-6 of its scale that of the dense one.
 
-    What an image is answered depends neither on the others of its batch nor on the number of threads. What
-    is not finite makes NaN of all four pixels of a place.
+    What an image is answered depends neither on the others of its batch nor on the number of threads: one
+    computes it, since a second one that has to be woken wins nothing, and disturbs those of torch. What is
+    not finite makes NaN of all four pixels of a place.
 
     Parameters
     ----------
@@ -181,12 +181,8 @@ def convolved(layer, x: Tensor, plan: Plan) -> Tensor:
     arrays = images, layer.indices, rows.contiguous(), bias.contiguous(), answer
     images, packed, rows, bias, written = (value.numpy() for value in arrays)
 
-    def part(outputs: tuple[int, int], places: tuple[int, int]) -> bool:
-        how = plan.grid, plan.geometry, plan.winograd
-        return _answer(images, *how, packed, bits, rows, bias, outputs, places, written)
-
-    n_threads = max(1, min(torch.get_num_threads(), layer.n_kernels * plan.n_places // _ALONE))
-    if not all(threads.share(part, _shares(layer, plan.n_places, n_threads), n_threads)):
+    how = plan.grid, plan.geometry, plan.winograd
+    if not _answer(images, *how, packed, bits, rows, bias, plan.n_places, written):
         raise IndexError("an index is beyond the codebook's end.")
     if x.ndim == 3:
         return answer[0]
@@ -226,46 +222,25 @@ def _is_followed() -> bool:
     )
 
 
-def _shares(layer, n_places: int, n_threads: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return the output channels and the places of parts that threads share out.
-
-    Few places are all computed by each thread, for some channels; of many, a thread takes some at a time.
-    """
-    outputs, places = (0, layer.out_channels), (0, n_places)
-    if n_threads == 1:
-        return [(outputs, places)]
-    if n_places < _MANY * n_threads:
-        return [(some, places) for some in _cut(layer.out_channels, OUTPUTS, n_threads)]
-    n_parts = min(4 * n_threads, n_places // _MANY)
-    return [(outputs, some) for some in _cut(n_places, PLACES, n_parts)]
-
-
-def _cut(count: int, step: int, n: int) -> list[tuple[int, int]]:
-    """Return at most n ranges of whole steps, about as long as each other."""
-    blocks = -(-count // step)
-    ends = [min(count, step * (blocks * i // n)) for i in range(n + 1)]
-    return [(first, last) for first, last in itertools.pairwise(ends) if first < last]
-
-
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _answer(x, grid, geometry, winograd, packed, bits, rows, bias, outputs, places, answer):
-    """Write some output channels and places of an answer; return False if an index has no row.
+def _answer(x, grid, geometry, winograd, packed, bits, rows, bias, n_places, answer):
+    """Write an answer; return False if an index has no row.
 
     Places are taken in blocks whose numbers stay in the cache while all output channels are computed.
     """
     n_inputs, parts, n_rows = x.shape[1], rows.shape[1] // LANES, len(rows)
     length = n_inputs * parts
     step = max(PLACES, _CACHED // (4 * LANES * length) // PLACES * PLACES)
-    numbers = np.zeros(min(step, places[1] - places[0]) * length * LANES, np.float32)
+    numbers = np.zeros(min(step, n_places) * length * LANES, np.float32)
     indices = np.zeros(OUTPUTS * n_inputs, np.int32)
     codes = indices if parts == 1 else np.zeros(OUTPUTS * length, np.int32)
     sums, four = np.empty(OUTPUTS * PLACES * LANES, np.float32), np.empty(4, np.float32)
     height, width = answer.shape[2:]
-    for start in range(places[0], places[1], step):
-        end = min(start + step, places[1])
+    for start in range(0, n_places, step):
+        end = min(start + step, n_places)
         _place(x, grid, geometry, winograd, parts, start, end, numbers)
-        for output in range(outputs[0], outputs[1], OUTPUTS):
-            n_outputs = min(OUTPUTS, outputs[1] - output)
+        for output in range(0, answer.shape[1], OUTPUTS):
+            n_outputs = min(OUTPUTS, answer.shape[1] - output)
             _packing._unpack(packed, bits, output * n_inputs, indices[: n_outputs * n_inputs])
             highest = np.int32(0)
             for index in indices:

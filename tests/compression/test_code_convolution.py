@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import nn
 
-from kclib._util import threads
 from kclib.compression import _code_convolution, _packing
 from kclib.compression._layers import ClusteredConv2d, Codebook
 from kclib.compression._replacement import expanded
@@ -110,11 +109,9 @@ def test_more_channels_than_a_block_of_places_holds_are_summed_right():
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("side", [2, 9])
-def test_answers_depend_on_neither_threads_nor_batch(monkeypatch, stride, side):
-    monkeypatch.setattr(_code_convolution, "_ALONE", 1)
+def test_answers_depend_on_neither_threads_nor_batch(stride, side):
     layer, x = layer_of(nn.Conv2d(64, 50, 3, padding=1, stride=stride)), torch.randn(3, 64, side, side)
-    answers, parts, share = [], [], threads.share
-    monkeypatch.setattr(threads, "share", lambda *given: parts.append(len(given[1])) or share(*given))
+    answers = []
     with torch.no_grad():
         for n in (1, 2, 3):
             torch.set_num_threads(n)
@@ -123,7 +120,6 @@ def test_answers_depend_on_neither_threads_nor_batch(monkeypatch, stride, side):
             finally:
                 torch.set_num_threads(1)
         answers.append(torch.cat([straight(layer, image[None]) for image in x]))
-    assert parts[:3] == ([1, 4, 4] if side == 9 else [1, 2, 3])  # of places, and of channels
     for answer in answers[1:]:
         assert torch.equal(answers[0], answer)
 
@@ -155,14 +151,6 @@ def test_defaults_of_the_program_change_nothing():
     assert torch.equal(answer, expected)
 
 
-@given(st.integers(1, 5000), st.sampled_from([4, 6]), st.integers(1, 9))
-def test_ranges_for_threads_hold_each_number_once(count, step, n):
-    ranges = _code_convolution._cut(count, step, n)
-    assert [x for first, last in ranges for x in range(first, last)] == list(range(count))
-    assert all(first % step == 0 for first, _ in ranges)
-    assert 1 <= len(ranges) <= n
-
-
 @pytest.mark.parametrize(("stride", "side"), [(1, 5), (1, 4), (2, 5), (2, 1)])
 def test_nothing_is_written_beside_the_answer(monkeypatch, stride, side):
     layer = layer_of(nn.Conv2d(11, 13, 3, padding=1, stride=stride))
@@ -182,28 +170,6 @@ def test_nothing_is_written_beside_the_answer(monkeypatch, stride, side):
         *range(guard), *range(len(buffer) - guard, len(buffer))
     ]  # fmt: skip
     assert_close(answer, expected)
-
-
-def test_part_of_the_channels_and_places_is_all_that_is_written():
-    """Two threads write side by side: neither may touch what is the other's."""
-    layer, whole = layer_of(nn.Conv2d(5, 20, 3)), _code_convolution._answer
-    x, seen = torch.randn(2, 5, 7, 9), []
-
-    def part(*given):
-        *others, answer = given
-        others = others[:-2]
-        answer[:] = np.nan
-        done = whole(*others, (6, 12), (4, 8), answer)
-        seen.append(answer.copy())
-        return done
-
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_code_convolution, "_answer", part)
-        straight(layer, x)
-    written = ~np.isnan(seen[0])
-    expected = np.zeros((2, 20, 5, 7), bool)  # a grid of 3×4 tiles: the second row of the first image
-    expected[0, 6:12, 2:4] = True
-    np.testing.assert_array_equal(written, expected)
 
 
 def test_two_networks_in_two_threads_answer_as_alone(always):

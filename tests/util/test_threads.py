@@ -66,39 +66,3 @@ def test_blocks_of_more_points_are_more_and_not_longer():
 def test_as_many_threads_as_asked_for_or_as_processors():
     assert threads.threads(3) == 3
     assert 1 <= threads.threads() <= os.cpu_count()
-
-
-def test_work_that_no_thread_begins_is_done_by_the_caller():
-    release, begun = threading.Event(), threading.Event()
-    busy = [threads._kept().submit(lambda: (begun.set(), release.wait())) for _ in range(threads.threads())]
-    begun.wait()
-    try:
-        where = threads.share(lambda _: threading.get_ident(), [(0,), (1,), (2,)], 3)
-    finally:
-        release.set()
-    assert where == [threading.get_ident()] * 3
-    assert all(each.result() for each in busy)
-
-
-def test_each_part_is_done_once_and_by_several_threads():
-    together = threading.Barrier(2)
-
-    def call(i):
-        if i < 2:
-            together.wait(10)
-        return i
-
-    assert sorted(threads.share(call, [(i,) for i in range(20)], 2)) == list(range(20))
-
-
-def test_an_error_on_either_thread_is_raised():
-    together = threading.Barrier(2)
-
-    def call(i, failing):
-        together.wait(10)
-        if (threading.current_thread() is threading.main_thread()) == failing:
-            raise ZeroDivisionError
-
-    for failing in (False, True):
-        with pytest.raises(ZeroDivisionError):
-            threads.share(call, [(0, failing), (1, failing)], 2)
