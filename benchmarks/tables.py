@@ -179,10 +179,9 @@ def _memory():
     for r in _run("memory")["rows"]:
         sizes = [r["file (bytes)"], r["entropy of the indices (bytes)"], r["indices and tables (bytes)"]]
         sizes.append(min(r[f"{name} (bytes)"] for name in ("zip -9", "zstd -19", "7z")))
-        ratios = [f"{r[f'latency ratio, batch {batch}']:.2f}" for batch in (1, 16, 64)]
         resident = f"{r['resident (bytes)'] / 1e6:.1f}"
         name = {"global": "one for all", "layer": "one a layer"}[r["scope"]]
-        yield [name, f"{r['K']:,}", *map(_megabytes, sizes), resident, *ratios]
+        yield [name, f"{r['K']:,}", *map(_megabytes, sizes), resident]
 
 
 def _sweeps():
@@ -202,6 +201,20 @@ def _nearest():
     for r in _run("similarity")["nearest"]:
         seconds = [r["ours (s)"], r["cKDTree (s)"], r["scikit-learn (s)"]]
         yield [f"{r['kernels']:,}", *(f"{s:.3g}" for s in seconds), f"{seconds[0] / seconds[1]:.3f}"]
+
+
+def _latency():
+    for r in _run("latency")["rows"]:
+        ratios = [f"{r[f'{name} / dense']:.2f}" for name in ("packed", "decoded", "onnxruntime")]
+        dense = min(r["dense (ms)"], r["dense, channels_last (ms)"])
+        yield [
+            r["network"],
+            f"{r['batch']}",
+            f"{dense:.1f}",
+            *ratios,
+            r["straight"],
+            f"{r['resident / dense']:.3f}",
+        ]
 
 
 def _slider():
@@ -250,6 +263,7 @@ ROWS = {
     "ways": _ways, "recipes": _recipes,
     "networks": lambda: _recovered(_NETWORKS), "weights": _weights,
     "representatives": _representatives, "prices": _prices, "memory": _memory,
+    "latency": _latency,
     "sweeps": _sweeps, "pairs": _pairs, "nearest": _nearest, "slider": _slider, "maps": _maps,
     "combinations": _combinations,
 }  # fmt: skip
