@@ -21,7 +21,6 @@ _NETWORKS = {
     "resnet18-fashion": "ResNet-18: ",
     "vgg16-imagenet-probe": "ImageNet's VGG-16 and a linear probe: ",
 }
-_SHORT = {"vgg16-fashion": "VGG-16", "resnet18-fashion": "ResNet-18"}
 _MODELS = {
     "dense": "dense",
     "clustering, corrected": "corrected, not trained",
@@ -126,16 +125,6 @@ def _standard(network: str):
         settings.setdefault(r["setting"], []).extend([f"{r['ratio']:.1f}", _drop(r)])
     for setting, cells in settings.items():
         yield [setting, *cells]
-
-
-def _against():
-    for r in _run("recovery")["rows"]:
-        if "less" in r:
-            dense = next(x["bytes"] for x in _run("recovery")["rows"] if x["network"] == r["network"])
-            theirs = r["setting"].replace(nnc.CORRECTED, "corrected").replace(nnc.NAME, "as it is")
-            less = f"{r['less']:.2f} [{r['less_low']:.2f}, {r['less_high']:.2f}]"
-            ratios = [f"1/{dense / n:.1f}" for n in (r["bytes"], r["theirs"])]
-            yield [_SHORT[r["network"]], ratios[0], f"{ratios[1]}, {theirs}", less]
 
 
 def _recipes():
@@ -259,7 +248,6 @@ def draw() -> None:
 ROWS = {
     "results": _results, "accuracy": _accuracy, "engine": _engine, "recovery": _recovery,
     "standard": lambda: _standard("vgg16-fashion"),
-    "standard_resnet": lambda: _standard("resnet18-fashion"), "against": _against,
     "ways": _ways, "recipes": _recipes,
     "networks": lambda: _recovered(_NETWORKS), "weights": _weights,
     "representatives": _representatives, "prices": _prices, "memory": _memory,
