@@ -596,7 +596,8 @@ def batch(
         typer.Option("--set", metavar="NAME=VALUE", help="Replace a parameter; repeatable."),
     ] = None,
     jobs: Annotated[
-        int, typer.Option(help="Notebooks side by side; 0: two if there are the processors and memory.")
+        int,
+        typer.Option(metavar="NUMBER", help="Notebooks side by side; 0: two where memory allows."),
     ] = 0,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the report when done.")] = True,
 ) -> None:
