@@ -52,7 +52,7 @@ def ran(tmp_path_factory):
         profile = folder / f"{name}.yaml"
         chosen = {stem: base["notebooks"][stem] for stem in READ[name]}
         profile.write_text(yaml.safe_dump(base | {"notebooks": chosen}, sort_keys=False))
-        calls.append(["batch", "--profile", str(profile), "--out", str(folder), *changes])
+        calls.append(["batch", "--profile", str(profile), "--out", str(folder), "--jobs", "1", *changes])
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "KCLIB_STORE": str(folder / "store")}
     command = [sys.executable, HERE / "one_process.py", json.dumps(calls)]

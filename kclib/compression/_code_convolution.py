@@ -166,11 +166,6 @@ def convolved(layer, x: Tensor, plan: Plan) -> Tensor:
     -------
     torch.Tensor
         float32 ``(b, out, h, w)`` or ``(out, h, w)``, in the layout of `x`.
-
-    Raises
-    ------
-    IndexError
-        An index is beyond the codebook's end.
     """
     images = _padded(layer, x if x.ndim == 4 else x[None], plan)
     table = layer.codebook.values.detach().flatten(1)

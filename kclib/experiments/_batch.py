@@ -175,6 +175,10 @@ def _side_by_side(
 
     `start` takes a notebook and its place among those under way, and runs in a thread of its own.
     """
+    if jobs == 1:
+        for stem in stems:
+            ended(stem, start(stem, 0))
+        return
     waiting, running, places = list(stems), {}, list(range(jobs))
     with ThreadPoolExecutor(jobs) as pool:
         try:
