@@ -13,10 +13,10 @@ _LARGEST, _FEWEST, _CHANNELS = 4, 32, 256  # side of a map in pixels, maps, and 
 class SideBySide(TorchFunctionMode):
     """Within this context PyTorch convolves a batch of small maps as one map, zeros between them.
 
-    The library behind ``conv2d`` on processors is slow for maps of few pixels and many channels: 128 maps of
-    2×2 pixels and 512 channels take three times as long, forward and backward in bfloat16, as the same maps
-    in a grid of 33×36 pixels. Values are those of ``conv2d`` but for the order of summation. Convolutions of
-    larger maps, that change the size of a map, or that run elsewhere are not touched.
+    The library behind ``conv2d`` on processors takes several times as long for many maps of few pixels and
+    many channels as for the same maps in a grid. Values are those of ``conv2d`` but for the order of
+    summation. Convolutions of larger maps, that change the size of a map, or that run elsewhere are not
+    touched.
     """
 
     def __torch_function__(self, function, types, arguments=(), options=None):

@@ -85,7 +85,7 @@ class Evaluation:
         Wall time.
     notes : tuple of str
         Sentences that a reader must know beside the numbers: those of the data set, how many images have no
-        known class, and whether of 50 or more no more are right than one class for all would give.
+        known class, and whether of 50 or more the answers can be told from guessing.
 
     Examples
     --------
@@ -337,14 +337,14 @@ def _noted(data: datasets.ImageSet) -> tuple[str, ...]:
 
 
 def _guessed(answers: Evaluation) -> tuple[str, ...]:
-    """Return a note if no more answers are right than one class for all images would give."""
+    """Return a note if one class for all images may be right as often as the answers."""
     labels = answers.labels[answers.known]
     most = 100 * np.bincount(labels).max() / len(labels)
     if len(labels) < _ENOUGH or most == 100 or answers.top1.low > most:
         return ()
     return (
-        f"{answers.top1} % right is no more than guessing: the most frequent class is {most:.2f} % of the "
-        "images.",
+        f"{answers.top1} % right cannot be told from guessing: the most frequent class is {most:.2f} % of "
+        "the images.",
     )
 
 

@@ -64,7 +64,7 @@ def run(profile: Profile, out: Path, jobs: int = 1) -> Path:
     """
     jobs = checks.check_whole("jobs", jobs, 1)
     folder = (files.expanded(out) / profile.name).absolute()
-    with _ours_alone(folder), _factories.own_modules(), places.environment(_shares(jobs)):
+    with _ours_alone(folder), _factories.own_modules(), places.environment(_limits(jobs)):
         return _run(profile, folder, jobs)
 
 
@@ -95,12 +95,14 @@ def summary(profile: Profile, seconds: Mapping[str, float], jobs: int = 1) -> st
     return f"{n:,} notebook{'' if n == 1 else 's'} to run, in about {time} ({unit})."
 
 
-def _shares(jobs: int) -> dict[str, str]:
+def _limits(jobs: int) -> dict[str, str]:
     """Return the environment that gives each of some processes its share of the processors.
 
-    Threads of PyTorch that outnumber the processors wait for each other, busily.
+    Threads of PyTorch that outnumber the processors wait for each other, busily. What is set already stays.
     """
-    return {"OMP_NUM_THREADS": str(max(1, threads.threads() // jobs))} if jobs > 1 else {}
+    if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, threads.threads() // jobs))}
 
 
 def _groups(profile: Profile, seconds: Mapping[str, float], jobs: int) -> list[tuple[list[str], int]]:
@@ -173,23 +175,24 @@ def _side_by_side(
 ) -> None:
     """Run notebooks, `jobs` at a time, and hand over each when it has ended; an error ends those under way.
 
-    `start` takes a notebook and its place among those under way, and runs in a thread of its own.
+    `start` takes a notebook and its place among those under way; where there are several jobs it runs in a
+    thread of its own.
     """
     if jobs == 1:
         for stem in stems:
             ended(stem, start(stem, 0))
         return
-    waiting, running, places = list(stems), {}, list(range(jobs))
+    waiting, running, free = list(stems), {}, list(range(jobs))
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while waiting or running:
-                while waiting and places:
-                    stem, place = waiting.pop(0), places.pop(0)
+                while waiting and free:
+                    stem, place = waiting.pop(0), free.pop(0)
                     running[pool.submit(start, stem, place)] = stem, place
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     chapter = future.result()
                     stem, place = running.pop(future)
-                    places.append(place)
+                    free.append(place)
                     ended(stem, chapter)
         finally:
             _end(running)

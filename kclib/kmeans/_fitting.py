@@ -50,7 +50,7 @@ def fit(
     init : numpy.ndarray, optional
         ``(K, d)``: centres to start from.
     quality : {"fast", "best"}
-        ``best`` goes on where ``fast`` stops, for about 1 % less inertia at three to four times the time.
+        ``best`` goes on where ``fast`` stops: less inertia, for several times the time.
     max_iter : int, optional
         Most rounds over all points; by default 25, and 200 for the best quality.
     tol : float, optional

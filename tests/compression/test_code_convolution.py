@@ -294,7 +294,6 @@ def test_errors_are_those_of_torchs_convolution(always):
     ],
 )
 def test_the_faster_way_is_chosen(convolution, n_clusters, shape, faster):
-    """The choices are those that `benchmarks.latency` was seen to confirm."""
     layer = layer_of(convolution, n_clusters)
     with torch.no_grad():
         assert (_code_convolution.planned(layer, torch.empty(shape)) is not None) == faster

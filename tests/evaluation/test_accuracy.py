@@ -61,7 +61,7 @@ def test_answers_no_better_than_guessing_are_said(times, right, told):
     labels = [0] * (3 * times) + [1] * (2 * times) + [2] * times
     answered = labels[:right] + [3] * (len(labels) - right)
     notes = evaluation.evaluate(READER, pictures(rows[answered], labels), progress=False).notes
-    said = "no more than guessing: the most frequent class is 50.00 % of the images."
+    said = "cannot be told from guessing: the most frequent class is 50.00 % of the images."
     assert any(said in note for note in notes) == told
 
 

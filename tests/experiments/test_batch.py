@@ -383,3 +383,18 @@ def test_a_batch_is_expected_to_take_what_its_last_run_took(tmp_path):
     _reports.write(tmp_path / "tiny", _reports.Report("tiny", chapters=chapters))
     assert _batch.expected(profile, tmp_path) == {"a": 20.0, "b": 50.0, "c": 40.0}
     assert "about 01:50" in _batch.summary(profile, _batch.expected(profile, tmp_path))
+
+
+@pytest.mark.parametrize(("processors", "free", "jobs"), [(8, 64, 2), (1, 64, 1), (8, 7, 1), (8, 1, 1)])
+def test_two_notebooks_fit_where_there_are_processors_and_memory(monkeypatch, processors, free, jobs):
+    monkeypatch.setattr("kclib._util.threads.threads", lambda: processors)
+    monkeypatch.setattr("kclib._util.limits.free", lambda: free << 30)
+    assert _batch.fitting_jobs() == jobs
+
+
+def test_threads_that_the_user_chose_stay(monkeypatch):
+    monkeypatch.setattr("kclib._util.threads.threads", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert (_batch._limits(1), _batch._limits(2)) == ({}, {"OMP_NUM_THREADS": "4"})
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert _batch._limits(2) == {}
