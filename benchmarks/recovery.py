@@ -30,7 +30,7 @@ SMALL = replace(RECIPE, images=1600, held_back=1000)  # for inputs of four times
 SON = ((64, False), (512, False), (512, True))
 QPS = (-24, -23, -22, -21, -20, -19, -18)  # of the standard: from about 1/30 to 1/160
 RESNET_SHARES = (16, 24, 32, 48, 64)
-RESNET_QPS = (-30, -28, -26, -25, -24, -23, -22, -21, -20)
+RESNET_QPS = (-24, -22, -21, -20, -19, -18, -17)
 PRECISION = "bf16"
 AGAINST = "clustering less the standard"
 
