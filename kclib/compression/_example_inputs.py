@@ -3,6 +3,7 @@
 import contextlib
 import math
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -16,6 +17,7 @@ from kclib.errors import InvalidValueError
 Inputs = Tensor | tuple | Mapping | bool | None
 _SIZES = (32, 224, 64, 28, 96, 128, 256, 299, 384, 16, 8)
 _LARGEST = 512  # pixels a side that are tried
+_ALONE = threading.RLock()  # what _quiet changes is the whole process's; two at once would restore each other's
 
 
 def run(network: nn.Module, arguments: tuple[tuple, dict], *, training: bool = False) -> list[Tensor]:
@@ -31,6 +33,7 @@ def _quiet() -> Iterator[None]:
     """Compute without gradients, compilation or warnings; leave torch's random numbers as they were."""
     compiles = "torch._dynamo" in sys.modules  # which takes seconds to import
     with (
+        _ALONE,
         torch.no_grad(),
         warnings.catch_warnings(action="ignore"),
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
