@@ -103,9 +103,7 @@ def straight(packed: nn.Module, images: torch.Tensor) -> str:
     """Return how many of a network's clustered convolutions do not decode these images' weights."""
     seen, layers = [], _layers.clustered(packed).values()
     handles = [
-        layer.register_forward_pre_hook(
-            lambda module, given: seen.append(_code_convolution.planned(module, *given) is not None)
-        )
+        layer.register_forward_pre_hook(lambda module, given: seen.append(_is_straight(module, *given)))
         for layer in layers
     ]
     with torch.inference_mode():
@@ -113,6 +111,11 @@ def straight(packed: nn.Module, images: torch.Tensor) -> str:
     for handle in handles:
         handle.remove()
     return f"{sum(seen)} of {len(seen)}"
+
+
+def _is_straight(layer: nn.Module, x: torch.Tensor) -> bool:
+    plan = _code_convolution.planned(layer, x)
+    return plan is not None and _code_convolution.is_faster(plan)
 
 
 def resident(packed: nn.Module) -> float:

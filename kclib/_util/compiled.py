@@ -2,11 +2,11 @@
 
 import logging
 
-from numba import njit
+from numba import cfunc, njit
 
 from kclib._util import places
 
-__all__ = ["njit"]
+__all__ = ["cfunc", "njit"]
 
 if places.compiles_anew():
     logging.getLogger(__name__).warning(

@@ -7,29 +7,37 @@ an index costs one multiplication of vectors for each place, whatever the weight
 For kernels of 3×3 with stride 1 the numbers are those of Winograd's minimal filtering F(2×2, 3×3) (Lavin and
 Gray 2016, *Fast Algorithms for Convolutional Neural Networks*), where a place is four pixels of the answer.
 For others they are the values of the kernel and of the pixels under it, in as many rows as these need.
+
+Values of a kernel that only meet padding are left out: of 3×3 on an image of one pixel, all but one. Then it
+may be faster to decode the others.
 """
 
+import ctypes
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from kclib._util.compiled import njit
+from kclib._util import openmp
+from kclib._util.compiled import cfunc, njit
 from kclib.compression import _packing
 
 LANES = 16
 OUTPUTS = 6  # channels of the answer that one loop computes, and places: so many sums stay in registers
 PLACES = 4
 _CACHED = 1 << 19  # bytes of a block of places
-# Nanoseconds: to multiply a kernel's vector for one place, to make a row of the codebook and a value of a
-# place; to decode a kernel, and each of its values, and to convolve with one value for one pixel.
-_MULTIPLY, _ROW, _PLACE = 0.4, 4.0, 0.8
+_TAKEN, _FAILED, _TOLD = 0, 1, 26  # where threads write into what they are told, and how much that is
+# Nanoseconds: to make a row of the codebook; to unpack an index, to multiply a kernel's vector for one place,
+# and to make a value of a place; to decode a kernel, and each of its values, and to convolve with one value
+# for one pixel.
+_ROW, _UNPACK, _MULTIPLY, _PLACE = 4.0, 0.4, 0.4, 0.8
 _DECODE, _DECODE_VALUE, _DENSE = 3.0, 0.25, 0.0175
 # Sums in any order; but images may hold NaN.
 _FAST = {"reassoc", "contract"}
@@ -52,31 +60,53 @@ class Plan:
         Places down and across, of each image.
     n_places : int
         Of all images.
+    taps : tuple of slice
+        Rows and columns of a kernel that meet pixels.
+    is_cropped : bool
+        Whether some do not.
     padding : tuple of int
-        Pixels to the left, right, top and bottom of an image that the layer's own padding adds.
+        Pixels to the left, right, top and bottom of an image that these need beside it; below 0, too many.
     more : tuple of int
         Pixels to the right and at the bottom that complete the last places.
     geometry : tuple
         Height and width of the pixels that make a place, their steps and their dilation.
-    seconds : tuple of float
-        What convolving so takes on one thread, and what decoding and convolving takes, as far as can be told.
+    seconds : tuple of tuple of float
+        What convolving so takes, and what decoding these taps and convolving takes, as far as can be told:
+        on one thread, and what threads share.
     """
 
     winograd: bool
     shape: tuple[int, int, int]
     grid: tuple[int, int]
     n_places: int
+    taps: tuple[slice, slice]
+    is_cropped: bool
     padding: tuple[int, int, int, int]
     more: tuple[int, int]
     geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-    seconds: tuple[float, float]
+    seconds: tuple[tuple[float, float], tuple[float, float]]
+
+
+def answered(layer, x: Tensor) -> Tensor | None:
+    """Return a layer's answer, to about 1e-6 of its scale; None if all of its weight must be decoded.
+
+    Parameters
+    ----------
+    layer : ClusteredConv2d
+    x : torch.Tensor
+        What is given to its forward.
+    """
+    plan = planned(layer, x)
+    if plan is None:
+        return None
+    return convolved(layer, x, plan) if is_faster(plan) else cropped(layer, x, plan)
 
 
 def planned(layer, x: Tensor) -> Plan | None:
-    """Return how to convolve images straight from a layer's indices; None if its forward must decode.
+    """Return how to convolve images without a layer's whole weight; None if its forward must decode that.
 
     It must where something else than numbers is asked of torch, such as gradients; for layers that are
-    transposed, turned, scaled or in groups; for other dtypes and devices; and where decoding is faster.
+    transposed, turned, scaled or in groups; for other dtypes and devices; and where that is faster.
 
     Parameters
     ----------
@@ -97,15 +127,26 @@ def planned(layer, x: Tensor) -> Plan | None:
     if x.ndim not in (3, 4) or x.shape[-3] != layer.in_channels or not x.numel():
         return None
     plan = plan_of(layer, x)
-    return plan if plan is not None and is_faster(plan) else None
+    return plan if plan is not None and (is_faster(plan) or _is_cropped(layer, plan)) else None
 
 
 def is_faster(plan: Plan) -> bool:
-    """Tell whether convolving from indices is expected to take clearly less time than decoding them.
+    """Tell whether convolving from indices is expected to take less time than decoding them."""
+    n_threads = torch.get_num_threads()
+    straight, decoded = plan.seconds
+    return _on(straight, n_threads if openmp.start_of_team() else 1) < _on(decoded, n_threads)
 
-    It takes one thread. Those of torch win less than their number where pixels are few.
-    """
-    return plan.seconds[0] * (1 + torch.get_num_threads() / 4) < plan.seconds[1]
+
+def _on(seconds: tuple[float, float], n_threads: int) -> float:
+    alone, shared = seconds
+    return alone + shared / n_threads
+
+
+def _is_cropped(layer, plan: Plan) -> bool:
+    """Tell whether some of a layer's values only meet padding, and the others fit a block."""
+    area = math.prod(plan.geometry[0])
+    fits = layer.out_channels * layer.in_channels * 4 * (area + 1) <= layer.block_bytes
+    return fits and plan.is_cropped
 
 
 def plan_of(layer, x: Tensor) -> Plan | None:
@@ -113,45 +154,62 @@ def plan_of(layer, x: Tensor) -> Plan | None:
     shape = x.shape if x.ndim == 4 else (1, *x.shape)
     n_rows, channels = layer.codebook.values.shape[0], (layer.in_channels, layer.out_channels)
     sides = layer.kernel_size, layer.stride, layer.dilation, layer._reversed_padding_repeated_twice
-    return _plan((shape[0], shape[2], shape[3]), channels, n_rows, *map(tuple, sides))
+    may_crop = layer.padding_mode == "zeros"
+    return _plan((shape[0], shape[2], shape[3]), channels, n_rows, *map(tuple, sides), may_crop)
 
 
 @functools.lru_cache(4096)
-def _plan(images, channels, n_rows, kernel_size, stride, dilation, padding) -> Plan | None:
-    left, right, top, bottom = padding
-    sides = (images[1] + top + bottom, images[2] + left + right)
-    reach = [d * (size - 1) for d, size in zip(dilation, kernel_size, strict=True)]
-    answer = [(side - r - 1) // step + 1 for side, r, step in zip(sides, reach, stride, strict=True)]
+def _plan(images, channels, n_rows, kernel_size, stride, dilation, padding, may_crop) -> Plan | None:
+    edges = padding[2:], padding[:2]
+    sides = list(zip(images[1:], kernel_size, stride, dilation, edges, strict=True))
+    answer = [_answered(*side) for side in sides]
     if min(answer) <= 0:
         return None
-    winograd = kernel_size == (3, 3) and stride == dilation == (1, 1)
+    met = [_met(*side) if may_crop else (0, side[1]) for side in sides]
+    area, n_kernels = math.prod(last - first for first, last in met), channels[0] * channels[1]
+    winograd = (area, kernel_size, stride, dilation) == (9, (3, 3), (1, 1), (1, 1))
     tile = 2 if winograd else 1
     grid = tuple(-(-side // tile) for side in answer)
-    geometry = ((4, 4), (2, 2), (1, 1)) if winograd else (kernel_size, stride, dilation)
+    window = tuple(last - first for first, last in met)
     n_places = images[0] * grid[0] * grid[1]
-    area, n_kernels = kernel_size[0] * kernel_size[1], channels[0] * channels[1]
     parts = 1 if winograd else -(-area // LANES)
-    straight = (
-        n_kernels * _MULTIPLY * parts * n_places + _ROW * n_rows + _PLACE * area * n_places * sum(channels)
+    n_pixels, n_values = math.prod((images[0], *answer)), area * n_places * sum(channels)
+    straight = _ROW * n_rows, n_kernels * (_UNPACK + _MULTIPLY * parts * n_places) + _PLACE * n_values
+    decoded = n_kernels * (_DECODE + _DECODE_VALUE * area), n_kernels * _DENSE * area * n_pixels
+    (top, bottom), (left, right) = (
+        (before - step * first, after - step * (size - last))
+        for (_, size, _, step, (before, after)), (first, last) in zip(sides, met, strict=True)
     )
-    decoded = n_kernels * (_DECODE + _DECODE_VALUE * area + _DENSE * area * images[0] * answer[0] * answer[1])
     return Plan(
         winograd=winograd,
         shape=(images[0], *answer),
         grid=grid,
         n_places=n_places,
-        padding=padding,
+        taps=tuple(slice(*each) for each in met),
+        is_cropped=window != kernel_size,
+        padding=(left, right, top, bottom),
         more=(grid[1] * tile - answer[1], grid[0] * tile - answer[0]),
-        geometry=geometry,
-        seconds=(1e-9 * straight, 1e-9 * decoded),
+        geometry=((4, 4), (2, 2), (1, 1)) if winograd else (window, stride, dilation),
+        seconds=tuple(tuple(1e-9 * x for x in each) for each in (straight, decoded)),
     )
+
+
+def _answered(n_pixels, size, stride, dilation, edges) -> int:
+    """Return the pixels of an answer along one side."""
+    return (n_pixels + sum(edges) - dilation * (size - 1) - 1) // stride + 1
+
+
+def _met(n_pixels, size, stride, dilation, edges) -> tuple[int, int]:
+    """Return the first of a kernel's values along one side that meets a pixel, and the one after the last."""
+    starts = range(-edges[0], _answered(n_pixels, size, stride, dilation, edges) * stride - edges[0], stride)
+    meets = [i for i in range(size) if any(0 <= start + i * dilation < n_pixels for start in starts)]
+    return (meets[0], meets[-1] + 1) if meets else (0, size)
 
 
 def convolved(layer, x: Tensor, plan: Plan) -> Tensor:
     """Return the answer of a clustered convolution, to about 1e-6 of its scale that of the dense one.
 
-    What an image is answered depends neither on the others of its batch nor on the number of threads: one
-    computes it, since a second one that has to be woken wins nothing, and disturbs those of torch. What is
+    What an image is answered depends neither on the others of its batch nor on the number of threads. What is
     not finite makes NaN of all four pixels of a place.
 
     Parameters
@@ -168,21 +226,30 @@ def convolved(layer, x: Tensor, plan: Plan) -> Tensor:
         float32 ``(b, out, h, w)`` or ``(out, h, w)``, in the layout of `x`.
     """
     images = _padded(layer, x if x.ndim == 4 else x[None], plan)
-    table = layer.codebook.values.detach().flatten(1)
+    table = layer.codebook.values.detach()
+    if plan.is_cropped:
+        table = table[:, *plan.taps]
+    table = table.flatten(1)
     bits = _packing.index_bits(len(table))
-    rows = table @ _KERNELS if plan.winograd else F.pad(table, (0, -table.shape[1] % LANES))
-    bias = torch.zeros(layer.out_channels, **_NUMBERS) if layer.bias is None else layer.bias.detach()
+    rows = table @ _KERNELS if plan.winograd else F.pad(table, (0, -table.shape[1] % LANES)).contiguous()
+    bias = torch.zeros(layer.out_channels, **_NUMBERS) if layer.bias is None else layer.bias.contiguous()
     answer = torch.empty(plan.shape[0], layer.out_channels, *plan.shape[1:], **_NUMBERS)
-    arrays = images, layer.indices, rows.contiguous(), bias.contiguous(), answer
-    images, packed, rows, bias, written = (value.numpy() for value in arrays)
-
-    how = plan.grid, plan.geometry, plan.winograd
-    if not _answer(images, *how, packed, bits, rows, bias, plan.n_places, written):
+    told = np.array(_told(plan, images, bits, rows, answer))
+    _on_threads(told, images, layer.indices, rows, bias, answer)
+    if told[_FAILED]:
         raise IndexError("an index is beyond the codebook's end.")
     if x.ndim == 3:
         return answer[0]
     is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return answer.contiguous(memory_format=torch.channels_last) if is_last else answer
+
+
+def cropped(layer, x: Tensor, plan: Plan) -> Tensor:
+    """Return the answer of a clustered convolution by decoding only those of its values that meet pixels."""
+    values = layer.codebook.values[:, *plan.taps]
+    weight = F.embedding(layer._unpacked(0, layer.n_kernels), values.flatten(1))
+    weight = weight.view(*layer.shape[:2], *values.shape[1:])
+    return F.conv2d(F.pad(x, plan.padding), weight, layer.bias, layer.stride, 0, layer.dilation)
 
 
 def _padded(layer, x: Tensor, plan: Plan) -> Tensor:
@@ -191,7 +258,8 @@ def _padded(layer, x: Tensor, plan: Plan) -> Tensor:
     if layer.padding_mode != "zeros":
         x = F.pad(x, plan.padding, mode=layer.padding_mode)
         left = right = top = bottom = 0
-    return F.pad(x, (left, right + plan.more[0], top, bottom + plan.more[1])).contiguous()
+    edges = left, right + plan.more[0], top, bottom + plan.more[1]
+    return F.pad(x, edges).contiguous() if any(edges) else x.contiguous()
 
 
 def _is_plain(value: Tensor) -> bool:
@@ -217,61 +285,126 @@ def _is_followed() -> bool:
     )
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def _answer(x, grid, geometry, winograd, packed, bits, rows, bias, n_places, answer):
-    """Write an answer; return False if an index has no row.
+def _told(plan: Plan, x: Tensor, bits: int, rows: Tensor, answer: Tensor) -> list[int]:
+    """Return the numbers that threads are told: the parts they take, and the arrays' shapes.
 
-    Places are taken in blocks whose numbers stay in the cache while all output channels are computed.
+    A part is a block of places, whose numbers stay in the cache, and all output channels; or a slice of these
+    where there are fewer blocks than threads.
     """
+    length, n_threads = x.shape[1] * (rows.shape[1] // LANES), torch.get_num_threads()
+    step = max(PLACES, _CACHED // (4 * LANES * length) // PLACES * PLACES)
+    step = min(step, -(-plan.n_places // (PLACES * n_threads)) * PLACES)
+    n_blocks = -(-plan.n_places // step)
+    channels = answer.shape[1] if n_blocks >= n_threads else -(-answer.shape[1] * n_blocks // n_threads)
+    channels = -(-channels // OUTPUTS) * OUTPUTS
+    window, stride, dilation = plan.geometry
+    cut = 0, 0, n_blocks, step, channels, plan.n_places, *plan.grid
+    return [*cut, *window, *stride, *dilation, plan.winograd, bits, *x.shape, *rows.shape, *answer.shape]
+
+
+def _on_threads(told: np.ndarray, *arrays: Tensor) -> None:
+    """Compute an answer on as many threads as torch does if they can be had, else on this one."""
+    n_threads, start, work = torch.get_num_threads(), openmp.start_of_team(), _compiled_work()
+    addresses = [told.ctypes.data, *(array.data_ptr() for array in arrays)]
+    addresses = (ctypes.c_int64 * len(addresses))(*addresses)
+    if n_threads == 1 or start is None:
+        work(addresses)
+    else:
+        start(work, addresses, n_threads, 0)
+
+
+@functools.cache
+def _compiled_work():
+    """Return `_work` as a C function."""
+    compiled = cfunc(types.void(types.CPointer(types.int64)), cache=True)(_work)
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+
+
+def _work(addresses):
+    """Take parts, on a thread that is told where the arrays are."""
+    told = carray(_pointer(addresses, 0, np.int64), (_TOLD,))
+    batch, n_inputs, height, width, n_rows, row_length = told[16:22]
+    n_outputs, down, across = told[23:26]
+    _take_parts(
+        told,
+        carray(_pointer(addresses, 1, np.float32), (batch, n_inputs, height, width)),
+        carray(_pointer(addresses, 2, np.uint8), (-(-n_outputs * n_inputs * told[15] // 8),)),
+        carray(_pointer(addresses, 3, np.float32), (n_rows, row_length)),
+        carray(_pointer(addresses, 4, np.float32), (n_outputs,)),
+        carray(_pointer(addresses, 5, np.float32), (batch, n_outputs, down, across)),
+    )
+
+
+@njit(nogil=True, cache=True)
+def _take_parts(told, x, packed, rows, bias, answer):
+    """Write those parts of an answer that no other thread has taken."""
+    n_blocks, step, channels, n_places = told[2], told[3], told[4], told[5]
+    grid = (told[6], told[7])
+    geometry = ((told[8], told[9]), (told[10], told[11]), (told[12], told[13]))
+    n_slices = -(-answer.shape[1] // channels)
+    part = _taken(told)
+    while part < n_blocks * n_slices:
+        start, first = part // n_slices * step, part % n_slices * channels
+        places, outputs = (
+            (start, min(start + step, n_places)),
+            (first, min(first + channels, answer.shape[1])),
+        )
+        how = grid, geometry, told[14] != 0
+        if not _answer(x, how, packed, told[15], rows, bias, places, outputs, answer):
+            told[_FAILED] = 1
+        part = _taken(told)
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _answer(x, how, packed, bits, rows, bias, places, outputs, answer):
+    """Write an answer's pixels of some places and output channels; return False if an index has no row."""
+    (grid, geometry, winograd), (start, end) = how, places
     n_inputs, parts, n_rows = x.shape[1], rows.shape[1] // LANES, len(rows)
     length = n_inputs * parts
-    step = max(PLACES, _CACHED // (4 * LANES * length) // PLACES * PLACES)
-    numbers = np.zeros(min(step, n_places) * length * LANES, np.float32)
+    numbers = np.zeros((end - start) * length * LANES, np.float32)
     indices = np.zeros(OUTPUTS * n_inputs, np.int32)
     codes = indices if parts == 1 else np.zeros(OUTPUTS * length, np.int32)
     sums, four = np.empty(OUTPUTS * PLACES * LANES, np.float32), np.empty(4, np.float32)
     height, width = answer.shape[2:]
-    for start in range(0, n_places, step):
-        end = min(start + step, n_places)
-        _place(x, grid, geometry, winograd, parts, start, end, numbers)
-        for output in range(0, answer.shape[1], OUTPUTS):
-            n_outputs = min(OUTPUTS, answer.shape[1] - output)
-            _packing._unpack(packed, bits, output * n_inputs, indices[: n_outputs * n_inputs])
-            highest = np.int32(0)
-            for index in indices:
-                highest = max(highest, index)
-            if highest >= n_rows:
-                return False
-            if parts > 1:
-                for i in range(len(indices)):
-                    for part in range(parts):
-                        codes[i * parts + part] = indices[i] * parts + part
-            for group in range(start, end, PLACES):
-                together, first = min(PLACES, end - group), (group - start) * length * LANES
-                if together == 4:
-                    _multiply(rows, codes, length, numbers, first, sums, 4)
-                elif together == 3:
-                    _multiply(rows, codes, length, numbers, first, sums, 3)
-                elif together == 2:
-                    _multiply(rows, codes, length, numbers, first, sums, 2)
-                else:
-                    _multiply(rows, codes, length, numbers, first, sums, 1)
-                for k in range(together):
-                    image, place = divmod(group + k, grid[0] * grid[1])
-                    row, column = divmod(place, grid[1])
-                    for i in range(n_outputs):
-                        own = (i * together + k) * LANES
-                        if winograd:
-                            _sum_tile(sums, own, four)
-                            for pixel in range(4):
-                                down, across = 2 * row + pixel // 2, 2 * column + pixel % 2
-                                if down < height and across < width:
-                                    answer[image, output + i, down, across] = four[pixel] + bias[output + i]
-                        else:
-                            total = np.float32(0)
-                            for lane in range(LANES):
-                                total += sums[own + lane]
-                            answer[image, output + i, row, column] = total + bias[output + i]
+    _place(x, grid, geometry, winograd, parts, start, end, numbers)
+    for output in range(outputs[0], outputs[1], OUTPUTS):
+        n_outputs = min(OUTPUTS, outputs[1] - output)
+        _packing._unpack(packed, bits, output * n_inputs, indices[: n_outputs * n_inputs])
+        highest = np.int32(0)
+        for index in indices:
+            highest = max(highest, index)
+        if highest >= n_rows:
+            return False
+        if parts > 1:
+            for i in range(len(indices)):
+                for part in range(parts):
+                    codes[i * parts + part] = indices[i] * parts + part
+        for group in range(start, end, PLACES):
+            together, first = min(PLACES, end - group), (group - start) * length * LANES
+            if together == 4:
+                _multiply(rows, codes, length, numbers, first, sums, 4)
+            elif together == 3:
+                _multiply(rows, codes, length, numbers, first, sums, 3)
+            elif together == 2:
+                _multiply(rows, codes, length, numbers, first, sums, 2)
+            else:
+                _multiply(rows, codes, length, numbers, first, sums, 1)
+            for k in range(together):
+                image, place = divmod(group + k, grid[0] * grid[1])
+                row, column = divmod(place, grid[1])
+                for i in range(n_outputs):
+                    own = (i * together + k) * LANES
+                    if winograd:
+                        _sum_tile(sums, own, four)
+                        for pixel in range(4):
+                            down, across = 2 * row + pixel // 2, 2 * column + pixel % 2
+                            if down < height and across < width:
+                                answer[image, output + i, down, across] = four[pixel] + bias[output + i]
+                    else:
+                        total = np.float32(0)
+                        for lane in range(LANES):
+                            total += sums[own + lane]
+                        answer[image, output + i, row, column] = total + bias[output + i]
     return True
 
 
@@ -301,6 +434,30 @@ def _place(x, grid, geometry, winograd, parts, start, end, numbers):
                         value = x[image, channel, top + i * dilation[0], left + j * dilation[1]]
                         numbers[to + number // LANES * together * LANES + number % LANES] = value
                         number += 1
+
+
+@intrinsic
+def _taken(typing_context, told):
+    """Return how many parts have been taken, and take one."""
+    signature = types.int64(told)
+
+    def generate(context, builder, signature, arguments):
+        counter = _data(context, builder, signature, arguments, 0)
+        return builder.atomic_rmw("add", counter, ir.IntType(64)(1), "monotonic")
+
+    return signature, generate
+
+
+@intrinsic
+def _pointer(typing_context, addresses, place, dtype):
+    """Return an address out of several as a pointer to numbers of a dtype."""
+    pointer = types.CPointer(dtype.dtype)
+
+    def generate(context, builder, signature, arguments):
+        address = builder.load(builder.gep(arguments[0], [arguments[1]]))
+        return builder.inttoptr(address, context.get_value_type(pointer))
+
+    return pointer(addresses, types.intp, dtype), generate
 
 
 @intrinsic(prefer_literal=True)

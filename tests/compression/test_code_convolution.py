@@ -1,5 +1,8 @@
 import concurrent.futures
+import contextlib
 import copy
+import ctypes
+import sys
 import threading
 
 import hypothesis.strategies as st
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import nn
 
+from kclib._util import openmp
 from kclib.compression import _code_convolution, _packing
 from kclib.compression._layers import ClusteredConv2d, Codebook
 from kclib.compression._replacement import expanded
@@ -39,6 +43,16 @@ def layer_of(convolution, n_clusters=37, *, bits=None, seed=0, turned=False, sca
 
 def straight(layer, x):
     return _code_convolution.convolved(layer, x, _code_convolution.plan_of(layer, x))
+
+
+@contextlib.contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def exact(layer, x):
@@ -76,16 +90,22 @@ def layers(draw):
 
 
 @given(
-    layers(), st.sampled_from([(), (1,), (2,), (5,)]), st.integers(13, 15), st.integers(13, 16), st.booleans()
+    layers(),
+    st.sampled_from([(), (1,), (2,), (5,)]),
+    st.integers(13, 15),
+    st.integers(13, 16),
+    st.booleans(),
+    st.sampled_from([1, 2, 3]),
 )
 @settings(deadline=None, max_examples=60)
-def test_answers_are_those_of_a_convolution_in_float64(layer, batch, height, width, last):
+def test_answers_are_those_of_a_convolution_in_float64(layer, batch, height, width, last, n_threads):
     x = torch.randn(*batch, layer.in_channels, height, width)
     if last and batch:
         x = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        answer, expected = straight(layer, x), exact(layer, x)
-        assert_close(answer, expected)
+        with threads(n_threads):
+            answer = straight(layer, x)
+        assert_close(answer, exact(layer, x))
         if layer.padding_mode == "zeros" and min(layer.in_channels, layer.out_channels) > 1:
             assert answer.stride() == expanded(layer)(x).stride()
 
@@ -109,19 +129,70 @@ def test_more_channels_than_a_block_of_places_holds_are_summed_right():
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("side", [2, 9])
-def test_answers_depend_on_neither_threads_nor_batch(stride, side):
+def test_answers_depend_on_neither_threads_nor_batch(monkeypatch, stride, side):
     layer, x = layer_of(nn.Conv2d(64, 50, 3, padding=1, stride=stride)), torch.randn(3, 64, side, side)
     answers = []
     with torch.no_grad():
         for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            try:
+            with threads(n):
                 answers.append(straight(layer, x))
-            finally:
-                torch.set_num_threads(1)
+        monkeypatch.setattr(openmp, "start_of_team", lambda: None)
+        with threads(2):
+            answers.append(straight(layer, x))
         answers.append(torch.cat([straight(layer, image[None]) for image in x]))
     for answer in answers[1:]:
         assert torch.equal(answers[0], answer)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there is it known how torch's threads are had")
+def test_work_is_done_by_threads_of_torch():
+    seen = []
+    work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
+        lambda told: seen.append((threading.get_native_id(), told))
+    )
+    openmp.start_of_team()(work, 17, 3, 0)
+    assert {told for _, told in seen} == {17}
+    assert len({thread for thread, _ in seen}) == len(seen) == 3
+
+
+GEOMETRIES = {  # convolution, side of the images, and those of the kernels that meet pixels
+    "one pixel": (nn.Conv2d(20, 30, 3, padding=1), 1, (1, 2)),
+    "a stride": (nn.Conv2d(20, 30, 3, padding=1, stride=2), 2, (1, 3)),
+    "a dilation": (nn.Conv2d(20, 30, 3, padding=3, dilation=3), 2, (1, 2)),
+    "a large kernel": (nn.Conv2d(20, 30, 7, padding=3), 2, (2, 5)),
+    "even": (nn.Conv2d(20, 30, 4, padding=2), 1, (1, 3)),
+    "wide padding": (nn.Conv2d(20, 30, 2, padding=5, stride=5), 1, (0, 1)),
+    "none meets any": (nn.Conv2d(20, 30, 2, padding=4, stride=7), 1, (0, 2)),
+    "reflected": (nn.Conv2d(20, 30, 3, padding=1, padding_mode="reflect"), 2, (0, 3)),
+}
+
+
+@pytest.mark.parametrize(("convolution", "side", "met"), GEOMETRIES.values(), ids=GEOMETRIES)
+@torch.no_grad()
+def test_values_that_only_meet_padding_are_left_out(convolution, side, met):
+    layer = layer_of(convolution)
+    for batch in [(), (1,), (6,)]:
+        x = torch.randn(*batch, 20, side, side)
+        plan = _code_convolution.plan_of(layer, x)
+        assert plan.taps == (slice(*met),) * 2
+        assert plan.is_cropped == (met != (0, convolution.kernel_size[0]))
+        assert_close(straight(layer, x), exact(layer, x))
+        if plan.is_cropped:
+            assert_close(_code_convolution.cropped(layer, x, plan), exact(layer, x))
+
+
+@torch.no_grad()
+def test_a_cropped_layer_decodes_what_meets_pixels(monkeypatch):
+    calls, cropped = [], _code_convolution.cropped
+    monkeypatch.setattr(_code_convolution, "cropped", lambda *given: calls.append(1) or cropped(*given))
+    monkeypatch.setattr(_code_convolution, "is_faster", lambda *_: False)
+    layer, x = layer_of(nn.Conv2d(20, 30, 3, padding=1)), torch.randn(3, 20, 1, 1)
+    assert_close(layer(x), exact(layer, x))
+    assert len(calls) == 1
+    assert torch.equal(layer(x.expand(-1, -1, 2, 2)), expanded(layer)(x.expand(-1, -1, 2, 2)))
+    layer.block_bytes = 20 * 30 * 4  # no room for indices and a value of each
+    assert torch.equal(layer(x), expanded(layer)(x))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
