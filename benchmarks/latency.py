@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 import kclib
 from kclib import models
 from kclib._util import files
-from kclib.compression import _code_convolution, _layers
+from kclib.compression import _layers, latency
 
 BATCHES = (1, 4, 16, 64)
 SECONDS = 3  # that each batch of each network is run for
@@ -46,7 +46,7 @@ def calls(packed: nn.Module, images: torch.Tensor, folder: Path) -> dict[str, Ca
     """Return what is timed: the packed network, all of it decoded too, and the same network dense."""
     decoding = copy.deepcopy(packed)
     for layer in _layers.clustered(decoding).values():
-        layer.may_skip_decoding = False
+        layer.way = "decoded"
     dense = kclib.expand(packed, inputs=False)
     last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
     images_last = images.contiguous(memory_format=torch.channels_last)
@@ -99,25 +99,6 @@ def row(times: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-def straight(packed: nn.Module, images: torch.Tensor) -> str:
-    """Return how many of a network's clustered convolutions do not decode these images' weights."""
-    seen, layers = [], _layers.clustered(packed).values()
-    handles = [
-        layer.register_forward_pre_hook(lambda module, given: seen.append(_is_straight(module, *given)))
-        for layer in layers
-    ]
-    with torch.inference_mode():
-        packed(images)
-    for handle in handles:
-        handle.remove()
-    return f"{sum(seen)} of {len(seen)}"
-
-
-def _is_straight(layer: nn.Module, x: torch.Tensor) -> bool:
-    plan = _code_convolution.planned(layer, x)
-    return plan is not None and _code_convolution.is_faster(plan)
-
-
 def resident(packed: nn.Module) -> float:
     """Return the bytes of a network's convolutions as a share of their dense weights'."""
     layers = _layers.clustered(packed).values()
@@ -135,7 +116,9 @@ def main() -> None:
                 theirs = {name: timed[name] for name in ("dense", "dense, channels_last", "onnxruntime")}
                 del timed["onnxruntime"]  # what runs after it waits for its threads
                 found = row(alternating(theirs)) | row(alternating(timed))
-                how = {"resident / dense": resident(packed), "straight": straight(packed, images)}
+                ways = latency.ways(packed, shape, batch).way
+                straight = f"{(ways == 'indices').sum()} of {len(ways)}"
+                how = {"resident / dense": resident(packed), "straight": straight}
                 rows.append({"network": name, "batch": batch, **found, **how})
     print(pd.DataFrame(rows).round(3).to_string(index=False))
     found = {"threads": torch.get_num_threads(), "rows": rows}

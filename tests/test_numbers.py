@@ -85,6 +85,7 @@ WHOLE = {
         lambda g, x: _sequential.correct(g.model, g.data, 3, seed=x, progress=False).network, 1,
     ),
     "latency, batch": (lambda g, x: latency.of_network(g.model, (3, 8, 8), [x]), 1),
+    "ways, batch": (lambda g, x: latency.ways(g.model, (3, 8, 8), x), 1),
     "latency, side": (lambda g, x: latency.of_network(g.model, (3, x, 8), [1], seed=x), 8),
     "figures": (lambda g, x: plots.kernel_sheet(g.bank.kernels[:5], columns=x), 2),
     "pack": (lambda g, x: _packing.pack(np.arange(4), x), 3),

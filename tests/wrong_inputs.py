@@ -500,6 +500,7 @@ WRONG_INPUTS = [
     (evaluation.evaluate, lambda g: evaluation.evaluate(replace(g.model, network=g.broken(NAN)), g.data), WRONG, "answers NaN"),
     (evaluation.evaluate, lambda g: evaluation.evaluate(replace(g.model, network=nn.Conv2d(9, 1, 3)), g.data), WRONG, "does not run"),
     (latency.of_network, lambda g: latency.of_network(g.small, (1, 9, 9), [2]), WRONG, "reads 3 channels and the images have 1"),
+    (latency.ways, lambda g: latency.ways(g.small, (1, 9, 9), 2), WRONG, "reads 3 channels and the images have 1"),
     (evaluation.evaluate, lambda g: evaluation.evaluate("vgg16", g.data), WRONG, "is a str"),
     (evaluation.evaluate, lambda g: evaluation.evaluate(g.model, 7), WRONG, "int"),
     (_accuracy.matched, lambda g: _accuracy.matched(g.model, replace(g.data, labels=torch.full((len(g.data),), -1))), WRONG, "no image whose class is known"),

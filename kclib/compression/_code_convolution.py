@@ -99,7 +99,7 @@ def answered(layer, x: Tensor) -> Tensor | None:
     plan = planned(layer, x)
     if plan is None:
         return None
-    return convolved(layer, x, plan) if is_faster(plan) else cropped(layer, x, plan)
+    return convolved(layer, x, plan) if is_straight(layer, plan) else cropped(layer, x, plan)
 
 
 def planned(layer, x: Tensor) -> Plan | None:
@@ -127,7 +127,12 @@ def planned(layer, x: Tensor) -> Plan | None:
     if x.ndim not in (3, 4) or x.shape[-3] != layer.in_channels or not x.numel():
         return None
     plan = plan_of(layer, x)
-    return plan if plan is not None and (is_faster(plan) or _is_cropped(layer, plan)) else None
+    return plan if plan is not None and (is_straight(layer, plan) or _is_cropped(layer, plan)) else None
+
+
+def is_straight(layer, plan: Plan) -> bool:
+    """Tell whether a layer that need not decode all of its weight convolves from its indices."""
+    return layer.way == "indices" or is_faster(plan)
 
 
 def is_faster(plan: Plan) -> bool:

@@ -248,7 +248,7 @@ class _Stored(Codebook):
 class _Gathering(ClusteredConv2d):
     """A clustered convolution whose indices have a standard type and are all decoded at once."""
 
-    may_skip_decoding = False  # its indices are not packed
+    way = "decoded"  # its indices are not packed
 
     def __init__(self, module: ClusteredConv2d, codebook: _Stored, indices: Tensor):
         scales = module.scales

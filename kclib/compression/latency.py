@@ -1,5 +1,6 @@
 """How long a compressed network takes beside the dense one."""
 
+import math
 from collections.abc import Iterable
 from functools import partial
 
@@ -9,6 +10,8 @@ from torch import nn
 
 from kclib import models
 from kclib._util import checks
+from kclib.compression import _code_convolution
+from kclib.compression._layers import ClusteredConv2d, clustered
 from kclib.compression._replacement import expanded
 from kclib.errors import InvalidValueError
 from kclib.kernels import _copying
@@ -46,10 +49,7 @@ def of_network(
     InvalidValueError
         The network does not run on such images.
     """
-    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
-        raise InvalidValueError(f"shape is {checks.said(shape)}; it must be (channels, height, width).")
-    shape = [checks.check_whole("a side of shape", x, 1) for x in shape]
-    batches = [checks.check_whole("a batch", x, 1) for x in checks.several("batches", batches)]
+    shape, batches = _shape(shape), _batches(batches)
     seed = checks.check_seed(seed)
     network, rows = _copying.copied(models.network_of(network)).eval(), {}
     dense, dtype = expanded(network), _inference.precision_of(network)
@@ -63,6 +63,58 @@ def of_network(
         span = {"ratio_low": ratios.min(), "ratio_high": ratios.max()}
         rows[batch] = dict(median) | {"ratio": median.packed / median.dense} | span
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("batch")
+
+
+def ways(network: models.Model | nn.Module, shape: tuple[int, int, int], batch: int = 1) -> pd.DataFrame:
+    """Return how each clustered convolution answers random images.
+
+    Parameters
+    ----------
+    network : Model or torch.nn.Module
+        From `_replacement.compress`.
+    shape : (int, int, int)
+        Channels, height and width.
+    batch : int
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by layer, in the order in which they answer: ``pixels`` of each channel of the answer, and
+        ``way``: ``"indices"`` where no weight is decoded, ``"cropped"`` where what of it meets pixels is, and
+        ``"decoded"`` where all is. A layer that answers several times is there for its last.
+
+    Raises
+    ------
+    InvalidValueError
+        The network does not run on such images.
+    """
+    shape, (batch,) = _shape(shape), _batches([batch])
+    network, rows = _copying.copied(models.network_of(network)).eval(), {}
+
+    def note(name: str, layer: ClusteredConv2d, given: tuple, answer: torch.Tensor) -> None:
+        with torch.inference_mode():
+            plan = _code_convolution.planned(layer, given[0]) if layer.way != "decoded" else None
+        if plan is None:
+            way = "decoded"
+        else:
+            way = "indices" if _code_convolution.is_straight(layer, plan) else "cropped"
+        rows[name] = {"pixels": math.prod(answer.shape[-2:]), "way": way}
+
+    for name, layer in clustered(network).items():
+        layer.register_forward_hook(partial(note, name))
+    _inference.run(network, torch.zeros(batch, *shape, dtype=_inference.precision_of(network)))
+    columns = ["pixels", "way"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("layer")
+
+
+def _shape(shape: tuple[int, int, int]) -> list[int]:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        raise InvalidValueError(f"shape is {checks.said(shape)}; it must be (channels, height, width).")
+    return [checks.check_whole("a side of shape", x, 1) for x in shape]
+
+
+def _batches(batches: Iterable[int]) -> list[int]:
+    return [checks.check_whole("a batch", x, 1) for x in checks.several("batches", batches)]
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kclib.clustering import cluster
-from kclib.compression import compress, latency
+from kclib.compression import _code_convolution, compress, latency
 from kclib.compression._layers import ClusteredConv2d
 from kclib.kernels import extract
 
@@ -76,3 +76,32 @@ def test_a_network_in_training_is_left_as_it_was():
     before = copy.deepcopy(network.state_dict())
     latency.of_network(network, (3, 8, 8), [2])
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_ways_tell_how_each_layer_answers():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(n_inputs, 4, 3, padding=1) for n_inputs in (3, 4, 4)]
+    network = nn.Sequential(layers[0], nn.MaxPool2d(4), *layers[1:]).eval()
+    packed = compress(network, cluster(extract(network), 3))
+    packed[0].way, packed[2].way = "indices", "decoded"
+    table = latency.ways(packed, (3, 4, 4))
+    assert table.index.tolist() == ["0", "2", "3"]
+    assert table.pixels.tolist() == [16, 1, 1]
+    assert table.way.tolist()[:2] == ["indices", "decoded"]
+    assert table.way["3"] in ("indices", "cropped")
+    assert not packed[0]._forward_hooks
+    assert latency.ways(network, (3, 4, 4)).empty
+
+
+def test_a_way_can_be_forced(monkeypatch):
+    layer, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(1, 3, 8, 8)
+    packed = compress(nn.Sequential(layer), cluster(extract(nn.Sequential(layer)), 3), inputs=False)
+    dense = packed[0].weight
+    with torch.no_grad():
+        for way, is_faster in [("decoded", True), ("faster", False)]:
+            monkeypatch.setattr(_code_convolution, "is_faster", lambda plan, is_faster=is_faster: is_faster)
+            packed[0].way = way
+            assert torch.equal(packed(x), torch.conv2d(x, dense, layer.bias, padding=1))
+        monkeypatch.setattr(_code_convolution, "convolved", lambda *_: x)
+        packed[0].way = "indices"
+        assert packed(x) is x
