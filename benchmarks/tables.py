@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from benchmarks import kmeans, nnc
+from benchmarks import kmeans, latency, nnc
 from kclib import plots
 from kclib.experiments import reports
 
@@ -194,16 +194,22 @@ def _nearest():
 
 def _latency():
     for r in _run("latency")["rows"]:
-        ratios = [f"{r[f'{name} / dense']:.2f}" for name in ("packed", "decoded", "onnxruntime")]
-        dense = min(r["dense (ms)"], r["dense, channels_last (ms)"])
+        names = "packed", "decoded", "bf16", "int8", "onnxruntime", "onnxruntime, int8"
+        ratios = [f"{r[f'{name} / dense']:.2f}" for name in names]
+        dense = min(r[f"{name} (ms)"] for name in latency.DENSE)
         yield [
-            r["network"],
+            f"{r['network']}, {r['pixels']}×{r['pixels']}",
             f"{r['batch']}",
             f"{dense:.1f}",
             *ratios,
             r["straight"],
             f"{r['resident / dense']:.3f}",
         ]
+
+
+def _starts():
+    for r in _run("latency")["starts"]:
+        yield [r["what"], f"{r['seconds']:.1f}", f"{r['peak (MB)']:.0f}"]
 
 
 def _slider():
@@ -242,6 +248,7 @@ def draw() -> None:
     reports.keep(
         plots.equal_bytes(runs[runs.network == "vgg16-fashion"], ax=ax).figure, docs / "recovery.png"
     )
+    latency.draw(_run("latency"), docs / "roofline.png")
     kmeans.draw(_run("kmeans-vgg16-fashion")["growth"], docs / "kmeans.png")
 
 
@@ -251,7 +258,7 @@ ROWS = {
     "ways": _ways, "recipes": _recipes,
     "networks": lambda: _recovered(_NETWORKS), "weights": _weights,
     "representatives": _representatives, "prices": _prices, "memory": _memory,
-    "latency": _latency,
+    "latency": _latency, "starts": _starts,
     "sweeps": _sweeps, "pairs": _pairs, "nearest": _nearest, "slider": _slider, "maps": _maps,
     "combinations": _combinations,
 }  # fmt: skip
