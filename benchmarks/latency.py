@@ -91,7 +91,7 @@ def sessions(packed: nn.Module, images: torch.Tensor, folder: Path) -> dict[str,
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it slows what runs next
-    name, array = "", images.numpy()
+    array = images.numpy()
     name = onnxruntime.InferenceSession(whole, providers=["CPUExecutionProvider"]).get_inputs()[0].name
     quantization.quantize_static(whole, folder / "int8.onnx", _Given(name, array[:4]), per_channel=True)
     made = {}
@@ -185,7 +185,7 @@ def of_layers(packed: nn.Module, batch: int, side: int = 32) -> list[dict]:
     packed(torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0)))
     for handle in handles:
         handle.remove()
-    books, rows = {layer.codebook.values.nbytes for layer in clustered.values()}, []
+    rows = []
     for name, layer in clustered.items():
         x, answer = given[name]
         times = alternating({"packed": lambda x=x, y=layer: y(x), "dense": lambda x=x, y=dense[name]: y(x)})
@@ -196,7 +196,7 @@ def of_layers(packed: nn.Module, batch: int, side: int = 32) -> list[dict]:
                 "batch": batch,
                 "operations": 2 * weight[0].numel() * answer.numel(),
                 "dense (bytes)": images + weight.nbytes,
-                "packed (bytes)": images + layer.indices.nbytes + max(books),
+                "packed (bytes)": images + layer.indices.nbytes + layer.codebook.values.nbytes,
                 **{f"{key} (ms)": statistics.median(each) for key, each in times.items()},
             }
         )

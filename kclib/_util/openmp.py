@@ -12,8 +12,9 @@ import torch
 def start_of_team():
     """Return the C function that runs compiled work on torch's threads; None where it cannot be found.
 
-    For a while after each work they spin and wait for more. To wake others would take as long as a small
-    convolution, and those would disturb torch's.
+    For a while after each work torch's threads spin and wait for more. To wake others would take as long as a
+    small convolution, and those would disturb torch's. In a process that was forked after torch used its
+    threads, they cannot be started, by this or by torch.
 
     Returns
     -------

@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from kclib.errors import InvalidValueError
 from kclib.kernels._copying import copied
 
-PLACES = ("codebook", "indices", "scales", "block_bytes")  # of a clustered convolution
+PLACES = ("codebook", "indices", "scales", "block_bytes", "way")  # of a clustered convolution
 _COMPUTE = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 _WITH_THESE = (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
 _COMPUTED_FROM = ("g", "v", "u", "orig", "mask")

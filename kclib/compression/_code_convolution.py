@@ -9,13 +9,13 @@ Gray 2016, *Fast Algorithms for Convolutional Neural Networks*), where a place i
 For others they are the values of the kernel and of the pixels under it, in as many rows as these need.
 
 Values of a kernel that only meet padding are left out: of 3×3 on an image of one pixel, all but one. Then it
-may be faster to decode the others.
+may be faster to decode those that remain.
 """
 
 import ctypes
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,16 +24,20 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 
 from kclib._util import openmp
 from kclib._util.compiled import cfunc, njit
 from kclib.compression import _packing
+from kclib.errors import UnknownNameError
 
 LANES = 16
 OUTPUTS = 6  # channels of the answer that one loop computes, and places: so many sums stay in registers
 PLACES = 4
 _CACHED = 1 << 19  # bytes of a block of places
-_TAKEN, _FAILED, _TOLD = 0, 1, 26  # where threads write into what they are told, and how much that is
+# Where threads write into what they are told, and how many numbers that is.
+_TAKEN, _WRITTEN, _BEYOND, _TOLD = 0, 1, 2, 27
+WAYS = ("faster", "indices", "decoded")
 # Nanoseconds: to make a row of the codebook; to unpack an index, to multiply a kernel's vector for one place,
 # and to make a value of a place; to decode a kernel, and each of its values, and to convolve with one value
 # for one pixel.
@@ -73,6 +77,8 @@ class Plan:
     seconds : tuple of tuple of float
         What convolving so takes, and what decoding these taps and convolving takes, as far as can be told:
         on one thread, and what threads share.
+    way : {"indices", "cropped"}
+        Straight, or by decoding these taps.
     """
 
     winograd: bool
@@ -85,6 +91,7 @@ class Plan:
     more: tuple[int, int]
     geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     seconds: tuple[tuple[float, float], tuple[float, float]]
+    way: str = "indices"
 
 
 def answered(layer, x: Tensor) -> Tensor | None:
@@ -99,14 +106,14 @@ def answered(layer, x: Tensor) -> Tensor | None:
     plan = planned(layer, x)
     if plan is None:
         return None
-    return convolved(layer, x, plan) if is_straight(layer, plan) else cropped(layer, x, plan)
+    return cropped(layer, x, plan) if plan.way == "cropped" else convolved(layer, x, plan)
 
 
 def planned(layer, x: Tensor) -> Plan | None:
     """Return how to convolve images without a layer's whole weight; None if its forward must decode that.
 
     It must where something else than numbers is asked of torch, such as gradients; for layers that are
-    transposed, turned, scaled or in groups; for other dtypes and devices; and where that is faster.
+    transposed, turned, scaled or in groups; for other dtypes and devices; and where to decode it is faster.
 
     Parameters
     ----------
@@ -114,12 +121,18 @@ def planned(layer, x: Tensor) -> Plan | None:
     x : torch.Tensor
         What is given to its forward.
     """
-    if _is_followed():  # first: who traces notes what is asked of a tensor
+    if layer.way not in WAYS:
+        raise UnknownNameError("way of a layer", str(layer.way), WAYS)
+    if layer.way == "decoded" or _is_followed():  # who traces notes what is asked of a tensor
         return None
     if layer.transposed or layer.groups != 1 or layer.scales is not None or layer.codebook.turned:
         return None
     values, bias, indices = layer.codebook.values, layer.bias, layer.indices
-    if not (_is_plain(x) and _is_plain(values) and (bias is None or _is_plain(bias)) and indices.is_cpu):
+    if not (_is_plain(x) and _is_plain(values) and (bias is None or _is_plain(bias))):
+        return None
+    if not (indices.dtype == torch.uint8 and indices.is_cpu and indices.is_contiguous()):
+        return None
+    if indices.shape != (_packing.index_bytes(layer.n_kernels, layer.codebook.bits),):
         return None
     rows_bytes = 4 * LANES * -(-layer.kernel_size[0] * layer.kernel_size[1] // LANES) * values.shape[0]
     if rows_bytes > layer.block_bytes:
@@ -127,12 +140,9 @@ def planned(layer, x: Tensor) -> Plan | None:
     if x.ndim not in (3, 4) or x.shape[-3] != layer.in_channels or not x.numel():
         return None
     plan = plan_of(layer, x)
-    return plan if plan is not None and (is_straight(layer, plan) or _is_cropped(layer, plan)) else None
-
-
-def is_straight(layer, plan: Plan) -> bool:
-    """Tell whether a layer that need not decode all of its weight convolves from its indices."""
-    return layer.way == "indices" or is_faster(plan)
+    if plan is None or layer.way == "indices" or is_faster(plan):
+        return plan
+    return replace(plan, way="cropped") if _is_cropped(layer, plan) else None
 
 
 def is_faster(plan: Plan) -> bool:
@@ -158,9 +168,24 @@ def plan_of(layer, x: Tensor) -> Plan | None:
     """Return how to convolve images from indices; None if the answer is empty."""
     shape = x.shape if x.ndim == 4 else (1, *x.shape)
     n_rows, channels = layer.codebook.values.shape[0], (layer.in_channels, layer.out_channels)
-    sides = layer.kernel_size, layer.stride, layer.dilation, layer._reversed_padding_repeated_twice
+    sides = tuple(_pair(each) for each in (layer.kernel_size, layer.stride, layer.dilation))
     may_crop = layer.padding_mode == "zeros"
-    return _plan((shape[0], shape[2], shape[3]), channels, n_rows, *map(tuple, sides), may_crop)
+    return _plan((shape[0], shape[2], shape[3]), channels, n_rows, *sides, _edges(layer), may_crop)
+
+
+def _edges(layer) -> tuple[int, int, int, int]:
+    """Return the pixels of padding to the left, right, top and bottom as torch's own forward reads them."""
+    if layer.padding_mode != "zeros":
+        return tuple(layer._reversed_padding_repeated_twice)
+    if layer.padding == "valid":
+        return 0, 0, 0, 0
+    if layer.padding != "same":
+        down, across = _pair(layer.padding)
+        return across, across, down, down
+    sides = zip(_pair(layer.dilation), _pair(layer.kernel_size), strict=True)
+    down, across = (step * (size - 1) for step, size in sides)
+    top, left = down // 2, across // 2
+    return left, across - left, top, down - top
 
 
 @functools.lru_cache(4096)
@@ -239,10 +264,12 @@ def convolved(layer, x: Tensor, plan: Plan) -> Tensor:
     rows = table @ _KERNELS if plan.winograd else F.pad(table, (0, -table.shape[1] % LANES)).contiguous()
     bias = torch.zeros(layer.out_channels, **_NUMBERS) if layer.bias is None else layer.bias.contiguous()
     answer = torch.empty(plan.shape[0], layer.out_channels, *plan.shape[1:], **_NUMBERS)
-    told = np.array(_told(plan, images, bits, rows, answer))
+    told = np.array(_told(plan, images, bits, rows, answer), np.int64)
     _on_threads(told, images, layer.indices, rows, bias, answer)
-    if told[_FAILED]:
+    if told[_BEYOND]:
         raise IndexError("an index is beyond the codebook's end.")
+    if told[_WRITTEN] < n_parts(told):  # what a thread raises does not leave it
+        raise MemoryError("a convolution had no room for the numbers of a block of pixels.")
     if x.ndim == 3:
         return answer[0]
     is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -275,6 +302,7 @@ def _is_plain(value: Tensor) -> bool:
         and value.is_cpu
         and value.layout == torch.strided
         and not value.is_neg()
+        and not value._is_zerotensor()
         and not (value.requires_grad and torch.is_grad_enabled())
     )
 
@@ -303,7 +331,7 @@ def _told(plan: Plan, x: Tensor, bits: int, rows: Tensor, answer: Tensor) -> lis
     channels = answer.shape[1] if n_blocks >= n_threads else -(-answer.shape[1] * n_blocks // n_threads)
     channels = -(-channels // OUTPUTS) * OUTPUTS
     window, stride, dilation = plan.geometry
-    cut = 0, 0, n_blocks, step, channels, plan.n_places, *plan.grid
+    cut = 0, 0, 0, n_blocks, step, channels, plan.n_places, *plan.grid
     return [*cut, *window, *stride, *dilation, plan.winograd, bits, *x.shape, *rows.shape, *answer.shape]
 
 
@@ -328,36 +356,41 @@ def _compiled_work():
 def _work(addresses):
     """Take parts, on a thread that is told where the arrays are."""
     told = carray(_pointer(addresses, 0, np.int64), (_TOLD,))
-    batch, n_inputs, height, width, n_rows, row_length = told[16:22]
-    n_outputs, down, across = told[23:26]
+    batch, n_inputs, height, width, n_rows, row_length = told[17:23]
+    n_outputs, down, across = told[24:27]
     _take_parts(
         told,
         carray(_pointer(addresses, 1, np.float32), (batch, n_inputs, height, width)),
-        carray(_pointer(addresses, 2, np.uint8), (-(-n_outputs * n_inputs * told[15] // 8),)),
+        carray(_pointer(addresses, 2, np.uint8), (-(-n_outputs * n_inputs * told[16] // 8),)),
         carray(_pointer(addresses, 3, np.float32), (n_rows, row_length)),
         carray(_pointer(addresses, 4, np.float32), (n_outputs,)),
         carray(_pointer(addresses, 5, np.float32), (batch, n_outputs, down, across)),
     )
 
 
+@njit(cache=True)
+def n_parts(told):
+    """Return the number of parts: blocks of places times slices of output channels."""
+    return told[3] * -(-told[24] // told[5])
+
+
 @njit(nogil=True, cache=True)
 def _take_parts(told, x, packed, rows, bias, answer):
     """Write those parts of an answer that no other thread has taken."""
-    n_blocks, step, channels, n_places = told[2], told[3], told[4], told[5]
-    grid = (told[6], told[7])
-    geometry = ((told[8], told[9]), (told[10], told[11]), (told[12], told[13]))
+    step, channels, n_places = told[4], told[5], told[6]
+    geometry = ((told[9], told[10]), (told[11], told[12]), (told[13], told[14]))
+    how = (told[7], told[8]), geometry, told[15] != 0
     n_slices = -(-answer.shape[1] // channels)
-    part = _taken(told)
-    while part < n_blocks * n_slices:
+    part = _one_more(told, _TAKEN)
+    while part < n_parts(told):
         start, first = part // n_slices * step, part % n_slices * channels
-        places, outputs = (
-            (start, min(start + step, n_places)),
-            (first, min(first + channels, answer.shape[1])),
-        )
-        how = grid, geometry, told[14] != 0
-        if not _answer(x, how, packed, told[15], rows, bias, places, outputs, answer):
-            told[_FAILED] = 1
-        part = _taken(told)
+        places = start, min(start + step, n_places)
+        outputs = first, min(first + channels, answer.shape[1])
+        if _answer(x, how, packed, told[16], rows, bias, places, outputs, answer):
+            _one_more(told, _WRITTEN)
+        else:
+            told[_BEYOND] = 1
+        part = _one_more(told, _TAKEN)
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -442,12 +475,12 @@ def _place(x, grid, geometry, winograd, parts, start, end, numbers):
 
 
 @intrinsic
-def _taken(typing_context, told):
-    """Return how many parts have been taken, and take one."""
-    signature = types.int64(told)
+def _one_more(typing_context, told, place):
+    """Add one to a number that all threads count, and return what it was."""
+    signature = types.int64(told, types.intp)
 
     def generate(context, builder, signature, arguments):
-        counter = _data(context, builder, signature, arguments, 0)
+        counter = builder.gep(_data(context, builder, signature, arguments, 0), [arguments[1]])
         return builder.atomic_rmw("add", counter, ir.IntType(64)(1), "monotonic")
 
     return signature, generate

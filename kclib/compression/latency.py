@@ -65,8 +65,9 @@ def of_network(
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("batch")
 
 
+@torch.inference_mode()
 def ways(network: models.Model | nn.Module, shape: tuple[int, int, int], batch: int = 1) -> pd.DataFrame:
-    """Return how each clustered convolution answers random images.
+    """Return how each clustered convolution answers images of a shape.
 
     Parameters
     ----------
@@ -92,19 +93,13 @@ def ways(network: models.Model | nn.Module, shape: tuple[int, int, int], batch: 
     network, rows = _copying.copied(models.network_of(network)).eval(), {}
 
     def note(name: str, layer: ClusteredConv2d, given: tuple, answer: torch.Tensor) -> None:
-        with torch.inference_mode():
-            plan = _code_convolution.planned(layer, given[0]) if layer.way != "decoded" else None
-        if plan is None:
-            way = "decoded"
-        else:
-            way = "indices" if _code_convolution.is_straight(layer, plan) else "cropped"
-        rows[name] = {"pixels": math.prod(answer.shape[-2:]), "way": way}
+        plan = _code_convolution.planned(layer, given[0])
+        rows[name] = {"pixels": math.prod(answer.shape[-2:]), "way": plan.way if plan else "decoded"}
 
     for name, layer in clustered(network).items():
         layer.register_forward_hook(partial(note, name))
     _inference.run(network, torch.zeros(batch, *shape, dtype=_inference.precision_of(network)))
-    columns = ["pixels", "way"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("layer")
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["pixels", "way"]).rename_axis("layer")
 
 
 def _shape(shape: tuple[int, int, int]) -> list[int]:

@@ -2,6 +2,7 @@ import concurrent.futures
 import contextlib
 import copy
 import ctypes
+import os
 import sys
 import threading
 
@@ -12,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import nn
+from torch.nn.modules.utils import _pair
 
 from kclib._util import openmp
 from kclib.compression import _code_convolution, _packing
 from kclib.compression._layers import ClusteredConv2d, Codebook
 from kclib.compression._replacement import expanded
+from kclib.errors import UnknownNameError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,13 +149,15 @@ def test_answers_depend_on_neither_threads_nor_batch(monkeypatch, stride, side):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there is it known how torch's threads are had")
 def test_work_is_done_by_threads_of_torch():
-    seen = []
-    work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
-        lambda told: seen.append((threading.get_native_id(), told))
-    )
-    openmp.start_of_team()(work, 17, 3, 0)
+    seen, get = [], threading.get_native_id
+    work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda told: seen.append((get(), told)))
+    with threads(3):
+        torch.randn(1 << 20).exp()
+        before = {int(name) for name in os.listdir("/proc/self/task")}
+        openmp.start_of_team()(work, 17, 3, 0)
     assert {told for _, told in seen} == {17}
     assert len({thread for thread, _ in seen}) == len(seen) == 3
+    assert {thread for thread, _ in seen} <= before
 
 
 GEOMETRIES = {  # convolution, side of the images, and those of the kernels that meet pixels
@@ -163,6 +168,8 @@ GEOMETRIES = {  # convolution, side of the images, and those of the kernels that
     "even": (nn.Conv2d(20, 30, 4, padding=2), 1, (1, 3)),
     "wide padding": (nn.Conv2d(20, 30, 2, padding=5, stride=5), 1, (0, 1)),
     "none meets any": (nn.Conv2d(20, 30, 2, padding=4, stride=7), 1, (0, 2)),
+    "a side": (nn.Conv2d(20, 30, (3, 5), padding=(1, 2)), (1, 2), ((1, 2), (1, 4))),
+    "same": (nn.Conv2d(20, 30, (5, 3), padding="same", dilation=(1, 2)), (2, 1), ((1, 4), (1, 2))),
     "reflected": (nn.Conv2d(20, 30, 3, padding=1, padding_mode="reflect"), 2, (0, 3)),
 }
 
@@ -172,10 +179,11 @@ GEOMETRIES = {  # convolution, side of the images, and those of the kernels that
 def test_values_that_only_meet_padding_are_left_out(convolution, side, met):
     layer = layer_of(convolution)
     for batch in [(), (1,), (6,)]:
-        x = torch.randn(*batch, 20, side, side)
+        x = torch.randn(*batch, 20, *_pair(side))
         plan = _code_convolution.plan_of(layer, x)
-        assert plan.taps == (slice(*met),) * 2
-        assert plan.is_cropped == (met != (0, convolution.kernel_size[0]))
+        taps = tuple(slice(*each) for each in (met if isinstance(met[0], tuple) else (met, met)))
+        assert plan.taps == taps
+        assert plan.is_cropped == (taps != tuple(slice(0, size) for size in convolution.kernel_size))
         assert_close(straight(layer, x), exact(layer, x))
         if plan.is_cropped:
             assert_close(_code_convolution.cropped(layer, x, plan), exact(layer, x))
@@ -222,8 +230,9 @@ def test_defaults_of_the_program_change_nothing():
     assert torch.equal(answer, expected)
 
 
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
 @pytest.mark.parametrize(("stride", "side"), [(1, 5), (1, 4), (2, 5), (2, 1)])
-def test_nothing_is_written_beside_the_answer(monkeypatch, stride, side):
+def test_nothing_is_written_beside_the_answer(monkeypatch, stride, side, n_threads):
     layer = layer_of(nn.Conv2d(11, 13, 3, padding=1, stride=stride))
     x, guard, whole = torch.randn(3, 11, side, side), 4096, []
 
@@ -235,7 +244,8 @@ def test_nothing_is_written_beside_the_answer(monkeypatch, stride, side):
     with torch.no_grad():
         expected = exact(layer, x)
         monkeypatch.setattr(torch, "empty", guarded)
-        answer = straight(layer, x)
+        with threads(n_threads):
+            answer = straight(layer, x)
     (buffer,) = whole
     assert buffer.isnan().nonzero().flatten().tolist() == [
         *range(guard), *range(len(buffer) - guard, len(buffer))
@@ -267,12 +277,52 @@ def test_two_networks_in_two_threads_answer_as_alone(always):
         assert all(torch.equal(alone, answer) for answer in together)
 
 
-def test_an_index_beyond_the_codebook_is_an_error(always):
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_an_index_beyond_the_codebook_is_an_error(always, n_threads):
     layer = layer_of(nn.Conv2d(4, 6, 3))
     layer.indices.fill_(255)
-    with torch.no_grad(), pytest.raises(IndexError):
+    with torch.no_grad(), threads(n_threads), pytest.raises(IndexError):
         layer(torch.randn(1, 4, 5, 5))
     assert len(always) == 1
+
+
+def test_a_part_that_was_not_written_is_an_error(monkeypatch):
+    layer = layer_of(nn.Conv2d(4, 6, 3))
+    monkeypatch.setattr(_code_convolution, "_on_threads", lambda *_: None)
+    with torch.no_grad(), pytest.raises(MemoryError, match="no room"):
+        straight(layer, torch.randn(1, 4, 5, 5))
+
+
+@torch.no_grad()
+def test_geometry_is_read_as_torch_reads_it_when_it_answers():
+    layer, x = layer_of(nn.Conv2d(8, 9, 3, padding=1)), torch.randn(2, 8, 6, 6)
+    layer.dilation, layer.padding, layer.stride = 2, (2, 1), 1
+    assert_close(straight(layer, x), exact(layer, x))
+    assert straight(layer, x).shape == (2, 9, 6, 4)
+
+
+@torch.no_grad()
+def test_indices_that_are_not_as_they_were_packed_are_left_to_decoding(always):
+    layer, x = layer_of(nn.Conv2d(8, 9, 3, padding=1)), torch.randn(2, 8, 4, 4)
+    expected = expanded(layer)(x)
+    spread = torch.zeros(len(layer.indices), 2, dtype=torch.uint8)
+    spread[:, 0] = layer.indices
+    layer.indices = spread[:, 0]
+    assert torch.equal(layer(x), expected)
+    assert not always
+    layer.indices = spread[:5, 0].contiguous()
+    assert _code_convolution.planned(layer, x) is None
+    assert (
+        _code_convolution.planned(layer_of(nn.Conv2d(8, 9, 3)), torch._efficientzerotensor((2, 8, 4, 4)))
+        is None
+    )
+
+
+def test_a_way_that_there_is_not_is_one_sentence():
+    layer = layer_of(nn.Conv2d(8, 9, 3))
+    layer.way = "decode"
+    with torch.no_grad(), pytest.raises(UnknownNameError, match="decoded"):
+        layer(torch.randn(1, 8, 4, 4))
 
 
 def test_a_layer_in_inference_is_convolved_from_its_indices(always):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kclib.clustering import cluster
-from kclib.compression import _code_convolution, compress, latency
+from kclib.compression import _code_convolution, compress, expand, latency
 from kclib.compression._layers import ClusteredConv2d
 from kclib.kernels import extract
 
@@ -97,6 +97,7 @@ def test_a_way_can_be_forced(monkeypatch):
     layer, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(1, 3, 8, 8)
     packed = compress(nn.Sequential(layer), cluster(extract(nn.Sequential(layer)), 3), inputs=False)
     dense = packed[0].weight
+    assert not hasattr(expand(packed)[0], "way")
     with torch.no_grad():
         for way, is_faster in [("decoded", True), ("faster", False)]:
             monkeypatch.setattr(_code_convolution, "is_faster", lambda plan, is_faster=is_faster: is_faster)
