@@ -86,9 +86,10 @@ class ClusteredConv2d(nn.Module):
     Without gradients, on a CPU and in float32, a forward decodes nothing where that is faster: it convolves
     straight from the indices (`_code_convolution`). It leaves out what of the kernels only meets padding. Its
     outputs then differ from the expanded layer's by about 1e-6 of their largest. So it takes at most
-    `block_bytes` for rows of the codebook, and half a MiB a thread (more from 2,048 input channels on). The attribute `way` is
-    ``"faster"``, which chooses so; it may be set to ``"decoded"``, for answers of the expanded layer, or to
-    ``"indices"``, for none to be decoded where that is possible.
+    `block_bytes` for rows of the codebook, and half a MiB a thread (more from 2,048 input channels on).
+
+    The attribute `way` is ``"faster"``, which chooses so. It may be set to ``"decoded"``, for answers of the
+    expanded layer, or to ``"indices"``, for none to be decoded where that is possible.
 
     Parameters
     ----------
