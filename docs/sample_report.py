@@ -64,6 +64,8 @@ def _written(report: Path, found: Report, folder: Path, width: int) -> Path:
     for path in folder.glob("*.ipynb"):  # the pages have all that is in them
         path.unlink()
     index = _reports.write(folder, _reports.read(folder, report.name))
+    for page in folder.glob("*.html"):  # where it lay is of no use to others
+        page.write_text(page.read_text().replace(str(report.resolve()), f"reports/{report.name}"))
     (folder / "report.json").unlink()  # from which a report is written anew: this one is not
     return index
 
