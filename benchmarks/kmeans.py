@@ -135,7 +135,7 @@ def against_single_fits(points: np.ndarray, repeats: int) -> tuple[dict, list[di
     rungs = [
         {
             "K": k,
-            "alone (s)": statistics.median(singles[i][0] for singles, _, _ in runs),
+            "alone (s)": statistics.median(singles[i][0] for singles, *_ in runs),
             "inertia ratio": statistics.median(
                 rungs[i].inertia / singles[i][1].inertia for singles, _, rungs, _ in runs
             ),
