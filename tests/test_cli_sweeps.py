@@ -195,7 +195,8 @@ def test_a_sweep_side_by_side_that_is_ended_goes_on_where_it_was(kclib, swept, t
         assert running.wait(PATIENCE) == 130
         said = Path("log").read_text()
         assert "\nkclib: interrupted; what was finished is kept.\n" in said
-        assert said.count("Traceback") == said.count("Exception ignored in")  # Python's own, in a finalizer
+        # Python's own, in a finalizer and in a worker that has just begun.
+        assert said.count("Traceback") == len(re.findall("^Exception ignored in|^Process Loky", said, re.M))
     else:
         running.kill()
         running.wait(PATIENCE)
