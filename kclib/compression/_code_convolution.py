@@ -142,7 +142,7 @@ def planned(layer, x: Tensor) -> Plan | None:
     plan = plan_of(layer, x)
     if plan is None or layer.way == "indices" or is_faster(plan):
         return plan
-    return replace(plan, way="cropped") if _is_cropped(layer, plan) else None
+    return replace(plan, way="cropped") if _fits_cropped(layer, plan) else None
 
 
 def is_faster(plan: Plan) -> bool:
@@ -157,7 +157,7 @@ def _on(seconds: tuple[float, float], n_threads: int) -> float:
     return alone + shared / n_threads
 
 
-def _is_cropped(layer, plan: Plan) -> bool:
+def _fits_cropped(layer, plan: Plan) -> bool:
     """Tell whether some of a layer's values only meet padding, and the others fit a block."""
     area = math.prod(plan.geometry[0])
     fits = layer.out_channels * layer.in_channels * 4 * (area + 1) <= layer.block_bytes
@@ -268,7 +268,7 @@ def convolved(layer, x: Tensor, plan: Plan) -> Tensor:
     _on_threads(told, images, layer.indices, rows, bias, answer)
     if told[_BEYOND]:
         raise IndexError("an index is beyond the codebook's end.")
-    if told[_WRITTEN] < n_parts(told):  # what a thread raises does not leave it
+    if told[_WRITTEN] < _n_parts(told):  # what a thread raises does not leave it
         raise MemoryError("a convolution had no room for the numbers of a block of pixels.")
     if x.ndim == 3:
         return answer[0]
@@ -369,7 +369,7 @@ def _work(addresses):
 
 
 @njit(cache=True)
-def n_parts(told):
+def _n_parts(told):
     """Return the number of parts: blocks of places times slices of output channels."""
     return told[3] * -(-told[24] // told[5])
 
@@ -382,7 +382,7 @@ def _take_parts(told, x, packed, rows, bias, answer):
     how = (told[7], told[8]), geometry, told[15] != 0
     n_slices = -(-answer.shape[1] // channels)
     part = _one_more(told, _TAKEN)
-    while part < n_parts(told):
+    while part < _n_parts(told):
         start, first = part // n_slices * step, part % n_slices * channels
         places = start, min(start + step, n_places)
         outputs = first, min(first + channels, answer.shape[1])

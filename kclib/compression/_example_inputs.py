@@ -17,9 +17,7 @@ from kclib.errors import InvalidValueError
 Inputs = Tensor | tuple | Mapping | bool | None
 _SIZES = (32, 224, 64, 28, 96, 128, 256, 299, 384, 16, 8)
 _LARGEST = 512  # pixels a side that are tried
-_ALONE = (
-    threading.RLock()
-)  # what _quiet changes is the whole process's; two at once would restore each other's
+_ALONE = threading.RLock()  # what a run changes is the process's: two at once restore what the other did
 
 
 def run(network: nn.Module, arguments: tuple[tuple, dict], *, training: bool = False) -> list[Tensor]:
